@@ -1,0 +1,50 @@
+"""JIT entry: the graph that TorchDynamo hands to a backend, as a `Program`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fxopt.frontend.retrace import retrace
+from fxopt.ir.program import Program
+
+#: What later stages (AOTAutograd, CUDA graphs) read from a placeholder of a Dynamo graph.
+_CARRIED_META = ("tensor_dict", "_dynamo_static_input_type", "steal_arg", "example_value", "source")
+
+
+def from_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> Program:
+    """Retrace Dynamo's graph. Parameters arrive as inputs; symbolic shapes and their guards are Dynamo's own.
+
+    Raises:
+        CaptureError: see `fxopt.frontend.retrace.retrace`; anything else that tracing raises passes through.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
+    fakes = [_fake(x, mode, context) for x in inputs]
+    traced = retrace(module, fakes, mode)
+    traced.meta.update(module.meta)
+    _carry_placeholders(module.graph, traced.graph)
+    return Program(traced, "dynamo")
+
+
+def _fake(value: Any, mode: FakeTensorMode, context: TracingContext | None) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, FakeTensor):
+        return value
+    symbolic = context.tensor_to_context.get(value) if context is not None else None
+    if symbolic is None:
+        return mode.from_tensor(value, static_shapes=True)
+    return mode.from_tensor(value, static_shapes=False, symbolic_context=symbolic, source=symbolic.tensor_source)
+
+
+def _carry_placeholders(old: fx.Graph, new: fx.Graph) -> None:
+    for before, after in zip(old.find_nodes(op="placeholder"), new.find_nodes(op="placeholder"), strict=True):
+        after.meta.update({key: before.meta[key] for key in _CARRIED_META if key in before.meta})
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source

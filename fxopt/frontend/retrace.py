@@ -1,0 +1,93 @@
+"""One dialect out of both entries: any FX graph, retraced to pre-dispatch functional ATen on fake inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, disable_functional_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import CaptureError
+
+_OPAQUE = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
+
+
+def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode | None) -> fx.GraphModule:
+    """Trace ``module`` on fake ``inputs`` into the dialect.
+
+    In-place operations are functionalised; edits of an input become ``copy_`` at the end of the graph. The user's line
+    and owning module of each node are carried over.
+
+    Raises:
+        CaptureError: the graph holds something that can't be retraced without changing its meaning.
+    """
+    _reject_opaque(module)
+
+    def interpret(*args: Any) -> Any:
+        with preserve_node_meta():
+            return fx.Interpreter(module).run(*args)
+
+    traced = _trace(interpret, inputs, fake_mode)
+    if any(_mutates(node) for node in traced.graph.nodes):
+        traced = _trace(_functionalised(interpret), inputs, fake_mode)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def _trace(function: Callable[..., Any], inputs: Sequence[Any], fake_mode: FakeTensorMode | None) -> fx.GraphModule:
+    with fake_mode or nullcontext(), enable_python_dispatcher():
+        return make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _functionalised(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` without in-place operations, except a final ``copy_`` into every input that it edited."""
+
+    def run(*inputs: Any) -> Any:
+        mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+        with disable_functional_mode(), mode:
+            wrapped = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, inputs)
+            outputs = function(*wrapped)
+            edits = [(old, _edited(new)) for old, new in zip(inputs, wrapped, strict=True)]
+            outputs = pytree.tree_map_only(FunctionalTensor, _plain, outputs)
+        for old, new in edits:
+            if new is not None:
+                torch.ops.aten.copy_.default(old, new)
+        return outputs
+
+    return run
+
+
+def _plain(value: FunctionalTensor) -> torch.Tensor:
+    torch._sync(value)
+    return torch._from_functional_tensor(value.elem)
+
+
+def _edited(value: object) -> torch.Tensor | None:
+    if not isinstance(value, FunctionalTensor):
+        return None
+    torch._sync(value)
+    if torch._functionalize_has_metadata_mutation(value.elem):  # type: ignore[attr-defined]
+        raise CaptureError("the model changes the shape or storage of one of its inputs in place; use a new tensor")
+    if not torch._functionalize_has_data_mutation(value.elem):  # type: ignore[attr-defined]
+        return None
+    return _plain(value)
+
+
+def _reject_opaque(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and name in _OPAQUE:
+            raise CaptureError(f"the graph holds {name}, whose recomputation marks a retrace would lose")

@@ -1,0 +1,99 @@
+"""Reading graph nodes: values, shapes, arguments by schema name, and the user's source line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxopt.ir.site import Source
+
+Size = int | torch.SymInt
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n\s*(?P<code>[^\n]*)')
+
+
+def is_call(node: object, *targets: object) -> bool:
+    """Whether ``node`` is a call of one of ``targets``."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def tensor(node: object) -> torch.Tensor:
+    """The fake tensor that ``node`` computes; raises `TypeError` when it computes something else."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{node} does not compute a single tensor")
+    return value
+
+
+def is_tensor(node: object) -> bool:
+    """Whether ``node`` is a graph node that computes one tensor."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def shape(node: object) -> tuple[Size, ...]:
+    """The (possibly symbolic) shape of the tensor that ``node`` computes."""
+    return tuple(tensor(node).shape)
+
+
+def same_size(a: Size, b: Size) -> bool:
+    """Whether two sizes are provably equal; never adds a guard."""
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
+    """Whether two shapes have the same rank and provably equal sizes."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def arguments(node: Node) -> Mapping[str, Any]:
+    """Arguments of an operator call by schema name, defaults filled in."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return dict(node.kwargs)
+    schema = node.target._schema.arguments
+    result = {a.name: a.default_value for a in schema if a.has_default_value()}
+    result.update(zip((a.name for a in schema), node.args, strict=False))
+    result.update(node.kwargs)
+    return result
+
+
+def scalar(value: object) -> bool | int | float | None:
+    """``value`` as a Python number, or ``None``. A symbolic float is specialised: its guard is recorded by the tracer."""
+    if isinstance(value, Node):
+        value = value.meta.get("val")
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    if isinstance(value, torch.SymInt | torch.SymBool):
+        return value.node.maybe_as_int() if isinstance(value, torch.SymInt) else None
+    return value if isinstance(value, bool | int | float) else None
+
+
+def source(node: Node) -> Source:
+    """The innermost user frame that created ``node``, and its owning module."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    frames = [f for f in frames if not f["file"].startswith(_TORCH)] or frames
+    stack = node.meta.get("nn_module_stack") or {}
+    owner = list(stack.values())[-1][0] if stack else ""
+    owner = _readable(owner if isinstance(owner, str) else "")
+    if not frames:
+        return Source(module=owner)
+    last = frames[-1]
+    return Source(f"{last['file']}:{last['line']}", last["code"].strip(), owner)
+
+
+def _readable(path: str) -> str:
+    """``L['self']._modules['layer']._modules['0'].attn`` and its kin as ``layer.0.attn``."""
+    path = re.sub(r"\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g), path)
+    parts = [p for p in path.split(".") if p]
+    return ".".join(parts[2:] if parts[:2] == ["L", "self"] else parts)
+
+
+def users(node: Node) -> tuple[Node, ...]:
+    """The nodes that read ``node``."""
+    return tuple(node.users)

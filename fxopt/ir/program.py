@@ -1,0 +1,86 @@
+"""A program: one captured graph in the fxopt dialect, with what is needed to call it and to explain it.
+
+The dialect is pre-dispatch functional ATen (``linear``, ``layer_norm``, ``softmax``, ``scaled_dot_product_attention`` are
+whole) plus the canonical operators of `fxopt.ir.operators`. Every node carries ``meta["val"]`` (fake tensors, symbolic
+shapes), the user's line and the owning module. In-place edits of the program's own inputs stand as ``copy_`` at the end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+Entry = Literal["dynamo", "export"]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the flat placeholders of a structurally captured program map back to the model's call.
+
+    ``bound`` maps a placeholder name to the parameter, buffer or constant it stands for; the remaining placeholders are
+    the user's inputs, flattened by ``in_spec``. ``outputs`` of the graph are unflattened by ``out_spec``.
+    """
+
+    bound: dict[str, str]
+    constants: dict[str, torch.Tensor]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+
+
+@dataclass
+class Program:
+    """A graph of the dialect. Passes edit ``module.graph`` in place; the pipeline hands each pass its own copy."""
+
+    module: fx.GraphModule
+    entry: Entry
+    signature: Signature | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph that passes read and edit."""
+        return self.module.graph
+
+    @property
+    def code(self) -> str:
+        """The program as readable Python, with shapes, dtypes and the user's lines."""
+        text: str = self.module.print_readable(print_output=False)
+        return text
+
+    @property
+    def fake_mode(self) -> FakeTensorMode | None:
+        """The fake-tensor mode of the metadata; ``None`` for a graph without tensors."""
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+        return None
+
+    def copy(self) -> Program:
+        """A program whose graph can be edited without touching this one; parameters and constants are shared."""
+        graph = fx.Graph()
+        output = graph.graph_copy(self.graph, {}, return_output_node=True)
+        assert output is not None
+        value, old = output
+        graph.output(value).meta.update(old.meta)
+        module = fx.GraphModule(self.module, graph, "Program")
+        module.meta.update(self.module.meta)
+        return replace(self, module=module, notes=list(self.notes))
+
+    def operators(self) -> Counter[str]:
+        """How often each operator occurs: ``{"aten.linear": 6, "fxopt.attention": 1}``."""
+        return Counter(operator_name(n) for n in self.graph.nodes if n.op == "call_function")
+
+
+def operator_name(node: fx.Node) -> str:
+    """``aten.linear`` for an operator call, the Python name for anything else."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._schema.name.partition('::')[2]}"
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

@@ -1,0 +1,164 @@
+"""The pass contract: what a pass is, what it gives back, and passes made of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch.fx import Node
+
+from fxopt.ir.nodes import same_shape, source
+from fxopt.ir.program import Program, operator_name
+from fxopt.ir.site import Site, Tier
+from fxopt.rewriter.builder import Builder
+from fxopt.rewriter.pattern import Miss, find
+from fxopt.rewriter.rule import Rejection, Rule
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One rewrite that was applied: the rule, the spelling it matched, and what stood where."""
+
+    rule: str
+    spelling: str
+    site: Site
+    operator: str
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """The best partial match of a rule at one node: how many nodes fitted, and why the next did not."""
+
+    rule: str
+    spelling: str
+    depth: int
+    reason: str
+    node: str
+    kind: str = ""
+    site: Site | None = None
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did to the program it was given (which it edited in place)."""
+
+    modified: bool
+    replacements: tuple[Replacement, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A rewrite of a whole program.
+
+    A pass is a frozen dataclass: ``name`` (kebab-case, its file's name), ``tier``, its options as typed fields, and `run`.
+    It receives a valid program that it may edit freely and must leave a valid one; the pipeline verifies the result and
+    puts the old program back when the pass fails. ``requires`` names passes that must have run before.
+    """
+
+    name: ClassVar[str]
+    tier: ClassVar[Tier]
+    requires: ClassVar[tuple[str, ...]]
+
+    def run(self, program: Program) -> PassResult:
+        """Rewrite ``program`` in place."""
+        ...
+
+
+@dataclass
+class _Trace:
+    replacements: list[Replacement] = field(default_factory=list)
+    near_misses: dict[tuple[str, str], NearMiss] = field(default_factory=dict)
+
+    def miss(self, miss: NearMiss) -> None:
+        key = (miss.rule, miss.node)
+        best = self.near_misses.get(key)
+        if best is None or miss.depth > best.depth:
+            self.near_misses[key] = miss
+
+
+def apply_rules(program: Program, rules: Iterable[Rule]) -> PassResult:
+    """Try every rule at every node, last node first, and replace what matches.
+
+    The replacement must have the shape, dtype and device of what it replaces, or it is undone and recorded as a near
+    miss. A rejection and the furthest partial match of two or more nodes are recorded too.
+    """
+    trace = _Trace()
+    rules = tuple(rules)
+    for node in reversed(list(program.graph.nodes)):
+        if node.op == "call_function" and not node._erased:
+            _rewrite_at(program, node, rules, trace)
+    if trace.replacements:
+        program.module.recompile()
+    return PassResult(bool(trace.replacements), tuple(trace.replacements), tuple(trace.near_misses.values()))
+
+
+def _rewrite_at(program: Program, node: Node, rules: tuple[Rule, ...], trace: _Trace) -> None:
+    for rule in rules:
+        for spelling, pattern in rule.patterns.items():
+            found = find(pattern, node)
+            if isinstance(found, Miss):
+                _record_partial(rule, spelling, found, node, trace)
+                continue
+            bindings = rule.check(found)
+            if isinstance(bindings, Rejection):
+                trace.miss(_rejected(rule, spelling, bindings, node, len(found.nodes)))
+                continue
+            if _replace(program, node, rule, spelling, bindings, trace):
+                return
+
+
+def _record_partial(rule: Rule, spelling: str, miss: Miss, node: Node, trace: _Trace) -> None:
+    if miss.depth > 1:
+        trace.miss(NearMiss(rule.name, spelling, miss.depth, miss.reason, node.name, rule.kind))
+
+
+def _rejected(rule: Rule, spelling: str, rejection: Rejection, node: Node, depth: int) -> NearMiss:
+    blamed = tuple(n.name for n in rejection.nodes) or (node.name,)
+    site = Site(rule.kind, "kept", rule.name, rejection.reason, source(node), blamed) if rule.kind else None
+    return NearMiss(rule.name, spelling, 1000 + depth, rejection.reason, node.name, rule.kind, site)
+
+
+def _replace(program: Program, node: Node, rule: Rule, spelling: str, bindings: object, trace: _Trace) -> bool:
+    builder = Builder(program, node, rule.name)
+    new = rule.rewrite(builder, bindings)
+    flaw = difference(node, new)
+    if flaw:
+        for created in reversed(builder.created):
+            program.graph.erase_node(created)
+        trace.miss(_rejected(rule, spelling, Rejection(f"the replacement would have {flaw}"), node, 0))
+        return False
+    covered = (node.name, *(n.name for n in builder.created))
+    name = operator_name(new) if new.op == "call_function" else new.name
+    site = Site(rule.kind, "rewritten", rule.name, f"{spelling} -> {name}", source(node), covered)
+    node.replace_all_uses_with(new)
+    erase_unused(program, node)
+    trace.replacements.append(Replacement(rule.name, spelling, site, name))
+    return True
+
+
+def erase_unused(program: Program, node: Node) -> None:
+    """Erase ``node`` if nothing reads it, then whatever only it read; effects and inputs stay."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.users or node._erased or node.op == "placeholder" or node.is_impure():
+            continue
+        operands = node.all_input_nodes
+        program.graph.erase_node(node)
+        pending.extend(operands)
+
+
+def difference(old: Node, new: Node) -> str:
+    """How the value of ``new`` differs from that of ``old`` in shape, dtype or device; empty when it does not."""
+    before, after = old.meta.get("val"), new.meta.get("val")
+    if not hasattr(before, "shape") or not hasattr(after, "shape"):
+        return "" if type(before) is type(after) else f"type {type(after).__name__} instead of {type(before).__name__}"
+    if not same_shape(tuple(before.shape), tuple(after.shape)):
+        return f"shape {tuple(after.shape)} instead of {tuple(before.shape)}"
+    if before.dtype != after.dtype:
+        return f"dtype {after.dtype} instead of {before.dtype}"
+    if before.device != after.device:
+        return f"device {after.device} instead of {before.device}"
+    return ""

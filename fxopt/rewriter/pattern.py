@@ -1,0 +1,201 @@
+"""Patterns: values that describe a piece of graph, matched from its last node upwards.
+
+A pattern names everything that carries meaning. An argument that a pattern does not mention must have its schema default:
+there is no wildcard over axes, permutations, scales or epsilons, only over operands that are given a name.
+
+    >>> square = Op(aten.pow.Tensor_Scalar, Var("x"), Literal(2))
+    >>> mean = Op(aten.mean.dim, square, Const("axes"), Const("keepdim"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from fxopt.ir.nodes import arguments, scalar
+
+
+@dataclass(frozen=True)
+class Match:
+    """A pattern found in a graph: the operands by name, and the operation nodes it covers (the root first)."""
+
+    root: Node
+    values: dict[str, Any] = field(default_factory=dict)
+    nodes: tuple[Node, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def get(self, name: str) -> Any:
+        """The operand called ``name``, or ``None`` when the accepted alternative does not have it."""
+        return self.values.get(name)
+
+    def bind(self, name: str, value: Any) -> Match | Miss:
+        """This match with one more operand; a name bound twice must be bound to the same thing."""
+        if name in self.values and self.values[name] is not value and self.values[name] != value:
+            return Miss(len(self.nodes), f"{name} is both {self.values[name]} and {value}", self.root)
+        return Match(self.root, {**self.values, name: value}, self.nodes)
+
+    def cover(self, node: Node) -> Match:
+        """This match with one more operation node."""
+        return self if node in self.nodes else Match(self.root, self.values, (*self.nodes, node))
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Where a pattern stopped matching: after how many nodes, why, and at which node."""
+
+    depth: int
+    reason: str
+    node: Node
+
+
+class Pattern:
+    """Base of the pattern values."""
+
+    def match(self, value: Any, so_far: Match) -> Match | Miss:
+        """Extend ``so_far`` by ``value``, or say why it does not fit."""
+        raise NotImplementedError
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return OneOf((self, other))
+
+
+@dataclass(frozen=True)
+class Var(Pattern):
+    """Any operand computed by a graph node, bound to ``name``."""
+
+    name: str
+
+    def match(self, value: Any, so_far: Match) -> Match | Miss:
+        if not isinstance(value, Node):
+            return Miss(len(so_far.nodes), f"{self.name} is {value!r}, not a tensor", so_far.root)
+        return so_far.bind(self.name, value)
+
+
+@dataclass(frozen=True)
+class Const(Pattern):
+    """A constant argument (number, dtype, list, ``None`` …), bound to ``name``; ``accept`` restricts it."""
+
+    name: str
+    accept: Callable[[Any], bool] = lambda value: True
+
+    def match(self, value: Any, so_far: Match) -> Match | Miss:
+        number = scalar(value)
+        value = value if number is None else number
+        if isinstance(value, Node) or not self.accept(value):
+            return Miss(len(so_far.nodes), f"{self.name} = {value} is not accepted", so_far.root)
+        return so_far.bind(self.name, value)
+
+
+@dataclass(frozen=True)
+class Literal(Pattern):
+    """Exactly this constant argument."""
+
+    value: Any
+
+    def match(self, value: Any, so_far: Match) -> Match | Miss:
+        number = scalar(value)
+        found = value if number is None else number
+        if isinstance(found, Node) or found != self.value:
+            return Miss(len(so_far.nodes), f"expected {self.value!r}, found {found!r}", so_far.root)
+        return so_far
+
+
+class Op(Pattern):
+    """A call of one of ``targets`` whose leading arguments, in schema order, fit ``operands``.
+
+    ``named`` gives patterns for arguments by schema name. ``commutative`` also tries the first two operands swapped.
+    Arguments without a pattern must have their default. ``name`` binds the node itself.
+    """
+
+    def __init__(
+        self,
+        targets: OpOverload | tuple[OpOverload, ...],
+        *operands: Pattern,
+        commutative: bool = False,
+        name: str | None = None,
+        **named: Pattern,
+    ) -> None:
+        self.targets = targets if isinstance(targets, tuple) else (targets,)
+        self.operands = operands
+        self.commutative = commutative
+        self.name = name
+        self.named = named
+
+    def match(self, value: Any, so_far: Match) -> Match | Miss:
+        if not isinstance(value, Node) or value.target not in self.targets:
+            return Miss(len(so_far.nodes), f"expected {self}, found {value}", value if isinstance(value, Node) else so_far.root)
+        covered = so_far.cover(value)
+        result = covered.bind(self.name, value) if self.name else covered
+        if isinstance(result, Miss):
+            return result
+        orders = [self.operands]
+        if self.commutative:
+            orders.append((self.operands[1], self.operands[0], *self.operands[2:]))
+        return _furthest(lambda order: self._match_arguments(value, order, result), orders)
+
+    def _match_arguments(self, node: Node, operands: tuple[Pattern, ...], so_far: Match) -> Match | Miss:
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        given = arguments(node)
+        patterns = {a.name: p for a, p in zip(schema, operands, strict=False)} | self.named
+        for argument in schema:
+            value = given.get(argument.name)
+            pattern = patterns.get(argument.name)
+            if pattern is None and argument.has_default_value() and value == argument.default_value:
+                continue
+            if pattern is None:
+                return Miss(len(so_far.nodes), f"{argument.name} = {value} is not part of the pattern", node)
+            step = pattern.match(value, so_far)
+            if isinstance(step, Miss):
+                return step
+            so_far = step
+        return so_far
+
+    def __str__(self) -> str:
+        return " or ".join(t._schema.name.partition("::")[2] for t in self.targets)
+
+
+@dataclass(frozen=True)
+class OneOf(Pattern):
+    """The first alternative that fits."""
+
+    alternatives: tuple[Pattern, ...]
+
+    def match(self, value: Any, so_far: Match) -> Match | Miss:
+        return _furthest(lambda pattern: pattern.match(value, so_far), self.alternatives)
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return OneOf((*self.alternatives, other))
+
+
+@dataclass(frozen=True)
+class Optional(Pattern):
+    """``inner(pattern)`` or, where that does not fit, ``pattern`` alone: an operation that may be absent."""
+
+    inner: Callable[[Pattern], Pattern]
+    pattern: Pattern
+
+    def match(self, value: Any, so_far: Match) -> Match | Miss:
+        return OneOf((self.inner(self.pattern), self.pattern)).match(value, so_far)
+
+
+def find(pattern: Pattern, root: Node) -> Match | Miss:
+    """Match ``pattern`` with its last operation at ``root``."""
+    return pattern.match(root, Match(root))
+
+
+def _furthest(attempt: Callable[[Any], Match | Miss], choices: Any) -> Match | Miss:
+    best: Miss | None = None
+    for choice in choices:
+        result = attempt(choice)
+        if isinstance(result, Match):
+            return result
+        if best is None or result.depth > best.depth:
+            best = result
+    assert best is not None, "a pattern needs at least one alternative"
+    return best

@@ -1,0 +1,95 @@
+"""The pipeline: run passes one after the other, each in a transaction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fxopt.errors import OptionError, PassError
+from fxopt.ir.program import Program
+from fxopt.ir.verifier import interface_of, verify_structure
+from fxopt.rewriter.passes import NearMiss, Pass, PassResult, Replacement
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What happened when one pass ran: its result, or the failure for which it was rolled back, and its seconds."""
+
+    name: str
+    tier: str
+    result: PassResult
+    seconds: float
+    failure: str = ""
+
+
+@dataclass
+class PipelineResult:
+    """The rewritten program and the record of every pass, in order."""
+
+    program: Program
+    records: list[PassRecord] = field(default_factory=list)
+
+    @property
+    def replacements(self) -> tuple[Replacement, ...]:
+        """All rewrites that were applied."""
+        return tuple(r for record in self.records for r in record.result.replacements)
+
+    @property
+    def near_misses(self) -> tuple[NearMiss, ...]:
+        """All near misses that were recorded."""
+        return tuple(m for record in self.records for m in record.result.near_misses)
+
+
+#: Called after every pass with the program before it, the program after it, and the record.
+Observer = Callable[[Program, Program, PassRecord], None]
+
+
+def run_pipeline(
+    program: Program, passes: Sequence[Pass], *, strict: bool = False, observe: Observer | None = None
+) -> PipelineResult:
+    """Run ``passes`` in order on a copy of ``program``.
+
+    Each pass edits its own copy; the copy replaces the program only if the pass succeeded and the verifier accepts it.
+    Otherwise the pass is rolled back and the failure recorded.
+
+    Raises:
+        OptionError: a pass comes before one that it requires.
+        PassError: with ``strict``, the first failing pass; the message names it.
+    """
+    _check_order(passes)
+    result = PipelineResult(program)
+    for current in passes:
+        before = result.program
+        after, record = _run_one(current, before, strict)
+        result.program = after
+        result.records.append(record)
+        if observe is not None:
+            observe(before, after, record)
+    return result
+
+
+def _run_one(current: Pass, before: Program, strict: bool) -> tuple[Program, PassRecord]:
+    start = time.perf_counter()
+    candidate = before.copy()
+    interface = interface_of(before)
+    try:
+        outcome = current.run(candidate)
+        if outcome.modified:
+            verify_structure(candidate, interface)
+    except Exception as error:
+        if strict:
+            raise PassError(f"pass {current.name} failed: {error}") from error
+        failure = f"{type(error).__name__}: {error}"
+        return before, PassRecord(current.name, current.tier, PassResult(False), time.perf_counter() - start, failure)
+    after = candidate if outcome.modified else before
+    return after, PassRecord(current.name, current.tier, outcome, time.perf_counter() - start)
+
+
+def _check_order(passes: Sequence[Pass]) -> None:
+    done: set[str] = set()
+    for current in passes:
+        missing = [name for name in current.requires if name not in done]
+        if missing:
+            raise OptionError(f"pass {current.name} must come after {', '.join(missing)}")
+        done.add(current.name)

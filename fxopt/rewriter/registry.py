@@ -1,0 +1,62 @@
+"""The registry of passes: ours by name, the user's by `register_pass` or the entry-point group ``fxopt.passes``."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Final, TypeVar
+
+from fxopt.errors import OptionError, UnknownPassError
+from fxopt.rewriter.passes import Pass
+
+ENTRY_POINT_GROUP: Final = "fxopt.passes"
+_REGISTERED: Final[dict[str, type[Pass]]] = {}
+
+PassClass = TypeVar("PassClass", bound=type[Any])
+
+
+def register_pass(pass_class: PassClass) -> PassClass:
+    """Class decorator: make a pass known by its ``name``, so that it can be asked for by that name.
+
+    Raises:
+        OptionError: the class lacks part of the `Pass` contract, or the name belongs to another class.
+    """
+    missing = [m for m in ("name", "tier", "run") if not hasattr(pass_class, m)]
+    if missing:
+        raise OptionError(f"{pass_class.__name__} is not a pass: it lacks {', '.join(missing)}")
+    known = _REGISTERED.get(pass_class.name)
+    if known is not None and known.__qualname__ != pass_class.__qualname__:
+        raise OptionError(f"the pass name {pass_class.name!r} belongs to {known.__module__}.{known.__qualname__}")
+    _REGISTERED[pass_class.name] = pass_class
+    return pass_class
+
+
+def registered_passes() -> dict[str, type[Pass]]:
+    """Every known pass by name, third parties' entry points included."""
+    _load_entry_points()
+    return dict(_REGISTERED)
+
+
+def resolve_pass(wanted: str | Pass) -> Pass:
+    """A pass instance from a name or an instance.
+
+    Raises:
+        UnknownPassError: no pass has that name; the message lists those that exist.
+    """
+    if not isinstance(wanted, str):
+        if isinstance(wanted, type) or not isinstance(wanted, Pass):
+            raise OptionError(f"{wanted!r} is not a pass instance; give a name or an instance such as FuseAttention()")
+        return wanted
+    known = registered_passes()
+    if wanted not in known:
+        close = difflib.get_close_matches(wanted, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UnknownPassError(f"there is no pass called {wanted!r}{hint} The passes are: {', '.join(sorted(known))}")
+    return known[wanted]()
+
+
+@cache
+def _load_entry_points() -> None:
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        register_pass(point.load())

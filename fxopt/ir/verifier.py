@@ -13,11 +13,12 @@ from fxopt.errors import VerificationError
 from fxopt.ir.program import Program
 
 
-def verify_structure(program: Program, interface: tuple[Any, ...] | None = None) -> None:
-    """Check the graph and recompute all metadata.
+def verify_structure(program: Program, before: Program | None = None) -> None:
+    """Check the graph and its metadata.
 
-    The graph must be well formed, every node's value recomputed on fake tensors must equal its recorded shape, dtype and
-    device, and (with ``interface`` from `interface_of` before the pass) inputs, outputs and effects must be what they were.
+    The graph must be well formed, and the value of every node, recomputed on fake tensors, must have its recorded shape,
+    dtype and device. With ``before``, the program this one was made from, nodes that did not change are trusted, and
+    inputs, types of outputs and effects must be what they were.
 
     Raises:
         VerificationError: names the node and what differs.
@@ -26,44 +27,62 @@ def verify_structure(program: Program, interface: tuple[Any, ...] | None = None)
         program.graph.lint()
     except RuntimeError as error:
         raise VerificationError(f"the graph is not well formed: {error}") from error
+    trusted = {} if before is None else {node.name: node for node in before.graph.nodes}
     with program.fake_mode or torch.no_grad(), enable_python_dispatcher():
-        _propagate(program)
-    if interface is not None and interface_of(program) != interface:
-        raise VerificationError(f"the program's interface changed: {interface_of(program)} instead of {interface}")
+        _propagate(program, trusted)
+    if before is not None and _interface(program) != _interface(before):
+        raise VerificationError(f"the program's interface changed: {_interface(program)} instead of {_interface(before)}")
 
 
-def interface_of(program: Program) -> tuple[Any, ...]:
+def _interface(program: Program) -> tuple[Any, ...]:
     """Inputs by name, types of the outputs, and the effects in order: what no pass may change."""
     inputs = tuple(node.name for node in program.graph.find_nodes(op="placeholder"))
     outputs = fx.node.map_arg(program.graph.output_node().args[0], lambda node: _describe(node.meta.get("val")))
-    effects = tuple(str(n.target) for n in program.graph.nodes if n.op == "call_function" and n.is_impure())
+    effects = tuple(str(n.target) for n in program.graph.nodes if n.op == "call_function" and n.is_impure(False))
     return inputs, str(outputs), effects
 
 
-def _propagate(program: Program) -> None:
-    values: dict[fx.Node, Any] = {}
+def _propagate(program: Program, trusted: dict[str, fx.Node]) -> None:
+    changed: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
-        if node.op != "call_function":
-            values[node] = _leaf(program, node)
+        if node.op == "get_attr" and "val" not in node.meta:
+            node.meta["val"] = _attribute(program, node)
+        if node.op != "call_function" or node.is_impure():
             continue
-        try:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs) if not node.is_impure() else node.meta.get("val")
-        except Exception as error:
-            raise VerificationError(f"{node.name} can't run on its operands: {error}") from error
-        if not _same(node.meta.get("val"), values[node]):
-            found, recorded = _describe(values[node]), _describe(node.meta.get("val"))
+        if _unchanged(node, trusted) and not any(operand in changed for operand in node.all_input_nodes):
+            continue
+        value = _recompute(node, changed)
+        if not _same(node.meta.get("val"), value):
+            found, recorded = _describe(value), _describe(node.meta.get("val"))
             raise VerificationError(f"{node.name} computes {found} where {recorded} is recorded")
+        if _strides(value) != _strides(node.meta.get("val")):
+            changed[node] = value
 
 
-def _leaf(program: Program, node: fx.Node) -> Any:
-    if node.op != "get_attr" or "val" in node.meta:
-        return node.meta.get("val")
+def _unchanged(node: fx.Node, trusted: dict[str, fx.Node]) -> bool:
+    old = trusted.get(node.name)
+    return old is not None and old.target == node.target and str((old.args, old.kwargs)) == str((node.args, node.kwargs))
+
+
+def _recompute(node: fx.Node, changed: dict[fx.Node, Any]) -> Any:
+    assert callable(node.target)
+    try:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: changed.get(n, n.meta.get("val")))
+        return node.target(*args, **kwargs)
+    except Exception as error:
+        raise VerificationError(f"{node.name} can't run on its operands: {error}") from error
+
+
+def _attribute(program: Program, node: fx.Node) -> Any:
     value: Any = program.module
     for part in str(node.target).split("."):
         value = getattr(value, part)
     mode = program.fake_mode
     return mode.from_tensor(value, static_shapes=True) if mode and isinstance(value, torch.Tensor) else value
+
+
+def _strides(value: Any) -> Any:
+    return value.stride() if isinstance(value, torch.Tensor) else None
 
 
 def _same(recorded: Any, found: Any) -> bool:

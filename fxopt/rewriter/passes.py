@@ -139,14 +139,15 @@ def _replace(program: Program, node: Node, rule: Rule, spelling: str, bindings: 
 
 
 def erase_unused(program: Program, node: Node) -> None:
-    """Erase ``node`` if nothing reads it, then whatever only it read; effects and inputs stay."""
+    """Erase the replaced ``node`` if nothing reads it, then whatever only it read; other effects and inputs stay."""
     pending = [node]
     while pending:
-        node = pending.pop()
-        if node.users or node._erased or node.op == "placeholder" or node.is_impure():
+        current = pending.pop()
+        effect = current is not node and current.is_impure()
+        if current.users or current._erased or current.op == "placeholder" or effect:
             continue
-        operands = node.all_input_nodes
-        program.graph.erase_node(node)
+        operands = current.all_input_nodes
+        program.graph.erase_node(current)
         pending.extend(operands)
 
 

@@ -1,8 +1,8 @@
 """What fxopt keeps on disk between processes: generated source (``.py``) and decisions (``.json``), nothing else.
 
 Nothing here is ever unpickled, and no entry is believed for lying in the right place: a source runs only when its bytes
-have the digest they were asked for by, a decision counts only when its stored key and digest agree. The directory belongs
-to the user alone (mode 0700, owner checked, no symbolic link); one that does not is left untouched, with one
+have the digest they were asked for by, a decision counts only when its stored key and digest agree. The directory
+belongs to the user alone (mode 0700, owner checked, no symbolic link); one that does not is left untouched, with one
 `FxoptWarning`, and the process works in a private temporary directory that goes away with it.
 """
 
@@ -63,9 +63,9 @@ def directory() -> Path:
 def import_source(kind: str, text: str) -> ModuleType:
     """Import ``text``, kept as ``<cache>/<kind>/<sha256 of text>.py``, as a module; once per text and process.
 
-    The file serves tracebacks, debuggers, ``inspect.getsource`` and Triton's compiler; what runs is the bytes whose digest
-    was checked, never a compiled file beside them. A damaged file is replaced, with a warning. When nothing can be
-    written the module is made from memory, and still shows its source.
+    The file serves tracebacks, debuggers, ``inspect.getsource`` and Triton's compiler; what runs is the bytes whose
+    digest was checked, never a compiled file beside them. A damaged file is replaced, with a warning. When nothing can
+    be written the module is made from memory, and still shows its source.
 
     Args:
         kind: folder of the entry: lower-case letters, digits and underscores, at most 32.

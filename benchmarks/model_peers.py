@@ -1,0 +1,62 @@
+"""The peers of a model benchmark: eager, the modes of Inductor, and fxopt, each as one way to make a callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a model is compiled: a ``torch.compile`` backend ("" leaves it eager) and mode.
+
+    ``attention`` asks for the model with another attention implementation; only models that offer it have this peer.
+    """
+
+    name: str
+    backend: str = ""
+    mode: str | None = None
+    attention: str = ""
+
+    def compile(self, model: Any, fxopt_options: Mapping[str, str]) -> Forward:
+        """``model`` as this peer runs it; compilation itself happens at the first call."""
+        if not self.backend:
+            return _call(model)
+        options: dict[str, Any] = dict(fxopt_options) if self.backend == "fxopt" else {}
+        return _call(torch.compile(model, backend=self.backend, mode=self.mode, options=options or None))
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("eager"),
+        Peer("inductor", "inductor"),
+        Peer("fxopt", "fxopt"),
+        Peer("reduce-overhead", "inductor", "reduce-overhead"),
+        Peer("flex", "inductor", attention="flex_attention"),
+        Peer("max-autotune", "inductor", "max-autotune"),
+    )
+}
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """The tensor that is compared: the output itself, or the first field (the last hidden state) of a model output."""
+    tensor = output if isinstance(output, torch.Tensor) else output[0]
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"the model's first output is a {type(tensor).__name__}, expected a tensor")
+    return tensor
+
+
+def _call(forward: Forward) -> Forward:
+    """``forward`` told that a new step begins: outputs of the step before may be overwritten by CUDA graphs."""
+
+    def step(**inputs: torch.Tensor) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return forward(**inputs)
+
+    return step

@@ -102,7 +102,7 @@ def _first_calls(bench: _Bench, peer: Peer, directory: Path) -> Forward | None:
         bench.progress.say(f"{bench.case.name}: {peer.name} skipped, the time limit is reached")
         return None
     try:
-        with _caches(directory / peer.name, keep=bench.settings.keep_caches):
+        with _caches(directory / peer.name, keep=bench.settings.keep_caches or not peer.backend):
             forward = _compiled(bench, peer, outcome)
             for _ in range(_WARM_UP_CALLS):
                 forward(**bench.timed)
@@ -154,10 +154,10 @@ def _graphs() -> int:
 
 def _caches(directory: Path, *, keep: bool) -> Any:
     """Empty Inductor and Triton caches, so that no peer compiles with what another one left; or those of the user."""
-    from torch._inductor.utils import fresh_cache
-
     if keep:
         return contextlib.nullcontext()
+    from torch._inductor.utils import fresh_cache
+
     directory.mkdir()
     return fresh_cache(dir=str(directory), delete=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from benchmarks.model_accuracy import Error
@@ -90,7 +91,7 @@ def judge(result: CaseResult) -> None:
 def table(results: Iterable[CaseResult]) -> Table:
     """One row a peer; "of best" is the median over the best peer's that is not fxopt, below 1 where it is faster."""
     columns = ("peer", "median ms", "spread", "of best", "first call s", "own s", "max error", "rel. error", "status")
-    grid = Table("model", *columns, title="forward, interleaved medians")
+    grid = Table("model", *columns, title="forward, interleaved medians", box=box.SIMPLE)
     for result in results:
         for name, peer in result.peers.items():
             grid.add_row(result.model, name, *_cells(result, peer))
@@ -109,7 +110,7 @@ def _cells(result: CaseResult, peer: PeerResult) -> tuple[str, ...]:
         f"{peer.fxopt_seconds['own']:.2f}" if peer.fxopt_seconds else "–",
         f"{error.maximal:.2e}" if error else "–",
         f"{error.relative:.2e}" if error else "–",
-        peer.status if not peer.reason else f"{peer.status}: {peer.reason.strip().splitlines()[-1][:60]}",
+        f"{peer.status}, graphs: {peer.graphs}" if peer.graphs is not None else peer.status,
     )
 
 

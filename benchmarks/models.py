@@ -33,6 +33,7 @@ from benchmarks.model_results import CaseResult, PeerResult, table
 from benchmarks.progress import Progress
 
 _GRACE_SECONDS = 20.0  # what an isolated model may take beyond the limit to time and write what it has compiled
+_REASON_LINES = 8  # of a failure are printed; the JSON has more
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = Progress(options.time_limit)
     settings = _settings(options)
     facts = environment(settings.device)
-    progress.say(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if not options.no_table:
+        progress.say(", ".join(f"{name} {value}" for name, value in facts.items()))
     results: list[CaseResult] = []
     for name in (name for name in CASES if name in options.models):
         results.append(_run(CASES[name], options, settings, progress))
         _write(options.output, facts, options, results)
-    _print_results(results)
+    if not options.no_table:
+        _print_results(results)
     return int(any(result.failed for result in results))
 
 
@@ -70,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep-caches", action="store_true", help="compile with the caches as found instead of empty ones")
     add("--isolate", action="store_true", help="a process for each model: a crash loses only that model")
     add("--time-limit", type=float, metavar="SECONDS", help="start no further model or peer after this time")
+    add("--no-table", action="store_true", help="print the progress only")
     add("--output", type=Path, metavar="FILE", help="write the results as JSON, after every model")
     return parser
 
@@ -136,7 +140,7 @@ def _run_isolated(case: Case, peers: list[Peer], options: argparse.Namespace, pr
 
 def _child_arguments(case: Case, peers: list[Peer], options: argparse.Namespace, output: Path) -> list[str]:
     flags = [f"--{name.replace('_', '-')}" for name in ("quick", "kernels", "keep_caches") if getattr(options, name)]
-    flags += ["--models", case.name, "--peers", *(peer.name for peer in peers), "--output", str(output)]
+    flags += ["--no-table", "--models", case.name, "--peers", *(peer.name for peer in peers), "--output", str(output)]
     flags += ["--device", options.device, "--rounds", str(options.rounds)]
     flags += ["--dtype", options.dtype] if options.dtype else []
     return flags + [f"--fxopt-option={name}={value}" for name, value in options.fxopt_option]
@@ -161,14 +165,17 @@ def _print_choices() -> None:
 
 
 def _print_results(results: list[CaseResult]) -> None:
+    """The ends of the failures, then the table and the speed-ups: where output is cut, its end is what remains."""
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(table(results))
     for result in results:
         for name, peer in result.peers.items():
             if peer.status == "failed":
-                console.print(escape(f"{result.model}, {name} failed:\n{peer.reason.strip()}"))
+                lines = peer.reason.strip().splitlines()[-_REASON_LINES:]
+                console.print(escape("\n  ".join([f"{result.model}, {name} failed:", *lines])), highlight=False)
+    console.print(table(results))
+    for result in results:
         if result.speedup is not None:
-            console.print(f"{result.model}: fxopt {result.speedup:.3f}x of {result.best_peer}, the best peer")
+            console.print(f"{result.model}: fxopt {result.speedup:.3f}x as fast as {result.best_peer}, the best peer")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""The model benchmark on tiny models on the CPU: it measures, checks, and loses nothing to a failing peer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import models
+from benchmarks.model_accuracy import Reference, compare
+from benchmarks.model_cases import CASES
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+_QUICK = ("--quick", "--device", "cpu", "--rounds", "2", "--keep-caches")
+
+
+def _run(output: Path, *arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    status = models.main([*_QUICK, "--output", str(output), *arguments])
+    results = json.loads(output.read_text())["results"]
+    return status, {result["model"]: result for result in results}
+
+
+def test_models_measures_and_checks_fxopt_beside_eager(tmp_path: Path) -> None:
+    peers = ("--peers", "eager", "fxopt", "--fxopt-option", "base=eager")
+    status, results = _run(tmp_path / "out.json", "--models", "bert-eager", *peers)
+    measured = results["bert-eager"]["peers"]
+    assert status == 0, measured["fxopt"]["reason"]
+    assert results["bert-eager"]["best_peer"] == "eager"
+    assert measured["fxopt"]["timing"]["samples"] == 2
+    assert 0 < measured["fxopt"]["error"]["relative"] < 4 * measured["eager"]["error"]["relative"]
+    assert measured["fxopt"]["graphs"] >= 1
+    speedup = measured["eager"]["timing"]["median_ms"] / measured["fxopt"]["timing"]["median_ms"]
+    assert results["bert-eager"]["speedup"] == pytest.approx(speedup)
+    seconds = measured["fxopt"]["fxopt_seconds"]
+    assert 0 < seconds["own"] <= seconds["total"] <= measured["fxopt"]["first_call_seconds"]
+
+
+def test_models_keeps_the_other_peers_where_one_fails_in_an_isolated_process(tmp_path: Path) -> None:
+    peers = ("--peers", "eager", "fxopt", "--fxopt-option", "no_such_option=1")
+    status, results = _run(tmp_path / "out.json", "--models", "llama", "--isolate", *peers)
+    measured = results["llama"]["peers"]
+    assert status == 1
+    assert measured["fxopt"]["status"] == "failed"
+    assert measured["fxopt"]["reason"]
+    assert measured["eager"]["timing"]["median_ms"] > 0
+
+
+def test_models_skips_and_says_so_after_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, results = _run(tmp_path / "out.json", "--models", "vit", "llama", "--peers", "eager", "--time-limit", "0")
+    assert status == 0
+    assert [result["peers"]["eager"]["status"] for result in results.values()] == ["skipped", "skipped"]
+    assert "llama: skipped, the time limit is reached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_models_builds_every_model_the_same_twice_and_sensitive_to_its_inputs(name: str) -> None:
+    case, where = CASES[name], (torch.device("cpu"), torch.float32)
+    model, inputs = case.build(*where, quick=True), case.make_inputs(*where, seed=0, quick=True)
+    with torch.no_grad():
+        output = model(**inputs)[0]
+        repeated = case.build(*where, quick=True)(**inputs)[0]
+    assert output.isfinite().all()
+    assert torch.equal(output, repeated)
+    assert not torch.allclose(output[0], output[1], atol=1e-3)
+
+
+def test_compare_counts_nan_as_infinite_error_and_rejects_a_wrong_shape() -> None:
+    expected = Reference(torch.ones(2, 3, dtype=torch.float64), "float64")
+    assert compare(torch.full((2, 3), 1.5), expected).maximal == 0.5
+    assert compare(torch.full((2, 3), float("nan")), expected).relative == float("inf")
+    with pytest.raises(ValueError, match=r"shape \(3, 2\), expected \(2, 3\)"):
+        compare(torch.ones(3, 2), expected)
+
+
+def test_models_lists_models_and_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert models.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*CASES, "reduce-overhead", "max-autotune", "fxopt"))

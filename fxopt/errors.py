@@ -46,5 +46,17 @@ class CacheError(FxoptError, RuntimeError):
     """The cache directory cannot be used safely (owner, mode, link or damaged entry)."""
 
 
+class ReportError(FxoptError, ValueError):
+    """Text that is not a report, or one that another version of fxopt wrote."""
+
+
+class DumpError(FxoptError, OSError):
+    """A dump can't be written to the place asked for; names the place, what stands in the way and what to do."""
+
+
+class TargetError(FxoptError, ValueError):
+    """A command-line target that can't be loaded, or that gives something other than a model with its inputs."""
+
+
 class FxoptWarning(UserWarning):
     """Something was asked for and not done, or a fallback was taken; said once per place."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, InputSpec
 
 from fxopt.errors import CaptureError
 from fxopt.frontend.retrace import retrace
@@ -19,10 +20,20 @@ class _Function(nn.Module):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.function = function
+        self.function = _named_forward(function)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+
+def _named_forward(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` under the name ``forward``: torch.export records the lines of frames of that name only."""
+    if not isinstance(function, FunctionType):
+        return function
+    code = function.__code__.replace(co_name="forward")
+    renamed = FunctionType(code, function.__globals__, "forward", function.__defaults__, function.__closure__)
+    renamed.__kwdefaults__ = function.__kwdefaults__
+    return renamed
 
 
 def from_export(
@@ -47,20 +58,39 @@ def from_export(
     inputs = [node.meta["val"] for node in placeholders]
     mode = next((v.fake_mode for v in inputs if hasattr(v, "fake_mode")), None)
     traced = retrace(source, inputs, mode)
-    return Program(traced, "export", _signature(exported, traced.graph))
+    signature = _signature(exported, traced.graph)
+    _store_constants(traced, exported)
+    return Program(traced, "export", signature)
 
 
 def _signature(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Signature:
     bound: dict[str, str] = {}
-    constants: dict[str, torch.Tensor] = {}
-    placeholders = graph.find_nodes(op="placeholder")
-    for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
-        if spec.kind is InputKind.USER_INPUT or spec.target is None:
-            continue
-        bound[node.name] = spec.target
-        constant = exported.constants.get(spec.target)
-        if spec.kind is not InputKind.PARAMETER and isinstance(constant, torch.Tensor):
-            constants[spec.target] = constant
+    for node, spec in _bound_placeholders(exported, graph):
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            bound[node.name] = str(spec.target)
     spec = exported.call_spec
     assert spec.in_spec is not None and spec.out_spec is not None
+    buffers = exported.graph_signature.non_persistent_buffers
+    constants = {name: value for name, value in exported.constants.items() if name in buffers}
     return Signature(bound, constants, spec.in_spec, spec.out_spec)
+
+
+def _store_constants(module: fx.GraphModule, exported: torch.export.ExportedProgram) -> None:
+    """Tensors written in the user's code arrive as inputs; they become attributes, which passes may evaluate."""
+    for index, (node, spec) in enumerate(_bound_placeholders(exported, module.graph)):
+        constant = exported.constants.get(str(spec.target))
+        if spec.kind is not InputKind.CONSTANT_TENSOR or not isinstance(constant, torch.Tensor):
+            continue
+        name = f"_constant{index}"
+        module.register_buffer(name, constant, persistent=False)
+        with module.graph.inserting_before(node):
+            attribute = module.graph.get_attr(name)
+        attribute.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(attribute)
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+def _bound_placeholders(exported: torch.export.ExportedProgram, graph: fx.Graph) -> list[tuple[fx.Node, InputSpec]]:
+    placeholders = graph.find_nodes(op="placeholder")
+    return list(zip(placeholders, exported.graph_signature.input_specs, strict=True))

@@ -97,3 +97,12 @@ def _readable(path: str) -> str:
 def users(node: Node) -> tuple[Node, ...]:
     """The nodes that read ``node``."""
     return tuple(node.users)
+
+
+def has_effect(node: Node) -> bool:
+    """Whether ``node`` does more than compute its value: mutation, mode switches, run-time assertions.
+
+    Random draws are not counted (a rule decides what may become of them), nor assertions on metadata, which the graph
+    proves itself.
+    """
+    return node.is_impure(False) and node.target is not torch.ops.aten._assert_tensor_metadata.default

@@ -10,6 +10,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.errors import VerificationError
+from fxopt.ir.nodes import has_effect
 from fxopt.ir.program import Program
 
 
@@ -38,7 +39,7 @@ def _interface(program: Program) -> tuple[Any, ...]:
     """Inputs by name, types of the outputs, and the effects in order: what no pass may change."""
     inputs = tuple(node.name for node in program.graph.find_nodes(op="placeholder"))
     outputs = fx.node.map_arg(program.graph.output_node().args[0], lambda node: _describe(node.meta.get("val")))
-    effects = tuple(str(n.target) for n in program.graph.nodes if n.op == "call_function" and n.is_impure(False))
+    effects = tuple(str(n.target) for n in program.graph.nodes if n.op == "call_function" and has_effect(n))
     return inputs, str(outputs), effects
 
 

@@ -102,6 +102,8 @@ def _rewrite_at(program: Program, node: Node, rules: tuple[Rule, ...], trace: _T
                 _record_partial(rule, spelling, found, node, trace)
                 continue
             bindings = rule.check(found)
+            if bindings is None:
+                continue
             if isinstance(bindings, Rejection):
                 trace.miss(_rejected(rule, spelling, bindings, node, len(found.nodes)))
                 continue

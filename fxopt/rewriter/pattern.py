@@ -1,7 +1,8 @@
 """Patterns: values that describe a piece of graph, matched from its last node upwards.
 
 A pattern names everything that carries meaning. An argument that a pattern does not mention must have its schema default:
-there is no wildcard over axes, permutations, scales or epsilons, only over operands that are given a name.
+there is no wildcard over axes, permutations, scales or epsilons, only over operands that are given a name. Casts to the
+dtype that an operand already has are looked through.
 
     >>> square = Op(aten.pow.Tensor_Scalar, Var("x"), Literal(2))
     >>> mean = Op(aten.mean.dim, square, Const("axes"), Const("keepdim"))
@@ -13,10 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from fxopt.ir.nodes import arguments, scalar
+from fxopt.ir.nodes import arguments, scalar, tensor
+
+aten = torch.ops.aten
+
+#: Calls that give their first operand in another dtype (a change of device is not one; see `cast_operand`).
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.to.device, aten.type_as.default, aten._to_copy.default)
+_GRADIENT_SWITCH = torch._C._set_grad_enabled
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,14 @@ class Const(Pattern):
 
 
 @dataclass(frozen=True)
+class Anything(Pattern):
+    """An argument that the rule's check reads itself from the node (the root's arguments are all at hand there)."""
+
+    def match(self, value: Any, so_far: Match) -> Match | Miss:
+        return so_far
+
+
+@dataclass(frozen=True)
 class Literal(Pattern):
     """Exactly this constant argument."""
 
@@ -150,7 +166,7 @@ class Op(Pattern):
                 continue
             if pattern is None:
                 return Miss(len(so_far.nodes), f"{argument.name} = {value} is not part of the pattern", node)
-            step = pattern.match(value, so_far)
+            step = pattern.match(behind_idle_casts(value), so_far)
             if isinstance(step, Miss):
                 return step
             so_far = step
@@ -185,8 +201,45 @@ class Optional(Pattern):
 
 
 def find(pattern: Pattern, root: Node) -> Match | Miss:
-    """Match ``pattern`` with its last operation at ``root``."""
-    return pattern.match(root, Match(root))
+    """Match ``pattern`` with its last operation at ``root``.
+
+    All covered operations must run with gradients recorded, or all without: one operator in place of several can't
+    cut the gradient of some of them.
+    """
+    found = pattern.match(root, Match(root))
+    if isinstance(found, Miss) or not root.graph.find_nodes(op="call_function", target=_GRADIENT_SWITCH):
+        return found
+    mode = _records_gradients(root)
+    for node in found.nodes:
+        if _records_gradients(node) != mode:
+            return Miss(len(found.nodes), f"only one of {node} and {root} is inside no_grad", node)
+    return found
+
+
+def cast_operand(value: object) -> Node | None:
+    """What ``value`` is a cast of, if it is a cast that stays on its device and copies no more than it must."""
+    if not isinstance(value, Node) or value.target not in CASTS:
+        return None
+    given = arguments(value)
+    operand = value.args[0]
+    if given.get("copy") or given.get("memory_format") is not None or not isinstance(operand, Node):
+        return None
+    return operand if tensor(operand).device == tensor(value).device else None
+
+
+def behind_idle_casts(value: Any) -> Any:
+    """``value`` without casts to the dtype that it already has."""
+    operand = cast_operand(value)
+    while operand is not None and tensor(operand).dtype == tensor(value).dtype:
+        value, operand = operand, cast_operand(operand)
+    return value
+
+
+def _records_gradients(node: Node) -> bool:
+    before = node.prev
+    while before.op != "root" and before.target is not _GRADIENT_SWITCH:
+        before = before.prev
+    return before.op == "root" or bool(before.args[0])
 
 
 def _furthest(attempt: Callable[[Any], Match | Miss], choices: Any) -> Match | Miss:

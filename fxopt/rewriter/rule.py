@@ -36,7 +36,8 @@ class Rule:
     Attributes:
         name: kebab-case, unique within its pass; reports print it.
         patterns: every accepted spelling, named. The last operation of each is the node that is replaced.
-        check: side conditions on a match: what `rewrite` needs, or a `Rejection` with the reason and nodes.
+        check: side conditions on a match: what `rewrite` needs, or a `Rejection` with the reason and nodes, or ``None``
+            when the match turns out to be something else altogether and there is nothing to report.
         rewrite: builds the replacement with the `Builder` and returns its last node, which must have the shape, dtype
             and device of the node it replaces; the engine verifies that.
         kind: the kind of site this rule decides (``"attention"``, ``"norm"`` …); empty for mere canonicalisation.
@@ -45,5 +46,5 @@ class Rule:
     name: str
     patterns: Mapping[str, Pattern]
     rewrite: Callable[[Builder, Bindings], Node]
-    check: Callable[[Match], Bindings | Rejection] = accept
+    check: Callable[[Match], Bindings | Rejection | None] = accept
     kind: str = ""

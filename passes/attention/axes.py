@@ -1,0 +1,71 @@
+"""Where the axes of a contraction's second operand come from, through transposes and permutes.
+
+A contraction of queries with *anything* can be written as attention, but only keys make it mean attention: the summed
+axis must be the innermost axis of the tensor that keys are a view of, and batch axes must have stayed in front, or keys
+must be laid out as the values are. Everything else is a near miss (a forgotten or a wrong transpose).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from fxopt.ir.nodes import is_call, shape
+
+aten = torch.ops.aten
+
+_KEEPS_AXES = (
+    aten.contiguous.default, aten.clone.default, aten.expand.default, aten.to.dtype, aten.to.device, aten.alias.default,
+    aten._to_copy.default, aten.detach.default, aten.mul.Tensor, aten.div.Tensor, torch.ops.fxopt.repeat_heads.default,
+)  # fmt: skip
+
+
+def origin(node: Node) -> tuple[int | None, ...]:
+    """For each axis of ``node`` the axis it was in the tensor that ``node`` is a permuted view of (``None``: added)."""
+    rank = len(shape(node))
+    moves: list[int | None] = list(range(rank))
+    while True:
+        if is_call(node, aten.unsqueeze.default) and isinstance(node.args[1], int):
+            axis = node.args[1] % len(shape(node))
+            moves = [None if m is None or m == axis else m - (m > axis) for m in moves]
+        elif order := _permutation(node):
+            moves = [None if m is None else order[m] for m in moves]
+        elif not is_call(node, *_KEEPS_AXES) or _changes_rank(node):
+            return tuple(moves)
+        operand = node.args[0]
+        assert isinstance(operand, Node)
+        node = operand
+
+
+def is_key_like(keys: Node, values: Node) -> bool:
+    """Whether ``keys [*lead, D, T]`` is the transpose of a tensor whose innermost axis is the feature axis.
+
+    Accepted: the summed axis is innermost at its origin and the first axis still leads (or the layout has two axes), or
+    the key axis and the batch axes come from where those of ``values [*lead, T, E]`` come from.
+    """
+    key_axes, value_axes = origin(keys), origin(values)
+    rank = max((axis for axis in key_axes if axis is not None), default=0) + 1
+    innermost = key_axes[-2] == rank - 1
+    leads = rank == 2 or key_axes[0] in (0, None)
+    as_values = len(key_axes) == len(value_axes) and (*key_axes[:-2], key_axes[-1]) == value_axes[:-1]
+    return innermost and (leads or as_values)
+
+
+def _permutation(node: Node) -> list[int] | None:
+    rank = len(shape(node)) if node.op == "call_function" and "val" in node.meta else 0
+    if is_call(node, aten.permute.default):
+        return [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr]
+    if is_call(node, aten.transpose.int):
+        a, b = (int(axis) % rank for axis in node.args[1:3])  # type: ignore[arg-type]
+    elif is_call(node, aten.t.default, aten.mT.default, aten.numpy_T.default) and rank >= 2:
+        a, b = rank - 2, rank - 1
+    else:
+        return None
+    order = list(range(rank))
+    order[a], order[b] = b, a
+    return order
+
+
+def _changes_rank(node: Node) -> bool:
+    operand = node.args[0]
+    return not isinstance(operand, Node) or len(shape(operand)) != len(shape(node))

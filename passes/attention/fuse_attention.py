@@ -1,0 +1,158 @@
+"""Attention, however it is spelled, becomes one operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from fxopt.analysis.constants import Constants
+from fxopt.analysis.simplify import simplify
+from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.expression import Expr, S, call, const
+from fxopt.ir.nodes import is_call, shape, tensor
+from fxopt.ir.operators import overload
+from fxopt.ir.program import Program
+from fxopt.ir.site import Tier
+from fxopt.passes.attention.axes import is_key_like
+from fxopt.passes.attention.layout import output_layout
+from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
+from fxopt.passes.attention.operands import Heads, read_heads, unscaled
+from fxopt.passes.attention.region import Region, lift_region
+from fxopt.passes.attention.space import Space, space_of
+from fxopt.passes.attention.weights import Weights, read_weights
+from fxopt.rewriter.builder import Builder
+from fxopt.rewriter.passes import PassResult, apply_rules
+from fxopt.rewriter.pattern import Match, Op, Var
+from fxopt.rewriter.registry import register_pass
+from fxopt.rewriter.rule import Rejection, Rule
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention that was recognised: what `_write` needs to build the canonical operator."""
+
+    output: Node
+    queries: Node
+    keys: Node
+    values: Node
+    region: Region
+    weights: Weights
+    space: Space
+    masked: Masked
+    heads: Heads
+
+
+def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
+    weights = read_weights(match["weights"])
+    if weights is None or isinstance(weights, Rejection):
+        return weights
+    logits = weights.softmax.args[0]
+    assert isinstance(logits, Node)
+    region = lift_region(logits, prover.constants)
+    if isinstance(region, Rejection):
+        return region
+    queries, keys = region.scores.args
+    assert isinstance(queries, Node) and isinstance(keys, Node)
+    rejection = _unfit(region, weights, queries, keys, match["values"])
+    if rejection:
+        return rejection
+    space = space_of(region.scores, keys, region.stages)
+    for operand in region.operands:
+        if obstacle := operand.obstacle(space):
+            return Rejection(obstacle, (operand.node,))
+    masked = separate_mask(region.expression, region.operands, space, prover)
+    heads = read_heads(queries, keys, match["values"], space)
+    if isinstance(heads, Rejection):
+        return heads
+    return Site(match.root, queries, keys, match["values"], region, weights, space, masked, heads)
+
+
+def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
+    """Why a lifted region is still not an attention that may be rewritten."""
+    if not tensor(queries).dtype.is_floating_point:
+        return Rejection(f"attention over {tensor(queries).dtype} is not supported", (queries,))
+    if len(shape(queries)) < 2 or len(shape(keys)) < 2 or len(shape(values)) < 2:
+        return Rejection("queries, keys and values need at least two axes", (queries,))
+    if not is_key_like(keys, values):
+        reason = "the contraction does not sum over the feature axis of keys: keys must enter as k.transpose(-2, -1)"
+        return Rejection(reason, (region.scores, keys))
+    inside = {*region.nodes, *weights.nodes}
+    for node in region.nodes:
+        outside = [user for user in node.users if user not in inside]
+        if outside:
+            return Rejection(f"the scores escape: {node} is also read by {outside[0]}", (node, *outside))
+    return None
+
+
+def _write(builder: Builder, site: Site) -> Node:
+    score, mask, nodes, captures = site.masked.score, site.masked.mask, [], []
+    used = [e for e in (score, mask) if e is not None]
+    order = [i for i in range(len(site.region.operands)) if any(n.op == "capture" and n.value == i for e in used for n in e.walk())]
+    for index in order:
+        node, description = site.region.operands[index].capture(builder, site.space)
+        nodes.append(node)
+        captures.append(description)
+    queries, factor = unscaled(builder, site.heads.queries(builder))
+    keys, key_factor = unscaled(builder, site.heads.keys(builder))
+    score = _scale(_renumber(score, order), factor * key_factor)
+    spec = AttentionSpec(
+        score=score,
+        mask=None if mask is None else _renumber(mask, order),
+        captures=tuple(captures),
+        kv_map=site.heads.kv_map,
+        empty_rows="zero" if is_call(site.weights.softmax, aten._safe_softmax.default) else "nan",
+        softmax_dtype=tensor(site.weights.softmax).dtype,
+        dropout=site.weights.dropout,
+        out_dtype=tensor(site.output).dtype,
+        out_layout=output_layout(site.output),
+    )
+    values = site.heads.values(builder)
+    result = builder.call(overload("attention"), queries, keys, values, nodes, str(spec))
+    return site.heads.restore(builder, result, site.output)
+
+
+def _renumber(expr: Expr, order: list[int]) -> Expr:
+    return expr.replace(lambda e: replace(e, value=order.index(int(e.value or 0))) if e.op == "capture" else e)
+
+
+def _scale(score: Expr, factor: float) -> Expr:
+    if factor == 1.0:
+        return score
+    return simplify(score.replace(lambda e: call("mul", S, const(factor)) if e == S else e))
+
+
+def rules(program: Program) -> tuple[Rule, ...]:
+    """The rules of this pass, bound to one program's constants."""
+    prover = MaskProver(Constants(program))
+    return (
+        Rule(
+            name="attention",
+            kind="attention",
+            patterns={"softmax between two contractions": Op(aten.matmul.default, Var("weights"), Var("values"))},
+            check=lambda match: _recognise(match, prover),
+            rewrite=_write,
+        ),
+    )
+
+
+@register_pass
+@dataclass(frozen=True)
+class FuseAttention:
+    """``dropout(softmax(f(q @ kᵀ))) @ v -> fxopt.attention(q, k, v, captures, spec)``.
+
+    ``f`` is any composition of pointwise operations, casts and views that keep rows and keys apart; every operand that is
+    broadcast onto the scores is lifted into the score and mask expressions. See `fxopt.ir.attention.AttentionSpec`.
+    """
+
+    name: ClassVar[str] = "fuse-attention"
+    tier: ClassVar[Tier] = "exact"
+    requires: ClassVar[tuple[str, ...]] = ("contractions",)
+
+    def run(self, program: Program) -> PassResult:
+        """Fuse every site."""
+        return apply_rules(program, rules(program))

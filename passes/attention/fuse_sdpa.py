@@ -1,0 +1,156 @@
+"""``scaled_dot_product_attention`` becomes the same operator as every other spelling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from fxopt.analysis.constants import Constants
+from fxopt.ir.attention import AttentionSpec, Capture, KvMap
+from fxopt.ir.expression import Expr, I, J, S, call, capture, const
+from fxopt.ir.nodes import arguments, same_size, scalar, shape, tensor
+from fxopt.ir.operators import overload
+from fxopt.ir.program import Program
+from fxopt.ir.site import Tier
+from fxopt.passes.attention.layout import output_layout
+from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
+from fxopt.passes.attention.operands import repeated_heads
+from fxopt.passes.attention.space import Operand, Space
+from fxopt.rewriter.builder import Builder
+from fxopt.rewriter.passes import PassResult, apply_rules
+from fxopt.rewriter.pattern import Anything, Match, Op, Var
+from fxopt.rewriter.registry import register_pass
+from fxopt.rewriter.rule import Rejection, Rule
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Call:
+    """One SDPA call in ``space``: its operands, heads looked through, and its mask separated from the score."""
+
+    node: Node
+    queries: Node
+    keys: Node
+    values: Node
+    space: Space
+    operands: tuple[Operand, ...]
+    masked: Masked
+    kv_map: KvMap
+    dropout: float
+
+
+def _read(match: Match, prover: MaskProver) -> Call | Rejection:
+    node = match.root
+    given = arguments(node)
+    queries, keys, values, bias = given["query"], given["key"], given["value"], given["attn_mask"]
+    rejection = _unfit(queries, keys, values, given["scale"])
+    if rejection:
+        return rejection
+    lead = shape(queries)[:-2]
+    space = Space(lead, max(len(lead) - 1, 0) if len(lead) > 1 else len(lead), shape(queries)[-2], shape(keys)[-2])
+    expression = _scaled(given["scale"], queries)
+    operands: tuple[Operand, ...] = ()
+    if isinstance(bias, Node):
+        operands = (Operand(bias, (*lead, space.rows, space.columns)),)
+        if obstacle := operands[0].obstacle(space):
+            return Rejection(obstacle, (bias,))
+        boolean = tensor(bias).dtype is torch.bool
+        expression = call("where", capture(0), expression, const(float("-inf"))) if boolean else call("add", expression, capture(0))
+    masked = separate_mask(expression, operands, space, prover)
+    if given["is_causal"]:
+        masked = Masked(masked.score, _and(masked.mask, call("le", J, I)), masked.proofs)
+    shared = repeated_heads(keys, values) if not given["enable_gqa"] else None
+    keys, values, kv_map = shared if shared is not None else (keys, values, "group")
+    return Call(node, queries, keys, values, space, operands, masked, kv_map, float(given["dropout_p"]))
+
+
+def _unfit(queries: Node, keys: Node, values: Node, scale: Any) -> Rejection | None:
+    ranks = {len(shape(x)) for x in (queries, keys, values)}
+    if len(ranks) != 1 or not ranks <= {3, 4}:
+        return Rejection(f"queries, keys and values of ranks {sorted(ranks)}; 3 or 4 alike are lifted", (queries,))
+    if not tensor(queries).dtype.is_floating_point:
+        return Rejection(f"attention over {tensor(queries).dtype} is not supported", (queries,))
+    if scale is not None and scalar(scale) is None:
+        return Rejection("the scale is not a number known at compile time", (queries,))
+    if scale is None and not isinstance(shape(queries)[-1], int):
+        return Rejection("the head dimension is dynamic", (queries,))
+    if not all(same_size(shape(x)[0], shape(queries)[0]) for x in (keys, values)):
+        return Rejection("keys or values are broadcast over the batch", (keys,))
+    return None
+
+
+def _scaled(scale: Any, queries: Node) -> Expr:
+    factor = scalar(scale)
+    width = shape(queries)[-1]
+    if factor is None:
+        assert isinstance(width, int)
+        factor = width**-0.5
+    return call("mul", S, const(float(factor)))
+
+
+def _and(mask: Expr | None, term: Expr) -> Expr:
+    return term if mask is None else call("and", mask, term)
+
+
+def _write(builder: Builder, found: Call) -> Node:
+    captures: list[Node] = []
+    descriptions: list[Capture] = []
+    read = [e for e in (found.masked.score, found.masked.mask) if e is not None and e.reads(capture(0))]
+    if read:
+        node, description = found.operands[0].capture(builder, found.space)
+        captures.append(node)
+        descriptions.append(description)
+    spec = AttentionSpec(
+        score=found.masked.score,
+        mask=found.masked.mask,
+        captures=tuple(descriptions),
+        kv_map=found.kv_map,
+        empty_rows="zero",
+        dropout=found.dropout,
+        out_dtype=tensor(found.node).dtype,
+        out_layout=output_layout(found.node),
+    )
+    flat = len(shape(found.queries)) == 3
+    q, k, v = (builder.call(aten.unsqueeze.default, x, 1) if flat else x for x in (found.queries, found.keys, found.values))
+    result = builder.call(overload("attention"), q, k, v, captures, str(spec))
+    return builder.call(aten.squeeze.dim, result, 1) if flat else result
+
+
+def rules(program: Program) -> tuple[Rule, ...]:
+    """The rules of this pass, bound to one program's constants."""
+    prover = MaskProver(Constants(program))
+    call_sdpa = Op(
+        aten.scaled_dot_product_attention.default, Var("q"), Var("k"), Var("v"),
+        attn_mask=Anything(), dropout_p=Anything(), is_causal=Anything(), scale=Anything(), enable_gqa=Anything(),
+    )  # fmt: skip
+    return (
+        Rule(
+            name="sdpa",
+            kind="attention",
+            patterns={"scaled_dot_product_attention": call_sdpa},
+            check=lambda match: _read(match, prover),
+            rewrite=_write,
+        ),
+    )
+
+
+@register_pass
+@dataclass(frozen=True)
+class FuseSdpa:
+    """``scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale) -> fxopt.attention(q, k, v, captures, spec)``.
+
+    A boolean mask and ``is_causal`` (top-left) become the mask expression, an additive mask part of the score. A row that
+    keeps no key gives 0, as SDPA defines. Masks that do not depend on the inputs are evaluated and proved.
+    """
+
+    name: ClassVar[str] = "fuse-sdpa"
+    tier: ClassVar[Tier] = "exact"
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, program: Program) -> PassResult:
+        """Rewrite every call."""
+        return apply_rules(program, rules(program))

@@ -1,0 +1,163 @@
+"""Reading the mask out of a lifted expression, with proofs for captures that do not depend on the inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+import torch
+from torch.fx import Node
+
+from fxopt.analysis.constants import Constants
+from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_structure
+from fxopt.analysis.simplify import simplify
+from fxopt.ir.expression import Expr, call, conjunction, conjuncts, const
+from fxopt.ir.nodes import Size
+from fxopt.passes.attention.space import Operand, Space
+
+_LOWEST = frozenset(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A score expression, the mask taken out of it, what a row without keys gives, and the proofs in readable form."""
+
+    score: Expr
+    mask: Expr | None
+    proofs: tuple[str, ...]
+
+
+class MaskProver:
+    """Proves captures of one program to be masks of known structure; each is evaluated once."""
+
+    def __init__(self, constants: Constants) -> None:
+        self.constants = constants
+        self._known: dict[tuple[Node, Size, Size], _Proof | None] = {}
+
+    def prove(self, operands: tuple[Operand, ...], space: Space) -> dict[int, _Proof]:
+        """The proofs found, by index of the operand."""
+        found = {}
+        for index, operand in enumerate(operands):
+            key = (operand.node, space.rows, space.columns)
+            if key not in self._known:
+                self._known[key] = _prove(operand, space, self.constants)
+            proof = self._known[key]
+            if proof is not None:
+                found[index] = proof
+        return found
+
+
+def separate_mask(expression: Expr, operands: tuple[Operand, ...], space: Space, prover: MaskProver) -> Masked:
+    """Split a lifted expression into score and mask.
+
+    ``where(m, x, −inf)`` gives mask ``m``. A capture that is proved to be an additive or boolean mask of known structure
+    becomes that structure; ``where(m, x, lowest)`` and an additive mask of lowest finite numbers become a mask only if it
+    is proved that every row keeps a key (a fully masked row is then impossible, the only place where they differ).
+    """
+    proofs = prover.prove(operands, space)
+    safe = frozenset(proof.keep for proof in proofs.values() if proof.safe)
+    expression = simplify(expression.replace(_substitute(proofs)))
+    terms: list[Expr] = []
+    while True:
+        step = _take_mask(expression, proofs, safe)
+        if step is None:
+            break
+        expression, term = step
+        terms.append(term)
+    mask = conjunction(tuple(t for term in terms for t in conjuncts(term) if t != const(True)))
+    texts = tuple(f"{operands[index].node}: {proof}" for index, proof in proofs.items())
+    return Masked(expression, mask, texts)
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """A capture proved to be a mask: where it keeps, in closed form.
+
+    ``additive``: 0 where kept, −inf or lowest elsewhere; otherwise boolean, true where kept (or, ``inverted``, where not).
+    ``safe``: every row keeps a key.
+    """
+
+    keep: Expr
+    additive: bool
+    inverted: bool
+    safe: bool
+
+    def __str__(self) -> str:
+        return "keeps everything" if self.keep == const(True) else f"keeps {self.keep}"
+
+
+def _prove(operand: Operand, space: Space, constants: Constants) -> _Proof | None:
+    if not isinstance(space.rows, int) or not isinstance(space.columns, int):
+        return None
+    values = constants.value(operand.node)
+    plane = _one_plane(values) if isinstance(values, torch.Tensor) else None
+    if plane is None or plane.numel() == 0:
+        return None
+    additive, finite, inverted = plane.dtype.is_floating_point, False, False
+    if additive:
+        read = as_additive(plane)
+        if read is None:
+            return None
+        keep, finite = read
+    elif plane.dtype is torch.bool:
+        inverted = not bool(plane[0, 0])
+        keep = ~plane if inverted else plane
+    else:
+        return None
+    structure = prove_structure(keep.expand(space.rows, space.columns))
+    safe = every_row_keeps_a_key(keep)
+    if structure is None or (additive and finite and not safe):
+        return None
+    return _Proof(structure, additive, inverted, safe)
+
+
+def _one_plane(values: torch.Tensor) -> torch.Tensor | None:
+    """The ``[S, T]`` plane that all leading indices share, or ``None`` when they differ."""
+    while values.dim() < 2:
+        values = values[None]
+    flat = values.reshape(-1, *values.shape[-2:])
+    return flat[0] if bool((flat == flat[:1]).all()) else None
+
+
+def _substitute(proofs: dict[int, _Proof]) -> Callable[[Expr], Expr]:
+    """A boolean capture becomes its closed form; an additive one that keeps everything becomes 0."""
+
+    def change(expr: Expr) -> Expr:
+        proof = proofs.get(int(expr.value or 0)) if expr.op == "capture" else None
+        if proof is None:
+            return expr
+        if not proof.additive:
+            return call("not", proof.keep) if proof.inverted else proof.keep
+        return const(0.0) if proof.keep == const(True) else expr
+
+    return change
+
+
+def _take_mask(expr: Expr, proofs: dict[int, _Proof], safe: frozenset[Expr]) -> tuple[Expr, Expr] | None:
+    """Split off the outermost mask: the expression without it, and the term."""
+    if expr.op == "where":
+        return _take_where(expr, safe)
+    if expr.op != "add":
+        return None
+    for term, rest in (expr.args[::-1], expr.args):
+        proof = proofs.get(int(term.value or 0)) if term.op == "capture" else None
+        if proof is not None and proof.additive:
+            return rest, proof.keep
+    for term, rest in (expr.args[::-1], expr.args):
+        inner = _take_mask(term, proofs, safe)
+        if inner is not None:
+            return simplify(call("add", rest, inner[0])), inner[1]
+    return None
+
+
+def _take_where(expr: Expr, safe: frozenset[Expr]) -> tuple[Expr, Expr] | None:
+    condition, kept, masked = expr.args
+    if kept == const(-math.inf):
+        condition, kept, masked = simplify(call("not", condition)), masked, kept
+    if masked == const(-math.inf):
+        return kept, condition
+    if kept.op == "const" and kept.value in _LOWEST:
+        condition, kept, masked = simplify(call("not", condition)), masked, kept
+    if masked.op == "const" and masked.value in _LOWEST and condition in safe:
+        return kept, condition
+    return None

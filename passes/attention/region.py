@@ -1,0 +1,260 @@
+"""From the scores to the softmax: the pointwise region of an attention site, lifted into an expression.
+
+The walk starts at the softmax's operand and goes up through pointwise operations, casts and views until it meets the
+contraction of queries and keys. Every other operand that is broadcast onto the scores is lifted as it is: numbers as
+constants, tensors as captures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch.fx import Node
+
+from fxopt.analysis.constants import Constants
+from fxopt.ir.expression import Expr, S, call, capture, const
+from fxopt.ir.nodes import Size, arguments, is_call, is_tensor, same_size, scalar, shape, tensor
+from fxopt.passes.attention.space import Operand
+from fxopt.rewriter.rule import Rejection
+
+aten = torch.ops.aten
+
+CONTRACTION: Final = aten.matmul.default
+#: Views and copies that keep elements where they are in row-major order.
+RESHAPES: Final = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.contiguous.default, aten.clone.default, aten.expand.default, aten.alias.default, aten.view_as.default,
+    aten.flatten.using_ints, aten.unflatten.int,
+)  # fmt: skip
+CASTS: Final = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default, aten.to.device)
+
+
+class _Lift:
+    """One walk: which nodes carry scores, and the expression of each."""
+
+    def __init__(self, constants: Constants) -> None:
+        self.constants = constants
+        self.contraction: Node | None = None
+        self.operands: list[Operand] = []
+        self.nodes: list[Node] = []
+        self._carries: dict[Node, bool] = {}
+
+    def carries(self, value: object) -> bool:
+        """Whether ``value`` is computed from a contraction by pointwise operations and views alone."""
+        if not isinstance(value, Node):
+            return False
+        if value not in self._carries:
+            self._carries[value] = self._find(value)
+        return self._carries[value]
+
+    def _find(self, node: Node) -> bool:
+        if is_call(node, CONTRACTION):
+            return True
+        if not is_call(node, *POINTWISE, *RESHAPES, *CASTS):
+            return False
+        return any(self.carries(operand) for operand in node.all_input_nodes)
+
+    def lift(self, node: Node) -> Expr:
+        """The expression of a node that carries scores; raises `_Obstacle`."""
+        if is_call(node, CONTRACTION):
+            return self._root(node)
+        self.nodes.append(node)
+        if is_call(node, *RESHAPES):
+            return self._through_view(node)
+        if is_call(node, *CASTS):
+            return self._through_cast(node)
+        if not is_call(node, *POINTWISE):
+            raise _Obstacle(f"{_name(node)} is not a pointwise operation on the scores", node)
+        return POINTWISE[node.target](self, node)  # type: ignore[index]
+
+    def operand(self, value: Any, stage: Node) -> Expr:
+        """The expression of one operand of the pointwise node ``stage``."""
+        if self.carries(value) and self.contraction in (None, self._root_of(value)):
+            return self.lift(value)
+        number = scalar(value) if not is_tensor(value) else self.constants.number(value)
+        if number is not None:
+            return const(number)
+        if not is_tensor(value):
+            raise _Obstacle(f"{value} is neither a number nor a tensor", stage)
+        if tensor(value).dtype.is_complex:
+            raise _Obstacle(f"{value} is complex", stage)
+        operand = Operand(value, shape(stage))
+        if operand not in self.operands:
+            self.operands.append(operand)
+        return capture(self.operands.index(operand))
+
+    def _root_of(self, node: Node) -> Node:
+        """The contraction that a carrying node is computed from (the first one, where there are several)."""
+        while not is_call(node, CONTRACTION):
+            node = next(operand for operand in node.all_input_nodes if self.carries(operand))
+        return node
+
+    def _root(self, node: Node) -> Expr:
+        self.contraction = node
+        return S
+
+    def _through_view(self, node: Node) -> Expr:
+        before, after = shape(node.args[0]), shape(node)
+        if len(after) < 2 or not (same_size(before[-1], after[-1]) and same_size(before[-2], after[-2])):
+            raise _Obstacle(f"{_name(node)} rearranges the scores from {before} to {after}", node)
+        return self.lift(_first(node))
+
+    def _through_cast(self, node: Node) -> Expr:
+        if not tensor(node).dtype.is_floating_point:
+            raise _Obstacle(f"the scores are converted to {tensor(node).dtype}", node)
+        return self.lift(_first(node))
+
+
+def _first(node: Node) -> Node:
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    return operand
+
+
+def _name(node: Node) -> str:
+    target = node.target
+    return target._schema.name if isinstance(target, torch._ops.OpOverload) else str(target)
+
+
+class _Obstacle(Exception):
+    """The region can't be lifted: why, and at which node."""
+
+    def __init__(self, reason: str, node: Node) -> None:
+        super().__init__(reason)
+        self.node = node
+
+
+_Handler = Callable[[_Lift, Node], Expr]
+
+
+def _plain(op: str, *names: str) -> _Handler:
+    """A handler for an operator whose arguments ``names`` are the operands of the expression ``op``."""
+
+    def handle(lift: _Lift, node: Node) -> Expr:
+        given = arguments(node)
+        return call(op, *_in_carrier_order(lift, node, [given[name] for name in names]))
+
+    return handle
+
+
+def _in_carrier_order(lift: _Lift, node: Node, values: list[Any]) -> list[Expr]:
+    """Operands lifted with the score-carrying ones first, so that a second contraction becomes a capture."""
+    order = sorted(range(len(values)), key=lambda index: not _is_full(lift, values[index], node))
+    lifted = {index: lift.operand(values[index], node) for index in order}
+    return [lifted[index] for index in range(len(values))]
+
+
+def _is_full(lift: _Lift, value: Any, stage: Node) -> bool:
+    return lift.carries(value) and len(shape(value)) == len(shape(stage))
+
+
+def _scaled(op: str) -> _Handler:
+    """``self ± alpha·other``."""
+
+    def handle(lift: _Lift, node: Node) -> Expr:
+        given = arguments(node)
+        left, right = _in_carrier_order(lift, node, [given["self"], given["other"]])
+        alpha = given.get("alpha", 1)
+        factor = scalar(alpha)
+        if factor is None:
+            raise _Obstacle("alpha is not a number", node)
+        return call(op, left, right if factor == 1 else call("mul", right, const(factor)))
+
+    return handle
+
+
+def _reversed_subtraction(lift: _Lift, node: Node) -> Expr:
+    difference = _scaled("sub")(lift, node)
+    return call("neg", difference) if scalar(arguments(node).get("alpha", 1)) == 1 else _refuse(node)
+
+
+def _division(lift: _Lift, node: Node) -> Expr:
+    if arguments(node).get("rounding_mode") is not None:
+        _refuse(node)
+    return _plain("div", "self", "other")(lift, node)
+
+
+def _masked_fill(lift: _Lift, node: Node) -> Expr:
+    given = arguments(node)
+    scores, condition = _in_carrier_order(lift, node, [given["self"], given["mask"]])
+    return call("where", condition, lift.operand(given["value"], node), scores)
+
+
+def _clamp(lift: _Lift, node: Node) -> Expr:
+    given = arguments(node)
+    result = lift.operand(given["self"], node)
+    if given["min"] is not None:
+        result = call("maximum", result, lift.operand(given["min"], node))
+    if given["max"] is not None:
+        result = call("minimum", result, lift.operand(given["max"], node))
+    return result
+
+
+def _relu(lift: _Lift, node: Node) -> Expr:
+    return call("maximum", lift.operand(arguments(node)["self"], node), const(0.0))
+
+
+def _refuse(node: Node) -> Expr:
+    raise _Obstacle(f"this form of {_name(node)} is not lifted", node)
+
+
+POINTWISE: Final[dict[Any, _Handler]] = {
+    aten.add.Tensor: _scaled("add"),
+    aten.add.Scalar: _scaled("add"),
+    aten.sub.Tensor: _scaled("sub"),
+    aten.sub.Scalar: _scaled("sub"),
+    aten.rsub.Scalar: _reversed_subtraction,
+    aten.rsub.Tensor: _reversed_subtraction,
+    aten.mul.Tensor: _plain("mul", "self", "other"),
+    aten.mul.Scalar: _plain("mul", "self", "other"),
+    aten.div.Tensor: _division,
+    aten.div.Scalar: _division,
+    aten.div.Tensor_mode: _division,
+    aten.neg.default: _plain("neg", "self"),
+    aten.abs.default: _plain("abs", "self"),
+    aten.tanh.default: _plain("tanh", "self"),
+    aten.sigmoid.default: _plain("sigmoid", "self"),
+    aten.exp.default: _plain("exp", "self"),
+    aten.log.default: _plain("log", "self"),
+    aten.relu.default: _relu,
+    aten.clamp.default: _clamp,
+    aten.maximum.default: _plain("maximum", "self", "other"),
+    aten.minimum.default: _plain("minimum", "self", "other"),
+    aten.where.self: _plain("where", "condition", "self", "other"),
+    aten.where.ScalarOther: _plain("where", "condition", "self", "other"),
+    aten.where.ScalarSelf: _plain("where", "condition", "self", "other"),
+    aten.masked_fill.Scalar: _masked_fill,
+    aten.masked_fill.Tensor: _masked_fill,
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A lifted region: the contraction of queries and keys, the expression, its captures, and the nodes it covers."""
+
+    scores: Node
+    expression: Expr
+    operands: tuple[Operand, ...]
+    nodes: tuple[Node, ...]
+    stages: list[tuple[Size, ...]] = field(default_factory=list)
+
+
+def lift_region(logits: Node, constants: Constants) -> Region | Rejection:
+    """Lift what lies between the contraction of queries and keys and ``logits``, the operand of the softmax."""
+    lift = _Lift(constants)
+    if not lift.carries(logits):
+        return Rejection(f"no contraction reaches the softmax through pointwise operations; it stops at {_blame(logits)}", (logits,))
+    try:
+        expression = lift.lift(logits)
+    except _Obstacle as obstacle:
+        return Rejection(str(obstacle), (obstacle.node,))
+    assert lift.contraction is not None
+    nodes = (*lift.nodes, lift.contraction)
+    return Region(lift.contraction, expression, tuple(lift.operands), nodes, [shape(node) for node in nodes])
+
+
+def _blame(node: Node) -> str:
+    return _name(node) if node.op == "call_function" else node.name

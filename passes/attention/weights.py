@@ -1,0 +1,99 @@
+"""From the softmax to the contraction with the values: what happens to the attention weights on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.fx import Node
+
+from fxopt.ir.nodes import arguments, is_call, same_size, shape
+from fxopt.passes.attention.region import CASTS, RESHAPES
+from fxopt.rewriter.rule import Rejection
+
+aten = torch.ops.aten
+
+SOFTMAX: Final = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+#: Operators that a softmax may be searched through in order to explain why a site is kept.
+_SEEN_THROUGH: Final = (
+    *CASTS, *RESHAPES, aten.dropout.default, aten.transpose.int, aten.permute.default, aten.mul.Tensor, aten.div.Tensor,
+    aten.add.Tensor, aten.pow.Tensor_Scalar, aten.relu.default, aten.slice.Tensor, aten.select_scatter.default,
+    aten.masked_fill.Scalar, aten.where.self, aten.sub.Tensor,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The way from a softmax to the contraction with the values: dropout on it, and the nodes it covers."""
+
+    softmax: Node
+    dropout: float
+    nodes: tuple[Node, ...]
+
+
+def read_weights(weights: Node) -> Weights | Rejection | None:
+    """Follow ``weights`` back to a softmax over the last axis.
+
+    ``None`` when no softmax is there at all; a `Rejection` when there is one but something else lies in between, or its
+    axis is not the key axis, or the weights are read elsewhere too.
+    """
+    nodes: list[Node] = []
+    dropout = 0.0
+    node = weights
+    while not is_call(node, *SOFTMAX):
+        if is_call(node, aten.dropout.default) and dropout == 0.0:
+            dropout = _active_dropout(node)
+        elif not is_call(node, *CASTS) and not _keeps_rows(node):
+            return _explain(node)
+        nodes.append(node)
+        operand = node.args[0]
+        assert isinstance(operand, Node)
+        node = operand
+    axis, rank = arguments(node)["dim"], len(shape(node))
+    if axis not in (-1, rank - 1):
+        return Rejection(f"the softmax runs over axis {axis} of {rank}; attention normalises over keys, the last axis", (node,))
+    escaping = escape([*nodes, node], weights)
+    return escaping or Weights(node, dropout, (*nodes, node))
+
+
+def escape(nodes: list[Node], last: Node) -> Rejection | None:
+    """A rejection when a node of the chain that ends at ``last`` is read from outside it."""
+    inside = set(nodes)
+    for node in nodes:
+        readers = [user for user in node.users if user not in inside]
+        allowed = 1 if node is last else 0
+        if len(readers) > allowed:
+            others = ", ".join(sorted(r.name for r in readers))
+            reason = f"the attention weights escape: {node} is also read by {others}; kept until a kernel can return them"
+            return Rejection(reason, (node, *readers))
+    return None
+
+
+def _active_dropout(node: Node) -> float:
+    given = arguments(node)
+    return float(given["p"]) if given["train"] else 0.0
+
+
+def _keeps_rows(node: Node) -> bool:
+    """A view that leaves the last two axes (query rows, keys) as they are."""
+    if not is_call(node, *RESHAPES):
+        return False
+    before, after = shape(node.args[0]), shape(node)
+    return len(before) >= 2 and len(after) >= 2 and all(same_size(x, y) for x, y in zip(before[-2:], after[-2:], strict=True))
+
+
+def _explain(node: Node) -> Rejection | None:
+    """Whether a softmax lies further up, in which case ``node`` is what keeps the site from matching."""
+    first, seen = node, set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if is_call(current, *SOFTMAX):
+            name = getattr(first.target, "_schema", first).name
+            return Rejection(f"{name} stands between the softmax and the values", (first, current))
+        if current in seen or not is_call(current, *_SEEN_THROUGH):
+            continue
+        seen.add(current)
+        pending.extend(current.all_input_nodes)
+    return None

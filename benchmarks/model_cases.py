@@ -14,7 +14,7 @@ Inputs = dict[str, torch.Tensor]
 
 _QUICK_BATCH = 2
 _QUICK_TOKENS = 16
-_TIMM = importlib.util.find_spec("timm") is not None
+_TIMM = all(importlib.util.find_spec(package) for package in ("timm", "torchvision"))
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,13 @@ class Case:
     def build(self, device: torch.device, dtype: torch.dtype, *, quick: bool = False, attention: str = "") -> Any:
         """The model in evaluation mode with random weights; ``attention`` replaces the case's own implementation."""
         torch.manual_seed(0)
+        # transformers takes the dtype itself: casting afterwards would round rotary frequencies, which stay float32
         with device:
             model = self._timm_model() if self.source(quick) == "timm" else self._hf_model(dtype, quick, attention)
         _roughen(model)
-        return model.to(device=device, dtype=dtype).eval() if self.source(quick) == "timm" else model.eval()
+        if self.source(quick) == "timm":
+            model = model.to(dtype)
+        return model.to(device).eval()
 
     def make_inputs(self, device: torch.device, dtype: torch.dtype, *, seed: int, quick: bool = False) -> Inputs:
         """Fresh random inputs of the case's shape, as keyword arguments of the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ def _compile_one_kernel(device: torch.device) -> None:
 
 
 def _prepare(case: Case, settings: Settings, progress: Progress, result: CaseResult) -> _Bench:
-    torch._dynamo.reset()
+    _forget_previous_model()
     build, where = partial(case.build, quick=settings.quick), (settings.device, settings.dtype)
     model = build(*where)
     timed, checked = (case.make_inputs(*where, seed=seed, quick=settings.quick) for seed in (0, 1))
@@ -92,6 +93,14 @@ def _prepare(case: Case, settings: Settings, progress: Progress, result: CaseRes
     result.reference_dtype = expected.dtype
     progress.say(f"{case.name}: built with {result.source}, reference in {expected.dtype}")
     return _Bench(case, settings, progress, result, model, timed, checked, expected)
+
+
+def _forget_previous_model() -> None:
+    """Drop compiled code and the memory it holds. Peers of one model stay, side by side by backend."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _first_calls(bench: _Bench, peer: Peer, directory: Path) -> Forward | None:

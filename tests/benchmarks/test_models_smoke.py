@@ -50,6 +50,18 @@ def test_models_keeps_the_other_peers_where_one_fails_in_an_isolated_process(tmp
     assert measured["eager"]["timing"]["median_ms"] > 0
 
 
+def test_models_records_a_crashed_process_for_its_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crash = tmp_path / "crash"
+    crash.write_text("#!/bin/sh\nkill -ABRT $$\n")
+    crash.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(crash))
+    status, results = _run(tmp_path / "out.json", "--models", "vit", "t5", "--isolate", "--peers", "eager")
+    assert status == 1
+    reasons = [result["peers"]["eager"]["reason"] for result in results.values()]
+    assert len(reasons) == 2
+    assert all("ended with status -6 before it wrote a result" in reason for reason in reasons)
+
+
 def test_models_skips_and_says_so_after_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, results = _run(tmp_path / "out.json", "--models", "vit", "llama", "--peers", "eager", "--time-limit", "0")
     assert status == 0

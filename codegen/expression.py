@@ -214,6 +214,21 @@ def emit(expr: Expr, names: Mapping[str, str], captures: tuple[Kind, ...] = ()) 
     return text[1:-1] if _is_wrapped(text) else text
 
 
+def print_torch(expr: Expr) -> str:
+    """Print ``expr`` as PyTorch text over tensors named by its leaves (``Sq`` and ``Sk`` are tensors too), in float64."""
+    if not expr.args:
+        return str(expr).replace("inf", 'float("inf")').replace("nan", 'float("nan")')
+    rule = RULES[expr.op]
+    texts = [print_torch(a) for a in expr.args]
+    if expr.op == "float":
+        return f"{texts[0]}.double()"
+    if isinstance(rule.torch, type(operator.add)) and rule.torch.__module__ == operator.add.__module__:
+        return str(Expr(expr.op, tuple(Expr("symbol", value=text) for text in texts)))
+    if expr.op != "where":
+        texts = [f"torch.tensor({t})" if a.op == "const" else t for a, t in zip(expr.args, texts, strict=True)]
+    return f"torch.{rule.torch.__name__}({', '.join(texts)})"
+
+
 def helpers(text: str) -> tuple[str, ...]:
     """The definitions of the device functions that emitted ``text`` calls."""
     return tuple(HELPERS[name] for name in sorted(HELPERS) if re.search(rf"(?<![.\w]){name}\(", text))
@@ -280,7 +295,10 @@ def _lean(expr: Expr) -> Expr:
     def change(node: Expr) -> Expr:
         node = _fold(node)
         if node.op == "div" and _usable_divisor(node.args[1]):
-            return call("mul", node.args[0], const(1.0 / float(node.args[1].value or 0)))
+            node = call("mul", node.args[0], const(1.0 / float(node.args[1].value or 0)))
+        if node.op == "mul" and _is_real(node.args[1]) and node.args[0].op == "mul" and _is_real(node.args[0].args[1]):
+            inner, first = node.args[0].args
+            return call("mul", inner, _fold(call("mul", first, node.args[1])))
         if node.op == "pow" and node.args[1].value in (2, 3, 4) and node.args[1].op == "const":
             base = node.args[0]
             square = call("mul", base, base)
@@ -288,6 +306,10 @@ def _lean(expr: Expr) -> Expr:
         return node
 
     return expr.replace(change)
+
+
+def _is_real(expr: Expr) -> bool:
+    return expr.op == "const" and isinstance(expr.value, float) and 1e-30 < abs(expr.value) < 1e30
 
 
 def _usable_divisor(expr: Expr) -> bool:

@@ -1,0 +1,89 @@
+"""Gradients of an attention by recomputing its weights, in plain PyTorch.
+
+    x = score(s, captures), P = softmax(x), out = P·v
+    dv = Pᵀ·dout,  dP = dout·vᵀ,  dx = P∘(dP − Σ_j P∘dP + dlse),  ds = dx·∂score/∂s,  dq = ds·k,  dk = dsᵀ·q
+
+and for each captured tensor dx·∂score/∂c, summed over the axes along which it was broadcast. The weights are computed
+anew rather than from the log-sum-exp: that of a row filled with a finite stand-in for −inf has lost their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxopt.codegen.attention import reference
+from fxopt.codegen.expression import evaluate, gradient
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import S, capture
+
+
+def gradients(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    wanted: Sequence[bool],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """The gradients of ``q``, ``k``, ``v`` and of the captures that are ``wanted`` (``None`` for the others).
+
+    Args:
+        spec: the attention, without dropout.
+        q: ``[B, H, S, D]``.
+        k: ``[B, G, T, D]``.
+        v: ``[B, G, T, E]``.
+        captures: the captured tensors.
+        wanted: which of them need a gradient.
+        grad_out: ``[B, H, S, E]``, of the output.
+        grad_lse: ``[B, H, S]``, of the log-sum-exp, if it was read.
+    """
+    s_BHST = reference.raw_scores(spec, q, k)
+    readings = reference.read_captures(spec, captures, s_BHST)
+    env = reference.environment(spec, s_BHST)
+    x_BHST = reference.spread(evaluate(spec.score, env, readings), s_BHST)
+    mask = None if spec.mask is None else reference.kept(spec.mask, env, readings, s_BHST)
+    if mask is not None:
+        x_BHST = torch.where(mask, x_BHST, -math.inf)
+    p_BHST = reference.weights(spec, x_BHST)
+
+    def folded(x: Tensor) -> Tensor:
+        return reference.fold_heads(x, k, spec.kv_map)
+
+    dout = folded(grad_out.to(v.dtype))
+    dv = folded(p_BHST.to(v.dtype)).transpose(-2, -1) @ dout
+    dp_BHST = reference.unfold_heads(dout @ v.transpose(-2, -1), q, spec.kv_map).to(p_BHST.dtype)
+    flow_BHS1 = (p_BHST * dp_BHST).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        flow_BHS1 = flow_BHS1 - grad_lse.unsqueeze(-1)
+    dx_BHST = p_BHST * (dp_BHST - flow_BHS1)
+    if mask is not None:
+        dx_BHST = torch.where(mask, dx_BHST, 0.0)
+
+    def chained(leaf_index: int | None) -> Tensor:
+        leaf = S if leaf_index is None else capture(leaf_index)
+        return dx_BHST * evaluate(gradient(spec.score, leaf), env, readings)
+
+    ds = folded(chained(None).to(q.dtype))
+    dq = reference.unfold_heads(ds @ k, q, spec.kv_map)
+    dk = ds.transpose(-2, -1) @ folded(q)
+    dcaptures = [
+        _unread(chained(n), tensor, how) if want else None
+        for n, (tensor, how, want) in enumerate(zip(captures, spec.captures, wanted, strict=True))
+    ]
+    return dq, dk, dv, dcaptures
+
+
+def _unread(grad_BHST: Tensor, tensor: Tensor, how: Capture) -> Tensor:
+    """The transpose of reading a capture: sum over the axes it was broadcast along."""
+    axes = [axis for axis, letter in enumerate(how.dims) if letter == "-"]
+    grad = grad_BHST.sum(axes, keepdim=True) if axes else grad_BHST
+    if how.dims[0] == "p":
+        batch = torch.arange(grad.shape[0], device=grad.device)
+        grad = grad.new_zeros(tensor.shape).index_add(0, batch % tensor.shape[0], grad)
+    return grad.to(tensor.dtype)

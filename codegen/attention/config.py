@@ -1,0 +1,95 @@
+"""How a generated attention kernel is cut into blocks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from fxopt.errors import LoweringError
+
+_TEXT: Final = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)")
+#: Largest shared memory of one block in bytes, by compute capability (others: 99 KiB, what every later one has).
+_SHARED: Final[dict[tuple[int, int], int]] = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448}
+_SHARED_DEFAULT: Final = 101_376
+CANDIDATES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """``block_m`` query rows against ``block_n`` keys at a time, by ``num_warps`` warps, ``num_stages`` loads deep.
+
+    Prints as ``128x64w8s3``; `read_config` is the inverse.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.block_m, self.block_n, self.num_warps, self.num_stages)
+        powers = all(n > 0 and n & (n - 1) == 0 for n in sizes[:3])
+        if not powers or min(self.block_m, self.block_n) < 16 or self.num_stages < 1:
+            raise LoweringError(f"{self} is not a kernel configuration: blocks are powers of two from 16, warps of two")
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}"
+
+
+def read_config(text: str) -> Config:
+    """Read what ``str(Config)`` printed; raises `LoweringError` on anything else."""
+    match = _TEXT.fullmatch(text)
+    if match is None:
+        raise LoweringError(f"not a kernel configuration: {text!r}; an example is '128x64w8s3'")
+    return Config(*map(int, match.groups()))
+
+
+#: Best first, by padded head dimension; from what FlexAttention uses on Hopper, and smaller blocks for short sequences.
+_HALF: Final[dict[int, tuple[str, ...]]] = {
+    16: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
+    32: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
+    64: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
+    128: ("128x64w8s3", "64x64w4s3", "64x32w4s3", "16x64w4s3"),
+    256: ("128x64w8s2", "64x32w4s3", "32x64w4s2", "16x32w4s2"),
+}
+_HALF_SM80: Final[dict[int, tuple[str, ...]]] = {
+    16: ("128x64w4s3", "64x64w4s3", "16x64w4s3"),
+    32: ("128x64w4s3", "64x64w4s3", "16x64w4s3"),
+    64: ("128x64w4s3", "64x64w4s3", "16x64w4s3"),
+    128: ("128x32w4s3", "64x64w4s3", "64x32w4s3", "16x64w4s2"),
+    256: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
+}
+_SINGLE: Final[dict[int, tuple[str, ...]]] = {
+    16: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
+    32: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
+    64: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
+    128: ("32x32w4s2", "32x16w4s2", "16x32w4s2"),
+    256: ("32x16w4s1", "16x16w4s1"),
+}
+
+
+def padded(width: int) -> int:
+    """The power of two, from 16, that a head dimension is padded to."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def shared_bytes(config: Config, head_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+    """Shared memory that the query block and the key and value blocks in flight take."""
+    rows = config.block_m * padded(head_dim)
+    keys = config.num_stages * config.block_n * (padded(head_dim) + padded(value_dim))
+    return (rows + keys) * dtype.itemsize
+
+
+def fitting(
+    head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> tuple[Config, ...]:
+    """The configurations for these sizes that fit the device, best first, at most four; none for other dtypes."""
+    width = max(padded(head_dim), padded(value_dim))
+    half = _HALF if capability >= (9, 0) else _HALF_SM80
+    table = {torch.bfloat16: half, torch.float16: half, torch.float32: _SINGLE}.get(dtype, {})
+    limit = _SHARED.get(capability, _SHARED_DEFAULT)
+    configs = (read_config(text) for text in table.get(width, ()))
+    return tuple(c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit)[:CANDIDATES]

@@ -1,0 +1,117 @@
+"""Which keys a block of query rows needs, read off the mask.
+
+Conjuncts that compare the key with the query row, or with something that is the same for every row and key, bound the
+keys from above or below. Blocks outside all bounds are never visited, and in blocks inside all of them these conjuncts
+need not be evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from fxopt.codegen.expression import simplify
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import Expr, call, conjuncts, const, kind
+
+_FLIPPED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+_NEGATED: Final = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
+#: What brings a strict comparison of integers to the other kind: j < x is j <= x - 1.
+_SHIFT: Final = {"lt": -1, "le": 0, "gt": 1, "ge": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """``j <= slope·i + offset`` (``side="upper"``) or ``j >= slope·i + offset`` (``"lower"``).
+
+    ``slope`` is 0 or 1; ``offset`` is an integer expression that reads neither ``i`` nor ``j``.
+    """
+
+    side: Literal["upper", "lower"]
+    slope: int
+    offset: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRange:
+    """The bounds that a mask sets, and its conjuncts that set none."""
+
+    bounds: tuple[Bound, ...]
+    rest: tuple[Expr, ...]
+
+    def side(self, name: Literal["upper", "lower"]) -> tuple[Bound, ...]:
+        """The bounds from above or from below."""
+        return tuple(b for b in self.bounds if b.side == name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """``row·i + key·j + rest``."""
+
+    row: int
+    key: int
+    rest: Expr
+
+
+def key_range(spec: AttentionSpec) -> KeyRange:
+    """Split the mask of ``spec`` into bounds and the rest."""
+    bounds: list[Bound] = []
+    rest: list[Expr] = []
+    for term in conjuncts(spec.mask):
+        bound = _bound(term, spec.captures)
+        if bound is None:
+            rest.append(term)
+        else:
+            bounds.append(bound)
+    return KeyRange(tuple(bounds), tuple(rest))
+
+
+def is_uniform(capture: Capture) -> bool:
+    """Whether a captured tensor holds one value for all rows and keys of a head."""
+    return capture.dims[2:] == "--"
+
+
+def _bound(term: Expr, captures: Sequence[Capture]) -> Bound | None:
+    negated = term.op == "not"
+    comparison = term.args[0] if negated else term
+    if comparison.op not in _FLIPPED:
+        return None
+    op = _NEGATED[comparison.op] if negated else comparison.op
+    left, right = (_linear(a, captures) for a in comparison.args)
+    if left is None or right is None:
+        return None
+    row, key = left.row - right.row, left.key - right.key
+    if key not in (1, -1) or -row * key not in (0, 1):
+        return None
+    op = op if key == 1 else _FLIPPED[op]
+    offset = call("sub", right.rest, left.rest) if key == 1 else call("sub", left.rest, right.rest)
+    side: Literal["upper", "lower"] = "upper" if op in ("lt", "le") else "lower"
+    return Bound(side, -row * key, simplify(call("add", offset, const(_SHIFT[op]))))
+
+
+def _linear(expr: Expr, captures: Sequence[Capture]) -> _Linear | None:
+    if expr.op == "symbol" and expr.value in ("i", "j"):
+        return _Linear(int(expr.value == "i"), int(expr.value == "j"), const(0))
+    if _is_integer_offset(expr, captures):
+        return _Linear(0, 0, expr)
+    if expr.op not in ("add", "sub", "neg"):
+        return None
+    parts = [_linear(a, captures) for a in expr.args]
+    first, last = parts[0], parts[-1]
+    if first is None or last is None:
+        return None
+    if expr.op == "neg":
+        return _Linear(-first.row, -first.key, simplify(call("neg", first.rest)))
+    sign = 1 if expr.op == "add" else -1
+    rest = simplify(call(expr.op, first.rest, last.rest))
+    return _Linear(first.row + sign * last.row, first.key + sign * last.key, rest)
+
+
+def _is_integer_offset(expr: Expr, captures: Sequence[Capture]) -> bool:
+    for leaf in expr.walk():
+        if leaf.op == "symbol" and leaf.value in ("i", "j", "s"):
+            return False
+        if leaf.op == "capture" and not is_uniform(captures[int(leaf.value or 0)]):
+            return False
+    return kind(expr, tuple(c.kind for c in captures)) == "int"

@@ -1,0 +1,58 @@
+"""The loops over key blocks of a generated kernel: where they start and stop, and which blocks are full.
+
+Per block of rows ``first … last``: keys from ``start`` to ``stop`` count for some row, those from ``full_start`` to
+``full_stop``, whole blocks, for every row. Blocks before and after the full ones are bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from fxopt.codegen.attention.interval import Bound, KeyRange
+from fxopt.codegen.expression import simplify
+from fxopt.ir.expression import Expr, I, call, const
+
+#: Prints an expression, given the names of its leaves.
+Emitter = Callable[[Expr, Mapping[str, str]], str]
+
+
+def loop_spans(found: KeyRange) -> tuple[tuple[str, str, bool], ...]:
+    """The loops in order: where each starts, where it stops, and whether its blocks are bounded."""
+    if not found.side("lower"):
+        return (("0", "full_stop", False), ("full_stop", "stop", True))
+    return (
+        ("start_block", "tl.minimum(full_start, stop)", True),
+        ("full_start", "full_stop", False),
+        ("tl.maximum(full_start, full_stop)", "stop", True),
+    )
+
+
+def key_range_text(found: KeyRange, emit: Emitter) -> str:
+    """The lines that compute the limits which `loop_spans` names."""
+    upper, lower = found.side("upper"), found.side("lower")
+    lines = [f"stop = {_nested('minimum', 'Sk', (_limit(b, 'last', 1, emit) for b in upper))}"]
+    full_stop = _nested("minimum", "Sk", (_limit(b, "first", 1, emit) for b in upper))
+    lines.append(f"full_stop = {f'tl.maximum({full_stop}, 0)' if upper else 'Sk'} // BLOCK_N * BLOCK_N")
+    if lower:
+        start = _nested("maximum", "0", (_limit(b, "first", 0, emit) for b in lower))
+        full_start = _nested("maximum", "0", (_limit(b, "last", 0, emit) for b in lower))
+        lines.append(f"start_block = {start} // BLOCK_N * BLOCK_N")
+        lines.append(f"full_start = tl.cdiv({full_start}, BLOCK_N) * BLOCK_N")
+    return "\n".join(lines)
+
+
+def _limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:
+    offset = simplify(call("add", bound.offset, const(beyond)))
+    limit = simplify(call("add", I, offset)) if bound.slope else offset
+    text = emit(limit, {"i": row})
+    if not any(node.op == "capture" for node in offset.walk()):
+        return text
+    # Captured lengths may be int64; the loops run in int32, which any limit within the keys fits.
+    return f"tl.minimum(tl.maximum({text}, -1), Sk).to(tl.int32)"
+
+
+def _nested(function: str, first: str, others: Iterable[str]) -> str:
+    text = first
+    for other in others:
+        text = f"tl.{function}({text}, {other})"
+    return text

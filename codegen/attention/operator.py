@@ -1,0 +1,113 @@
+"""``fxopt::attention_forward``: an attention by a generated Triton kernel, as a PyTorch operator.
+
+On CUDA it runs the kernel, on the CPU the same maths in plain PyTorch; it has fake and autograd implementations, so it
+stands in graphs like any other operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.cache import import_source
+from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.backward import gradients
+from fxopt.codegen.attention.triton import KIND, objection, read_config, source
+from fxopt.errors import LoweringError
+from fxopt.ir.attention import AttentionSpec
+
+
+@torch.library.custom_op("fxopt::attention_forward", mutates_args=(), device_types="cpu")
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention as ``fxopt::attention`` means it, by the generated kernel of one configuration.
+
+    Args:
+        q: ``[B, H, S, D]``, any strides.
+        k: ``[B, G, T, D]``, any strides.
+        v: ``[B, G, T, E]``, any strides.
+        captures: the captured tensors, any strides.
+        spec: the printed `AttentionSpec`; dropout is not supported.
+        config: the printed `Config`.
+        with_lse: whether to return the log-sum-exp of the logits.
+
+    Returns:
+        ``out [B, H, S, E]`` as the specification lays it out, and ``lse [B, H, S]`` in float32 (empty without
+        ``with_lse``).
+
+    Raises:
+        LoweringError: the kernel cannot serve the specification or the operands.
+    """
+    meaning = _checked(q, k, v, captures, spec)
+    logits_BHST = reference.logits(meaning, q, k, captures)
+    weights_BHST = reference.weights(meaning, logits_BHST).to(v.dtype)
+    out = reference.fold_heads(weights_BHST, v, meaning.kv_map) @ v
+    out = reference.lay_out(meaning, reference.unfold_heads(out, q, meaning.kv_map))
+    lse = torch.logsumexp(logits_BHST, -1) if with_lse else q.new_empty(0)
+    return out, lse.float()
+
+
+@attention_forward.register_kernel("cuda")
+def _cuda(
+    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    _checked(q, k, v, captures, spec)
+    kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
+    out, lse = kernel.launch(q, k, v, captures, with_lse)
+    return out, lse
+
+
+@lru_cache(maxsize=1024)
+def module(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> ModuleType:
+    """The generated module for printed ``spec`` and ``config``, from the source cache."""
+    text = source(reference.specification(spec), head_dim, value_dim, dtype, read_config(config))
+    return import_source(KIND, text)
+
+
+@attention_forward.register_fake
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    meaning = _checked(q, k, v, captures, spec)
+    batch, heads, rows, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+    if meaning.out_layout == "bhsd":
+        out = q.new_empty((batch, heads, rows, width), dtype=meaning.out_dtype)
+    else:
+        out = q.new_empty((batch, rows, heads, width), dtype=meaning.out_dtype).transpose(1, 2)
+    return out, q.new_empty((batch, heads, rows) if with_lse else (0,), dtype=torch.float32)
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> AttentionSpec:
+    meaning = reference.specification(spec)
+    devices = {x.device for x in (q, k, v, *captures)}
+    if not q.dtype == k.dtype == v.dtype or len(devices) > 1:
+        shown = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise LoweringError(f"attention operands must share dtype and device, found {shown}; lower it to ATen instead")
+    reason = objection(meaning, q.shape[3], v.shape[3], q.dtype)
+    # Elsewhere than on CUDA no kernel is generated, and float64 serves as an oracle.
+    if reason is not None and (q.is_cuda or meaning.dropout):
+        raise LoweringError(f"no Triton kernel for this attention: {reason}; lower it to ATen instead ({meaning})")
+    return meaning
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, captures, spec, _, with_lse = inputs
+    ctx.save_for_backward(q, k, v, *captures)
+    ctx.spec, ctx.with_lse = spec, with_lse
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, *captures = ctx.saved_tensors
+    wanted = [bool(need) for need in ctx.needs_input_grad[3]]
+    spec = reference.specification(ctx.spec)
+    lse = grad_lse if ctx.with_lse else None
+    return (*gradients(spec, q, k, v, captures, wanted, grad_out, lse), None, None, None)
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,59 @@
+"""The part of a generated file that runs when it is run: a reference in plain PyTorch, a check and a timing."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from fxopt.codegen.expression import print_torch
+from fxopt.ir.attention import AttentionSpec, Capture
+
+_SERVED: Final = {
+    "group": "head // (q.shape[1] // k.shape[1])",
+    "tile": "head % k.shape[1]",
+}
+_SIZE: Final = {"b": "batch", "h": "8", "i": "length", "j": "length", "-": "1", "p": "2"}
+_INDEX: Final = {
+    "b": "torch.arange(q.shape[0], device=q.device)[:, None, None, None]",
+    "h": "head[:, None, None]",
+    "i": "torch.arange(q.shape[2], device=q.device)[:, None]",
+    "j": "torch.arange(k.shape[2], device=q.device)",
+    "Sq": "torch.tensor(q.shape[2], device=q.device)",
+    "Sk": "torch.tensor(k.shape[2], device=q.device)",
+}
+
+
+def script_holes(spec: AttentionSpec, dtype: torch.dtype) -> dict[str, str]:
+    """What the script template wants to know of ``spec``."""
+    expressions = [e for e in (spec.score, spec.mask) if e is not None]
+    read = {str(n.value) for e in expressions for n in e.walk() if n.op == "symbol"}
+    symbols = [f"{name} = {text}" for name, text in _INDEX.items() if name in read]
+    captures = [_reading(n, c) for n, c in enumerate(spec.captures)]
+    mask = f'x = torch.where({print_torch(spec.mask)}, x, float("-inf"))' if spec.mask is not None else ""
+    zero = 'torch.where((x == float("-inf")).all(-1, keepdim=True), 0.0, out)'
+    drawn = ",\n    ".join(_draw(c) for c in spec.captures)
+    return {
+        "served": _SERVED[spec.kv_map],
+        "reference_symbols": "\n".join(symbols + captures),
+        "reference_score": print_torch(spec.score),
+        "reference_mask": mask,
+        "reference_result": "out" if spec.empty_rows == "nan" else zero,
+        "dtype": str(dtype).removeprefix("torch."),
+        "main_captures": f"captures = (\n    {drawn},\n)" if drawn else "captures = ()",
+    }
+
+
+def _reading(index: int, capture: Capture) -> str:
+    wide = ".double()" if capture.kind == "float" else ""
+    periodic = f"[torch.arange(q.shape[0], device=q.device) % captures[{index}].shape[0]]"
+    return f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{wide}"
+
+
+def _draw(capture: Capture) -> str:
+    shape = ", ".join(_SIZE[letter] for letter in capture.dims)
+    if capture.kind == "bool":
+        return f'torch.rand({shape}, device="cuda") < 0.8'
+    if capture.kind == "int":
+        return f'torch.randint(1, 100, ({shape}), device="cuda", dtype={capture.dtype})'
+    return f'torch.randn({shape}, device="cuda", dtype={capture.dtype})'

@@ -1,0 +1,72 @@
+"""The exponential of a generated kernel's softmax: one fused multiply-add per logit where that is safe.
+
+A logit ``x`` enters the softmax as ``exp2(x·log2(e) − shift·log2(e))``. A positive constant factor of the score is taken
+out and folded into log2(e), so that a plainly scaled score costs no extra multiplication.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.expression import Expr
+
+_LOG2E: Final = math.log2(math.e)
+#: Constants of this size and captured tensors may be finite stand-ins for −inf, which log2(e) would overflow.
+_HUGE: Final = 1e30
+
+
+@dataclass(frozen=True, slots=True)
+class Exponent:
+    """The pieces of text of a softmax over ``x = inner·factor``, kept in units of ``inner``.
+
+    Attributes:
+        inner: what the kernel computes as ``x``.
+        factor: the positive constant taken out.
+        unit: a line before the exponential, or nothing.
+        text: the exponent of 2 of a weight.
+        scale: what turns a difference of maxima into an exponent of 2.
+    """
+
+    inner: Expr
+    factor: float
+    unit: str
+    text: str
+    scale: str
+
+
+def exponent(spec: AttentionSpec, exact: bool) -> Exponent:
+    """Plan the softmax of ``spec``; ``exact`` subtracts before scaling (one instruction more, for float32 inputs)."""
+    inner, factor = (spec.score, 1.0) if _may_be_huge(spec) else _split_factor(spec.score)
+    scale = repr(factor * _LOG2E)
+    if exact:
+        return Exponent(inner, factor, "", f"(x - shift[:, None]) * {scale}", scale)
+    if not _may_be_huge(spec):
+        return Exponent(inner, factor, "", f"x * {scale} - (shift * {scale})[:, None]", scale)
+    # Around a huge maximum weights are 0 or 1 in any base, and the product with log2(e) would overflow.
+    unit = f"unit = tl.where(tl.abs(shift) < 1e38, {scale}, 1.0)"
+    return Exponent(inner, factor, unit, "x * unit[:, None] - (shift * unit)[:, None]", scale)
+
+
+def _may_be_huge(spec: AttentionSpec) -> bool:
+    for leaf in spec.score.walk():
+        if leaf.op == "capture" and spec.captures[int(leaf.value or 0)].kind == "float":
+            return True
+        if isinstance(leaf.value, (int, float)) and leaf.op == "const" and _HUGE < abs(leaf.value) < math.inf:
+            return True
+    return False
+
+
+def _split_factor(score: Expr) -> tuple[Expr, float]:
+    if score.op not in ("mul", "div"):
+        return score, 1.0
+    first, second = score.args
+    if score.op == "mul" and first.op == "const":
+        first, second = second, first
+    if second.op != "const" or not 1e-6 < float(second.value or 0) < 1e6:
+        return score, 1.0
+    inner, factor = _split_factor(first)
+    value = float(second.value or 0)
+    return inner, factor * value if score.op == "mul" else factor / value

@@ -1,0 +1,201 @@
+"""From an attention specification to the source of its forward kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Final
+
+import torch
+
+from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.config import Config, padded
+from fxopt.codegen.attention.interval import KeyRange, key_range
+from fxopt.codegen.attention.loops import key_range_text, loop_spans
+from fxopt.codegen.attention.script import script_holes
+from fxopt.codegen.attention.softmax import Exponent, exponent
+from fxopt.codegen.attention.template import ATTEND, HEADER, KERNEL, LAUNCH, LOOP, MAIN, fill, listing
+from fxopt.codegen.expression import emit, helpers
+from fxopt.ir.attention import NAME_OF, AttentionSpec
+from fxopt.ir.expression import Expr, S, conjunction, conjuncts
+
+_KV_HEAD: Final = {"group": "h // (heads // kv_heads)", "tile": "h % kv_heads"}
+_KV_HEAD_MATHS: Final = {"group": "h // (H/G)", "tile": "h mod G"}
+_ORDER: Final = {"bhsd": "[B, H, S, E]", "bshd": "[B, S, H, E]"}
+_ALLOCATE: Final = {
+    "bhsd": "torch.empty((batch, heads, rows, {width}), dtype={dtype}, device=q.device)",
+    "bshd": "torch.empty((batch, rows, heads, {width}), dtype={dtype}, device=q.device).transpose(1, 2)",
+}
+_RESULT: Final = {
+    "nan": "acc / total[:, None]",
+    "zero": "tl.where(total == 0, 0.0, acc / total[:, None])",
+}
+_STRIDES: Final = {"q": "bhid", "k": "bhjd", "v": "bhje", "out": "bhi"}
+_AXIS: Final = {"b": 0, "h": 1, "i": 2, "j": 2, "d": 3, "e": 3}
+#: Constants of a block update, besides the sizes written into it.
+_CONSTANTS: Final = ("BLOCK_N", "PRECISION", "FAST_TANH", "BOUNDED")
+_COLUMNS: Final = """\
+if BOUNDED:
+    column = tl.minimum(n, Sk - 1 - start).to(tl.int64)
+else:
+    column = n.to(tl.int64)"""
+
+
+@dataclass(frozen=True)
+class KernelText:
+    """The source for one specification, pair of head dimensions, input dtype and configuration."""
+
+    spec: AttentionSpec
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    config: Config
+
+    def __str__(self) -> str:
+        holes = {**self._description, **self._attend, **self._kernel, **self._launch}
+        body = "".join(fill(part, holes) for part in (ATTEND, KERNEL, LAUNCH))
+        devices = "".join(f"\n{text}\n" for text in helpers(body))
+        return fill(HEADER, holes) + devices + body + fill(MAIN, {**holes, **script_holes(self.spec, self.dtype)})
+
+    @cached_property
+    def _range(self) -> KeyRange:
+        return key_range(self.spec)
+
+    @cached_property
+    def _captures(self) -> tuple[CapturedTensor, ...]:
+        return captured_tensors(self.spec)
+
+    @cached_property
+    def _exponent(self) -> Exponent:
+        return exponent(self.spec, exact=self.dtype is torch.float32)
+
+    @property
+    def _description(self) -> dict[str, str]:
+        spec = self.spec
+        return {
+            "version": version("fxopt"),
+            "spec": "\n".join(f"    {field}" for field in str(spec).split("; ")),
+            "config": str(self.config),
+            "head_dim": str(self.head_dim),
+            "value_dim": str(self.value_dim),
+            "kv_head_maths": _KV_HEAD_MATHS[spec.kv_map],
+            "score_maths": str(spec.score),
+            "captures": "\n".join(c.description for c in self._captures),
+            "kept": "" if spec.mask is None else f" with {spec.mask}",
+            "empty": "NaN" if spec.empty_rows == "nan" else "0",
+            "out_dtype": NAME_OF[spec.out_dtype],
+            "out_order": _ORDER[spec.out_layout],
+        }
+
+    @property
+    def _attend(self) -> dict[str, str]:
+        """The holes of the block update."""
+        in_loop = [c for c in self._captures if c.in_loop]
+        d_inside, e_inside = self._inside("d[:, None]", self.head_dim), self._inside("e[None, :]", self.value_dim)
+        return {
+            "attend_parameters": listing((*self._attend_names, *_CONSTANTS), annotate=True),
+            "k_mask_bounded": _both("j < Sk", d_inside),
+            "v_mask_bounded": _both("(start + n)[:, None] < Sk", e_inside),
+            "k_mask": f", mask={d_inside}, other=0.0" if d_inside else "",
+            "v_mask": f", mask={e_inside}, other=0.0" if e_inside else "",
+            "columns": _COLUMNS if in_loop else "",
+            "load_captures": "\n".join(c.load_in_loop for c in in_loop),
+            "score": self._emit(self._exponent.inner),
+            "widen": "" if self._exponent.inner.reads(S) else "x = tl.zeros_like(s) + x",
+            "masks": self._masks,
+            "unit": self._exponent.unit,
+            "exponent": self._exponent.text,
+            "scale": self._exponent.scale,
+        }
+
+    @property
+    def _masks(self) -> str:
+        """The lines that set the logits outside the mask; full blocks leave out what bounds the keys."""
+        bounded = [f"    kept &= {self._emit(term)}" for term in conjuncts(self.spec.mask)]
+        lines = ["if BOUNDED:", "    kept = j < Sk", *bounded, '    x = tl.where(kept, x, float("-inf"))']
+        if self._range.rest:
+            lines += ["else:", f"    x = tl.where({self._emit(conjunction(self._range.rest))}, x, float(\"-inf\"))"]
+        return "\n".join(lines)
+
+    @property
+    def _attend_names(self) -> tuple[str, ...]:
+        captures = (name for c in self._captures for name in c.attend_names)
+        padding = ("d",) * self._is_padded(self.head_dim) + ("e",) * self._is_padded(self.value_dim)
+        tiles = ("q", "k_tile", "v_tile", *captures, "start", "k_stride_j", "v_stride_j", *padding)
+        expressions = [e for e in (self.spec.score, self.spec.mask) if e is not None]
+        read = {str(leaf.value) for e in expressions for leaf in e.walk() if leaf.op == "symbol"}
+        symbols = (name for name in ("b", "h", "i", "Sq") if name in read)
+        return ("acc", "total", "peak", *tiles, *symbols, "Sk")
+
+    @property
+    def _kernel(self) -> dict[str, str]:
+        """The holes of the kernel around it."""
+        ranged = any(b.slope for b in self._range.side("upper"))
+        e_inside = self._inside("e[None, :]", self.value_dim)
+        d_inside = self._inside("d[None, :]", self.head_dim)
+        constants = ("BLOCK_M", *_CONSTANTS[:-1], "BLOCK_D", "BLOCK_E", "WITH_LSE")
+        sizes = ("heads", "kv_heads", "Sq", "Sk", *(p for c in self._captures for p in c.period))
+        factor = self._exponent.factor
+        return {
+            "unspecialized": "[" + ", ".join(f'"{name}"' for name in sizes) + "]",
+            "kernel_parameters": listing((*self._pointers, *self._strides, *sizes, *constants), annotate=True),
+            "row_block": "blocks - 1 - program % blocks" if ranged else "program % blocks",
+            "kv_head": _KV_HEAD[self.spec.kv_map],
+            "q_mask": f", mask={d_inside}, other=0.0" if d_inside else "",
+            "capture_bases": "\n".join(c.base for c in self._captures),
+            "key_range": key_range_text(self._range, self._emit),
+            "loops": "\n".join(self._loop(*span) for span in loop_spans(self._range)),
+            "result": _RESULT[self.spec.empty_rows],
+            "out_mask": _both("rows < Sq", e_inside),
+            "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
+        }
+
+    def _loop(self, first: str, last: str, bounded: bool) -> str:
+        arguments = (*self._attend_names, *(f"{name}={name}" for name in _CONSTANTS[:-1]), f"BOUNDED={bounded}")
+        return fill(LOOP, {"first": first, "last": last, "arguments": listing(arguments)}).rstrip("\n")
+
+    @property
+    def _pointers(self) -> tuple[str, ...]:
+        return ("q_ptr", "k_ptr", "v_ptr", *(f"{c.name}_ptr" for c in self._captures), "out_ptr", "lse_ptr")
+
+    @property
+    def _strides(self) -> tuple[str, ...]:
+        named = tuple(f"{tensor}_stride_{axis}" for tensor, axes in _STRIDES.items() for axis in axes)
+        return (*named, *(name for c in self._captures for name in c.strides))
+
+    @property
+    def _launch(self) -> dict[str, str]:
+        """The holes of the host side."""
+        names = [c.name for c in self._captures]
+        strides = [f"{t}.stride({_AXIS[axis]})" for t, axes in _STRIDES.items() for axis in axes]
+        captured = [value for c in self._captures for value in c.stride_values]
+        periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
+        pads = (f"BLOCK_D={padded(self.head_dim)}", f"BLOCK_E={padded(self.value_dim)}")
+        blocks = (f"BLOCK_M={self.config.block_m}", f"BLOCK_N={self.config.block_n}", *pads)
+        switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", "WITH_LSE=with_lse")
+        options = (f"num_warps={self.config.num_warps}", f"num_stages={self.config.num_stages}")
+        sizes = ("heads", "kv_heads", "rows", "keys", *periods)
+        arguments = ("q", "k", "v", *names, "out", "lse", *strides, *captured, *sizes, *blocks, *switches, *options)
+        return {
+            "allocate": _ALLOCATE[self.spec.out_layout].format(width=self.value_dim, dtype=self.spec.out_dtype),
+            "unpack_captures": f"{', '.join(names)}{',' * (len(names) == 1)} = captures" if names else "",
+            "block_m": str(self.config.block_m),
+            "launch_arguments": listing(arguments),
+        }
+
+    def _emit(self, expr: Expr | None, names: Mapping[str, str] = MappingProxyType({})) -> str:
+        return "" if expr is None else emit(expr, names, self.spec.capture_kinds)
+
+    @staticmethod
+    def _is_padded(width: int) -> bool:
+        return width != padded(width)
+
+    def _inside(self, index: str, width: int) -> str:
+        return f"{index} < {width}" if self._is_padded(width) else ""
+
+
+def _both(first: str, second: str) -> str:
+    return " & ".join(f"({text})" for text in (first, second)) if first and second else first or second

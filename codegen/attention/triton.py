@@ -1,0 +1,63 @@
+"""The portable Triton kernel of an attention: which configurations to try, and its source."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from fxopt.codegen.attention.config import Config, fitting, read_config
+from fxopt.codegen.attention.source import KernelText
+from fxopt.errors import LoweringError
+from fxopt.ir.attention import AttentionSpec
+
+__all__ = ["KIND", "Config", "candidates", "objection", "read_config", "source"]
+
+#: The kind under which generated attention sources are kept in the cache.
+KIND: Final = "attention_triton"
+_LARGEST_HEAD: Final = 256
+
+
+def objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
+    """Why no kernel can be generated, as a sentence, or ``None`` when one can."""
+    if spec.dropout:
+        return f"generated kernels apply no dropout (it is {spec.dropout})"
+    if max(head_dim, value_dim) > _LARGEST_HEAD or min(head_dim, value_dim) < 1:
+        return f"head dimensions must be 1 to {_LARGEST_HEAD}, not {head_dim} and {value_dim}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"inputs must be bfloat16, float16 or float32, not {dtype}"
+    wide = [n for n, c in enumerate(spec.captures) if c.dtype is torch.float64]
+    if wide or spec.out_dtype is torch.float64:
+        return "float64 captures and results need float64 arithmetic, which the kernel does not have"
+    return None
+
+
+def candidates(
+    spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> tuple[Config, ...]:
+    """The configurations worth measuring, best guess first, at most four; none where no kernel can be generated.
+
+    Args:
+        spec: the attention.
+        head_dim: ``D``, of queries and keys.
+        value_dim: ``E``, of values.
+        dtype: of ``q``, ``k`` and ``v``.
+        capability: of the device, as ``torch.cuda.get_device_capability`` gives it.
+    """
+    if objection(spec, head_dim, value_dim, dtype) is not None:
+        return ()
+    return fitting(head_dim, value_dim, dtype, capability)
+
+
+def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: Config) -> str:
+    """The source of the forward kernel: a module that defines ``launch(q, k, v, captures, with_lse)`` and runs alone.
+
+    The same arguments always give the same text.
+
+    Raises:
+        LoweringError: no kernel can be generated; `objection` says why.
+    """
+    reason = objection(spec, head_dim, value_dim, dtype)
+    if reason is not None:
+        raise LoweringError(f"no Triton kernel for this attention: {reason}; lower it to ATen instead ({spec})")
+    return str(KernelText(spec, head_dim, value_dim, dtype, config))

@@ -73,8 +73,8 @@ def _softmax_hint(softmax: Node) -> str:
     if "log_softmax" in name:
         return f"no rule fits: the weights are logarithms; the nearest accepted form is {ACCEPTED}"
     if "softmax" in name and isinstance(axis, int) and rank and axis % rank != rank - 1:
-        where = f"axis {axis} of {rank}"
-        return f"no rule fits: the softmax runs over {where}, not over the last; the nearest accepted form is {ACCEPTED}"
+        where = f"axis {axis} of {rank}, not over the last"
+        return f"no rule fits: the softmax runs over {where}; the nearest accepted form is {ACCEPTED}"
     return f"no rule fits; the nearest accepted form is {ACCEPTED}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -26,7 +27,7 @@ _SHAPE_ONLY: Final = frozenset({"to", "_to_copy", "type_as", "contiguous", "clon
 
 
 def packet(node: Node) -> str:
-    """The operator's name without namespace and overload (``softmax`` of ``aten.softmax.int``); empty for other nodes."""
+    """The operator's name without namespace and overload (``softmax`` of ``aten.softmax.int``), or ``""``."""
     target = node.target
     if node.op != "call_function":
         return ""
@@ -64,24 +65,20 @@ def is_contraction(node: Node) -> bool:
     return packet(node) in CONTRACTIONS
 
 
+@dataclass(frozen=True)
 class Reach:
-    """What a walk found: the ``ends`` where it was to stop, and the nodes ``between``, each in the order of discovery."""
+    """What a walk found: the ``ends`` where it was to stop, and the nodes ``between``, in the order of discovery."""
 
-    def __init__(self, ends: tuple[Node, ...], between: tuple[Node, ...]) -> None:
-        self.ends = ends
-        self.between = between
+    ends: tuple[Node, ...]
+    between: tuple[Node, ...]
 
 
-def upstream(
-    node: Node, stop: Callable[[Node], bool], through: Callable[[Node], bool] = is_transparent
-) -> Reach:
+def upstream(node: Node, stop: Callable[[Node], bool], through: Callable[[Node], bool] = is_transparent) -> Reach:
     """Follow operands of ``node`` back to the nodes where ``stop`` holds, as long as ``through`` holds."""
     return _walk(node.all_input_nodes, stop, through, lambda n: n.all_input_nodes)
 
 
-def downstream(
-    node: Node, stop: Callable[[Node], bool], through: Callable[[Node], bool] = is_transparent
-) -> Reach:
+def downstream(node: Node, stop: Callable[[Node], bool], through: Callable[[Node], bool] = is_transparent) -> Reach:
     """Follow readers of ``node`` to the nodes where ``stop`` holds, as long as ``through`` holds."""
     return _walk(node.users, stop, through, lambda n: n.users)
 
@@ -116,7 +113,7 @@ def origin(node: object) -> object:
 
 
 def is_parameter(program: Program, node: object) -> bool:
-    """Whether ``node``, behind views and casts, is a parameter, buffer or constant of the model rather than an input."""
+    """Whether ``node``, behind views and casts, is a parameter, buffer or constant of the model, not an input."""
     node = origin(node)
     if not isinstance(node, Node):
         return False
@@ -140,7 +137,7 @@ def is_projection(program: Program, node: Node) -> bool:
 
 
 def contracts_parameter(program: Program, node: Node) -> bool:
-    """Whether a contracted operand of ``node`` is provably a parameter (the added operand of ``addmm`` does not count)."""
+    """Whether a contracted operand of ``node`` is provably a parameter (what ``addmm`` adds does not count)."""
     operands = node.all_input_nodes
     if packet(node) in ("addmm", "baddbmm", "addbmm", "addmv"):
         operands = [n for n in node.args[1:3] if isinstance(n, Node)]

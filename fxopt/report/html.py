@@ -18,13 +18,14 @@ th, td { text-align: left; vertical-align: top; padding: .35rem .7rem; border-bo
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
 tr.rewritten td:nth-child(2) { color: #146c2e; } tr.kept td:nth-child(2) { color: #8a4b00; }
 """
+_SITE_COLUMNS: Final = ("kind", "status", "count", "rule", "what or why", "where")
 
 
 def render_html(report: Report) -> str:
     """``report`` as a page. Every text is escaped, and control characters are written out."""
     sections = [
         f"<p>{'<br>'.join(map(_text, headlines(report)))}</p>",
-        _table("Sites", ("kind", "status", "count", "rule", "what or why", "where"), map(_site, group_sites(report.sites))),
+        _table("Sites", _SITE_COLUMNS, map(_site, group_sites(report.sites))),
         _table("Passes", ("pass", "tier", "did", "time", "rolled back"), _passes(report)),
         _table("Decisions", ("nodes", "runs as", "why", "measured"), _decisions(report)),
         _notes(report),

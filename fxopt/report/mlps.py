@@ -12,7 +12,7 @@ from fxopt.report.flow import Reach, downstream, is_contraction, is_projection, 
 from fxopt.report.found import Found
 
 _ACTIVATIONS: Final = frozenset(
-    {"gelu", "silu", "relu", "relu6", "glu", "elu", "selu", "celu", "leaky_relu", "prelu", "mish", "hardswish", "softplus"}
+    {"gelu", "silu", "relu", "relu6", "glu", "elu", "selu", "celu", "leaky_relu", "prelu", "mish", "hardswish"}
 )
 #: Parts of activations that are written out: ``x * f(x)``.
 _GATES: Final = frozenset({"sigmoid", "tanh", "erf", "erfc"})
@@ -69,5 +69,5 @@ def _is_unary(node: Node) -> bool:
 def _hint(activation: Node) -> str:
     name = packet(activation)
     if name in _GATES:
-        return f"no rule fits the activation written out around {name}; the nearest accepted forms are gelu, silu and glu"
+        return f"no rule fits what is written out around {name}; the nearest accepted forms are gelu, silu and glu"
     return f"linear, {name} and linear already are one operator each and are left to the base compiler"

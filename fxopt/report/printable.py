@@ -9,7 +9,7 @@ _CONTROL: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def printable(text: str) -> str:
-    """``text`` on one line: white space collapsed to single blanks, control and format characters as ``\\xNN`` escapes."""
+    r"""``text`` on one line: white space collapsed to blanks, control and format characters as ``\xNN`` escapes."""
     return "".join(_escape(c) if unicodedata.category(c) in _CONTROL else c for c in " ".join(text.split()))
 
 

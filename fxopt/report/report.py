@@ -111,7 +111,7 @@ class Report:
         return read_report(text)
 
     def save_html(self, path: str | Path) -> Path:
-        """Write the report as one self-contained page (no scripts, nothing loaded from elsewhere) and return its path."""
+        """Write the report as one self-contained page (no script, nothing loaded) and return its path."""
         from fxopt.report.html import render_html
 
         target = Path(path)

@@ -37,7 +37,7 @@ def read_report(text: str) -> Report:
     except ValueError as error:
         raise ReportError(f"this is not a report: it is not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ReportError(f"this is not a report: it lacks \"schema\": \"{SCHEMA}\"")
+        raise ReportError(f'this is not a report: it lacks "schema": "{SCHEMA}"')
     if document.get("version") != VERSION:
         found = document.get("version")
         raise ReportError(f"the report has version {found!r}, this fxopt reads {VERSION}; explain the model again")

@@ -28,8 +28,9 @@ _CANONICAL = {"attention": "attention", "layer_norm": "norm", "rms_norm": "norm"
 def collect_sites(result: PipelineResult) -> tuple[Site, ...]:
     """Every attention, norm and MLP of the model, in the order of the final graph.
 
-    Rewritten sites come from the rules that rewrote them. Kept ones are found in the final program, each with the reason
-    of the rule that came nearest. A site rewritten twice (made canonical, then fused) is listed once, with the last rule.
+    Rewritten sites come from the rules that rewrote them. Kept ones are found in the final program, each with the
+    reason of the rule that came nearest. A site rewritten twice (made canonical, then fused) is listed once, with the
+    last rule.
     """
     rewritten = _rewritten(result)
     touched = {(site.kind, name) for site in rewritten for name in site.nodes}

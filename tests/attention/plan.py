@@ -1,0 +1,57 @@
+"""Which conditions each case runs under: all that decide, and a rotating sample of the rest of the product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import torch
+
+from fxopt.testing import SIZE_COLLISIONS
+from tests.attention.case import Mode
+from tests.attention.check import Run, runs
+from tests.attention.further_spellings import FURTHER
+from tests.attention.near_misses import NEAR_MISSES
+from tests.attention.spellings import SPELLINGS
+
+Condition = tuple[Mode, str, torch.dtype]
+
+_ALWAYS: Final[tuple[Condition, ...]] = (
+    ("inference", "static", torch.float32),
+    ("training", "static", torch.float32),
+    ("inference", "all-equal", torch.float32),
+)
+_SPELLINGS_TOO: Final[tuple[Condition, ...]] = (
+    ("inference", "dynamic", torch.float32),
+    ("inference", "static", torch.bfloat16),
+    ("inference", "static", torch.float16),
+)
+_ROTATING: Final[tuple[Condition, ...]] = (
+    *(("inference", collision, torch.float32) for collision in SIZE_COLLISIONS if collision != "all-equal"),
+    ("training", "dynamic", torch.float32),
+    ("training", "dynamic", torch.bfloat16),
+    ("training", "static", torch.float16),
+    ("training", "B=1", torch.float32),
+    ("inference", "dynamic", torch.float32),
+)
+
+
+def _rotating(position: int) -> Condition:
+    return _ROTATING[position % len(_ROTATING)]
+
+
+def _spelling_conditions(position: int) -> Iterable[Condition]:
+    return (*_ALWAYS, *_SPELLINGS_TOO, _rotating(position))
+
+
+def _near_miss_conditions(position: int) -> Iterable[Condition]:
+    return (*_ALWAYS, _rotating(position))
+
+
+SPELLING_RUNS: Final[list[Run]] = runs((*SPELLINGS, *FURTHER), _spelling_conditions)
+NEAR_MISS_RUNS: Final[list[Run]] = runs(NEAR_MISSES, _near_miss_conditions)
+
+
+def planned_keys() -> list[tuple[str, ...]]:
+    """The keys of all runs, in order."""
+    return [run.key for run in (*SPELLING_RUNS, *NEAR_MISS_RUNS)]

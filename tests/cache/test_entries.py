@@ -88,7 +88,9 @@ def test_json_is_replaced_by_a_later_write(folder: Path) -> None:
     assert only_entry(folder).name == f"{hashlib.sha256(b'key').hexdigest()}.json"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), b"bytes", {1, 2}], ids=repr)
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), object(), b"bytes", {1, 2}], ids=lambda value: type(value).__name__
+)
 def test_value_that_is_not_json_is_the_callers_error(folder: Path, value: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         cache.write_json("decisions", "key", value)

@@ -58,5 +58,9 @@ class TargetError(FxoptError, ValueError):
     """A command-line target that can't be loaded, or that gives something other than a model with its inputs."""
 
 
+class TargetRunError(FxoptError, RuntimeError):
+    """The code of a command-line target raised: while it was imported, or when its factory or model was called."""
+
+
 class FxoptWarning(UserWarning):
     """Something was asked for and not done, or a fallback was taken; said once per place."""

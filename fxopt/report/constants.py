@@ -23,7 +23,7 @@ _LITERAL_DTYPES: Final = frozenset(
 
 @dataclass
 class Constants:
-    """The files of raw bytes that the listings of one dump need, by their path in it, with dtype and shape."""
+    """The files of raw bytes that the listings of one dump need, by their path in the dump, with dtype and shape."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     layout: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Constants:
         if sys.byteorder != "little":
             raise DumpError("constants are stored as little-endian bytes, which this machine does not use")
         data = ctypes.string_at(value.data_ptr(), value.numel() * value.element_size())
-        name = f"constants/{hashlib.sha256(data).hexdigest()[:24]}.bin"
-        self.files[name] = data
-        self.layout[name] = {"dtype": str(value.dtype), "shape": list(value.shape)}
+        name = f"{hashlib.sha256(data).hexdigest()[:24]}.bin"
+        self.files[f"constants/{name}"] = data
+        self.layout[f"constants/{name}"] = {"dtype": str(value.dtype), "shape": list(value.shape)}
         return name

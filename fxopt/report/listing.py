@@ -16,7 +16,7 @@ from fxopt.ir.site import Source
 from fxopt.report.constants import Constants
 from fxopt.report.flow import namespace
 from fxopt.report.literal import Unavailable, hint, literal, target
-from fxopt.report.names import Names
+from fxopt.report.names import Names, is_identifier
 from fxopt.report.printable import printable
 
 _RESERVED: Final = frozenset(
@@ -54,7 +54,7 @@ def random_input(shape, strides, dtype, device):
 
 def load(name, dtype, shape, device):
     """A constant from its raw little-endian bytes beside this file."""
-    data = bytearray(Path(__file__).with_name("constants").joinpath(Path(name).name).read_bytes())
+    data = bytearray(Path(__file__).with_name("constants").joinpath(name).read_bytes())
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape).to(device)
 
 
@@ -181,8 +181,7 @@ class _Class:
         if node.op != "call_function":
             return ""
         given = [literal(value, self.names) for value in node.args]
-        named = ", ".join(f"{key!a}: {literal(value, self.names)}" for key, value in node.kwargs.items())
-        given += [f"**{{{named}}}"] if named else []
+        given += [_keyword(name, literal(value, self.names)) for name, value in node.kwargs.items()]
         return f"{target(node.target)}({', '.join(given)})"
 
     def _attribute(self, path: str) -> str:
@@ -201,6 +200,10 @@ class _Class:
             raise Unavailable(f"{path} is a {type(value).__name__}")
         self.attributes[path] = name
         return name
+
+
+def _keyword(name: str, value: str) -> str:
+    return f"{name}={value}" if is_identifier(name) else f"**{{{name!a}: {value}}}"
 
 
 def _look_up(module: torch.nn.Module, path: str) -> Any:

@@ -66,8 +66,8 @@ def _site_lines(report: Report) -> Iterator[str]:
     for group in groups:
         site = group[0]
         times = f"×{len(group)} " if len(group) > 1 else ""
-        rule = printable(site.rule) or "no rule"
-        yield f"  {printable(site.kind):{width}}  {site.status:9}  {times}{rule}: {printable(site.reason)}"
+        rule = f"{printable(site.rule)}: " if site.rule else ""
+        yield f"  {printable(site.kind):{width}}  {site.status:9}  {times}{rule}{printable(site.reason)}"
         yield f"{_INDENT}at {printable(_place(group))}"
         if site.source.code:
             yield f"{_INDENT}{_INDENT}{printable(site.source.code)}"

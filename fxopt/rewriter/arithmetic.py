@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.ir.nodes import arguments, scalar
-from fxopt.rewriter.pattern import Match, Miss, Pattern, behind_idle_casts
+from fxopt.rewriter.pattern import Match, Miss, Pattern, behind_identities
 
 aten = torch.ops.aten
 _POWERS = (2, 3, 4)
@@ -42,9 +42,11 @@ class _Gathered(Pattern):
         self.constant = constant
 
     def splits(self, node: Node, limit: int) -> Iterator[_Split]:
+        """The readings of ``node`` with at most ``limit`` parts, the coarsest first."""
         raise NotImplementedError
 
     def match(self, value: Any, so_far: Match) -> Match | Miss:
+        """See `Pattern.match`."""
         best = Miss(len(so_far.nodes), f"expected {self}, found {value}", so_far.root)
         if not isinstance(value, Node):
             return best
@@ -76,6 +78,7 @@ class Product(_Gathered):
     """A product of ``parts`` and a constant factor, which is bound to the name ``constant`` (1 when there is none)."""
 
     def splits(self, node: Node, limit: int) -> Iterator[_Split]:
+        """See the base class."""
         yield _Split((node,), 1.0)
         yield from _joined(node, _product_operands(node), limit, self.splits, lambda a, b: a * b, 1.0)
 
@@ -87,6 +90,7 @@ class Sum(_Gathered):
     """A sum of ``parts`` and a constant term, which is bound to the name ``constant`` (0 when there is none)."""
 
     def splits(self, node: Node, limit: int) -> Iterator[_Split]:
+        """See the base class."""
         yield _Split((node,), 0.0)
         yield from _joined(node, _sum_operands(node), limit, self.splits, lambda a, b: a + b, 0.0)
 
@@ -154,7 +158,7 @@ def _sum_operands(node: Node) -> tuple[Node | float, ...]:
 def _operands(*values: Any) -> tuple[Node | float, ...]:
     result: list[Node | float] = []
     for value in values:
-        plain = behind_idle_casts(value)
+        plain = behind_identities(value)
         number = scalar(plain)
         if number is None and not isinstance(plain, Node):
             return ()

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.ir.nodes import is_tensor, tensor
-from fxopt.rewriter.pattern import Match, Miss, Pattern, behind_idle_casts, cast_operand
+from fxopt.rewriter.pattern import Match, Miss, Pattern, behind_identities, cast_operand
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Size(Pattern):
     name: str
 
     def match(self, value: Any, so_far: Match) -> Match | Miss:
+        """See `Pattern.match`."""
         symbolic = isinstance(value, Node) and isinstance(value.meta.get("val"), int | torch.SymInt)
         if symbolic or (isinstance(value, int) and not isinstance(value, bool)):
             return so_far.bind(self.name, value)
@@ -34,10 +35,11 @@ class Items(Pattern):
         self.members = members
 
     def match(self, value: Any, so_far: Match) -> Match | Miss:
+        """See `Pattern.match`."""
         if not isinstance(value, Sequence) or len(value) != len(self.members):
             return Miss(len(so_far.nodes), f"expected a list of {len(self.members)}, found {value}", so_far.root)
         for pattern, member in zip(self.members, value, strict=True):
-            step = pattern.match(behind_idle_casts(member), so_far)
+            step = pattern.match(behind_identities(member), so_far)
             if isinstance(step, Miss):
                 return step
             so_far = step
@@ -52,8 +54,11 @@ class Result(Pattern):
     index: int
 
     def match(self, value: Any, so_far: Match) -> Match | Miss:
+        """See `Pattern.match`."""
         if not isinstance(value, Node) or value.target is not operator.getitem or value.args[1] != self.index:
-            return Miss(len(so_far.nodes), f"expected result {self.index} of {self.pattern}, found {value}", so_far.root)
+            return Miss(
+                len(so_far.nodes), f"expected result {self.index} of {self.pattern}, found {value}", so_far.root
+            )
         return self.pattern.match(value.args[0], so_far.cover(value))
 
 
@@ -65,11 +70,12 @@ class Cast(Pattern):
     name: str
 
     def match(self, value: Any, so_far: Match) -> Match | Miss:
+        """See `Pattern.match`."""
         operand = cast_operand(value)
         if operand is None:
             return Miss(len(so_far.nodes), f"expected a cast, found {value}", so_far.root)
         step = so_far.cover(value).bind(self.name, tensor(value).dtype)
-        return step if isinstance(step, Miss) else self.pattern.match(behind_idle_casts(operand), step)
+        return step if isinstance(step, Miss) else self.pattern.match(behind_identities(operand), step)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Widened(Pattern):
     pattern: Pattern
 
     def match(self, value: Any, so_far: Match) -> Match | Miss:
+        """See `Pattern.match`."""
         operand = cast_operand(value)
         while operand is not None and is_widening(operand, value):
             so_far = so_far.cover(value)

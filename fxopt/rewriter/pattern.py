@@ -2,7 +2,7 @@
 
 A pattern names everything that carries meaning. An argument that a pattern does not mention must have its schema default:
 there is no wildcard over axes, permutations, scales or epsilons, only over operands that are given a name. Casts to the
-dtype that an operand already has are looked through.
+dtype that an operand already has, and slices of everything, are looked through.
 
     >>> square = Op(aten.pow.Tensor_Scalar, Var("x"), Literal(2))
     >>> mean = Op(aten.mean.dim, square, Const("axes"), Const("keepdim"))
@@ -23,7 +23,10 @@ from fxopt.ir.nodes import arguments, scalar, tensor
 aten = torch.ops.aten
 
 #: Calls that give their first operand in another dtype (a change of device is not one; see `cast_operand`).
-CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.to.device, aten.type_as.default, aten._to_copy.default)
+CASTS = (
+    aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.to.device, aten.type_as.default, aten._to_copy.default,
+)  # fmt: skip
+_END = 2**63 - 1
 _GRADIENT_SWITCH = torch._C._set_grad_enabled
 
 
@@ -166,7 +169,7 @@ class Op(Pattern):
                 continue
             if pattern is None:
                 return Miss(len(so_far.nodes), f"{argument.name} = {value} is not part of the pattern", node)
-            step = pattern.match(behind_idle_casts(value), so_far)
+            step = pattern.match(behind_identities(value), so_far)
             if isinstance(step, Miss):
                 return step
             so_far = step
@@ -227,12 +230,23 @@ def cast_operand(value: object) -> Node | None:
     return operand if tensor(operand).device == tensor(value).device else None
 
 
-def behind_idle_casts(value: Any) -> Any:
-    """``value`` without casts to the dtype that it already has."""
-    operand = cast_operand(value)
-    while operand is not None and tensor(operand).dtype == tensor(value).dtype:
-        value, operand = operand, cast_operand(operand)
+def behind_identities(value: Any) -> Any:
+    """``value`` without casts to the dtype that it already has and slices of everything."""
+    operand = _identity_operand(value)
+    while operand is not None:
+        value, operand = operand, _identity_operand(operand)
     return value
+
+
+def _identity_operand(value: object) -> Node | None:
+    operand = cast_operand(value)
+    if operand is not None:
+        return operand if tensor(operand).dtype == tensor(value).dtype else None
+    if not isinstance(value, Node) or value.target is not aten.slice.Tensor:
+        return None
+    given = arguments(value)
+    whole = given["start"] in (0, None) and given["end"] in (_END, None) and given["step"] == 1
+    return value.args[0] if whole and isinstance(value.args[0], Node) else None
 
 
 def _records_gradients(node: Node) -> bool:

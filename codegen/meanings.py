@@ -1,0 +1,10 @@
+"""Import this to give every canonical operator its meaning: it loads the reference module of each kind."""
+
+from __future__ import annotations
+
+from fxopt.codegen.attention import reference as attention
+from fxopt.codegen.heads import reference as heads
+from fxopt.codegen.mlp import reference as mlp
+from fxopt.codegen.norm import reference as norm
+
+__all__ = ["attention", "heads", "mlp", "norm"]

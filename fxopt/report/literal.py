@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Mapping
+import operator  # noqa: F401 - looked up among the loaded modules
+import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -83,12 +84,17 @@ def target(value: Any) -> str:
     return _function(value)
 
 
-def _function(value: Callable[..., Any]) -> str:
-    name = getattr(value, "__name__", "")
-    for module in ("operator", "math", "torch"):
-        if is_identifier(name) and getattr(importlib.import_module(module), name, None) is value:
+def _function(value: Any) -> str:
+    name = str(getattr(value, "__name__", ""))
+    for module in ("operator", "math", "torch", str(getattr(value, "__module__", ""))):
+        if is_identifier(name) and _is_importable(module) and getattr(sys.modules.get(module), name, None) is value:
             return f"{module}.{name}"
     raise Unavailable(f"{type(value).__name__} {name or value!r} has no name that a file can import")
+
+
+def _is_importable(module: str) -> bool:
+    """Whether a listing has ``module`` after ``import math, operator, torch``."""
+    return module in ("operator", "math") or module.partition(".")[0] == "torch"
 
 
 def _dotted(base: str, *parts: str) -> str:

@@ -31,7 +31,7 @@ _ALLOCATE: Final = {
 }
 _RESULT: Final = {
     "nan": "acc / total[:, None]",
-    "zero": "tl.where(total == 0, 0.0, acc / total[:, None])",
+    "zero": "tl.where(total[:, None] == 0, 0.0, acc / total[:, None])",
 }
 _STRIDES: Final = {"q": "bhid", "k": "bhjd", "v": "bhje", "out": "bhi"}
 _AXIS: Final = {"b": 0, "h": 1, "i": 2, "j": 2, "d": 3, "e": 3}

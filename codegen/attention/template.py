@@ -43,7 +43,7 @@ def attend(
     """
     n = tl.arange(0, BLOCK_N)
     j = (start + n)[None, :]
-    step = start.to(tl.int64)
+    step = tl.cast(start, tl.int64)
     if BOUNDED:
         k = tl.load(k_tile + step * k_stride_j, mask=$k_mask_bounded, other=0.0)
     else:

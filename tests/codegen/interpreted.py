@@ -1,0 +1,48 @@
+"""Runs generated kernels on the CPU: import this before Triton, in a process of its own.
+
+Triton 3.6's interpreter departs from the device in three points, which are put right here: it reads a scalar with
+``int(array)``, which numpy refuses since 2.4; it multiplies the bit patterns of bfloat16 operands; and it truncates
+to bfloat16 instead of rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+_convert_float = interpreter._convert_float
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _readable_scalars(tensor: Any, scope: Any) -> None:
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
+    if source == tl.float32 and target == tl.bfloat16:
+        return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+    return _convert_float(values, source, target, mode)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+    return _create_dot(self, _widened(a), _widened(b), d, *options)
+
+
+def _widened(handle: Any) -> Any:
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    wide = torch.from_numpy(handle.data.copy()).view(torch.bfloat16).float().numpy()
+    return interpreter.TensorHandle(wide, tl.float32)
+
+
+interpreter._patch_lang_tensor = _readable_scalars
+interpreter._convert_float = _rounded
+interpreter.InterpreterBuilder.create_dot = _dot

@@ -166,7 +166,8 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         if node.op == "call_function":
             node.meta["stack_trace"] = f'File "{HOSTILE}", line 1, in f\n    {HOSTILE}'.replace('"c', "c")
             node.meta["nn_module_stack"] = {"k": (f"{HOSTILE}.{number}", nn.Module)}
-    program.graph.output_node().args[0][0].name = 'x\nimport os; os.abort()  # "'
+    last = program.graph.output_node().all_input_nodes[0]
+    last.name = 'x\nimport os; os.abort()  # "'
     next(iter(program.graph.nodes)).name = "class"
     assert program.signature is not None
     program.signature.bound.update(dict.fromkeys(program.signature.bound, HOSTILE))
@@ -192,7 +193,8 @@ class _Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.children():
             x = layer(x)
-        return x * getattr(self, 'im"port\nos')
+        result: Tensor = x * getattr(self, 'im"port\nos')
+        return result
 
 
 def test_modules_with_odd_names_are_dumped(tmp_path: Path) -> None:

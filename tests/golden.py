@@ -22,25 +22,32 @@ def updating() -> bool:
 
 
 class GoldenTable:
-    """A CSV file whose first columns name a case and whose others say what is expected of it."""
+    """A CSV file whose first columns name a case, whose next are facts that must hold, and whose last are measures.
 
-    def __init__(self, path: Path, keys: tuple[str, ...], facts: tuple[str, ...]) -> None:
+    Measures are kept for the reader; they differ from machine to machine and are not compared.
+    """
+
+    def __init__(
+        self, path: Path, keys: tuple[str, ...], facts: tuple[str, ...], measures: tuple[str, ...] = ()
+    ) -> None:
         if updating() and "PYTEST_XDIST_WORKER" in os.environ:
             raise RuntimeError(f"update {path.name} in one process: run pytest without -n")
-        self.path, self.keys, self.facts = path, keys, facts
+        self.path, self.keys, self.facts, self.measures = path, keys, facts, measures
         self.rows: dict[Key, dict[str, str]] = self._read()
         self._observed: dict[Key, dict[str, str]] = {}
 
-    def check(self, key: Key, observed: Mapping[str, str]) -> None:
+    def check(self, key: Key, observed: Mapping[str, str], measured: Mapping[str, str] | None = None) -> None:
         """Compare one case with its row, or take note of it when updating."""
         row = {name: observed[name] for name in self.facts}
         if updating():
-            self._observed[key] = row
+            self._observed[key] = {**row, **(measured or {})}
             return
         hint = f"set {UPDATE_SWITCH}=1 to rewrite {self.path.name}, if the change is meant"
         assert key in self.rows, f"{', '.join(key)} has no row; {hint}"
         expected = self.rows[key]
-        drift = [f"{name}: {expected[name]!r} became {row[name]!r}" for name in self.facts if expected[name] != row[name]]
+        drift = [
+            f"{name}: {expected[name]!r} became {row[name]!r}" for name in self.facts if expected[name] != row[name]
+        ]
         assert not drift, f"{', '.join(key)}: {'; '.join(drift)}; {hint}"
 
     def unplanned(self, planned: Collection[Key]) -> set[Key]:
@@ -52,8 +59,8 @@ class GoldenTable:
         if not self._observed:
             return
         rows = {**self.rows, **self._observed}
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*self.keys, *self.facts], lineterminator="\n")
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*self.keys, *self.facts, *self.measures], lineterminator="\n")
             writer.writeheader()
             for key in (key for key in planned if key in rows):
                 writer.writerow({**dict(zip(self.keys, key, strict=True)), **rows[key]})
@@ -61,6 +68,7 @@ class GoldenTable:
     def _read(self) -> dict[Key, dict[str, str]]:
         if not self.path.exists():
             return {}
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return {tuple(row[name] for name in self.keys): {name: row[name] for name in self.facts} for row in rows}
+        values = (*self.facts, *self.measures)
+        return {tuple(row[name] for name in self.keys): {name: row[name] for name in values} for row in rows}

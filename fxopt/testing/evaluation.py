@@ -81,7 +81,7 @@ def _fresh(values: Any) -> Any:
 
 
 def _same_strides(value: Tensor) -> Tensor:
-    storage = value.detach().untyped_storage().clone()  # type: ignore[no-untyped-call]  # torch gives no types
+    storage = value.detach().untyped_storage().clone()
     empty = torch.empty(0, dtype=value.dtype, device=value.device)
     return empty.set_(storage, value.storage_offset(), value.size(), value.stride())
 

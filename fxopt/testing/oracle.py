@@ -33,7 +33,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype.is_floating_point else dtype
 
 
-class DoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types
+class DoublePrecision(TorchDispatchMode):
     """While active, every floating tensor that an operator reads or makes is float64 (complex128).
 
     Requested dtypes are widened as well. A reduced-precision tensor that the program reaches without receiving it as

@@ -114,7 +114,8 @@ def key_t(k: Tensor) -> Tensor:
 
 def scale_of(q: Tensor) -> float:
     """``D**-0.5`` from the queries."""
-    return q.shape[-1] ** -0.5
+    scale: float = q.shape[-1] ** -0.5
+    return scale
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:

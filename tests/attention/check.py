@@ -111,9 +111,8 @@ def check_numbers(run: Run, make: Callable[[nn.Module, Args], Callable[..., Any]
     with _gradients(run):
         program = make(module, args)
         for given in filter(None, (args, others)):
-            eager, reference, actual = (
-                _seeded(evaluate, module, given), _seeded(oracle_gradients, module, given), _seeded(evaluate, program, given)
-            )  # fmt: skip
+            eager, reference = _seeded(evaluate, module, given), _seeded(oracle_gradients, module, given)
+            actual = _seeded(evaluate, program, given)
             assert_within_budget(actual, eager, reference, floor=_floor(run))
 
 

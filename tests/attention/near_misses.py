@@ -164,7 +164,7 @@ _HEAD_SCALE: Final = then(QKV, lambda dims, dtype: draw((dims.H, 1, 1), dtype=dt
 _KEY_SCALE: Final = plan("BHSD", "BHSD", "BHSD", "B11S")
 _BATCH_FIRST: Final = ((1, 2, 0, 3), (1, 2, 3, 0), (2, 3, 0, 1), (2, 3, 1, 0))
 _KEEPS_BATCH: Final = ((0, 2, 1, 3), (0, 3, 1, 2), (0, 3, 2, 1))
-_INFERENCE: Final = {"modes": ("inference",)}
+_INFERENCE: Final[dict[str, Any]] = {"modes": ("inference",)}
 
 
 def _row(number: str, name: str, program: Any, inputs: Inputs = QKV, **more: Any) -> Case:
@@ -198,8 +198,8 @@ STRUCTURE_NEAR_MISSES: Final[tuple[Case, ...]] = (
     ),
     _kept("7", "weights transposed", transposed_weights, r"(?i)transpos|axis|axes|queries|contract"),
     _row("9", "scores escape", scores_escape),
-    _row("10", "key zeroed after the product", key_zeroed_later, **_INFERENCE),
-    _row("11", "value halved between the products", value_halved_between, **_INFERENCE),
+    _row("10", "key zeroed after the product", key_zeroed_later, QKV, **_INFERENCE),
+    _row("11", "value halved between the products", value_halved_between, QKV, **_INFERENCE),
     _row("12a", "a column of scores overwritten", score_overwritten),
     _row("12b", "mask added in place", mask_added_in_place, _MASKED),
     _row("13a", "tensor scale, 0-d", tensor_scale, then(QKV, _zero_dimensional), expected="rewritten"),

@@ -231,7 +231,9 @@ SOFTMAX_NEAR_MISSES: Final[tuple[Case, ...]] = (
     _kept("35a", "linear attention", linear_attention, sites=0),
     _kept("35b", "softmax over features", feature_softmaxes, sites=0),
     _kept("35c", "gated", gated, sites=0),
-    _kept("36", "hand-written dropout", written_dropout, why=r"(?i)random|bernoulli|dropout|weight", modes=("training",)),
+    _kept(
+        "36", "hand-written dropout", written_dropout, why=r"(?i)random|bernoulli|dropout|weight", modes=("training",)
+    ),
     _kept("37a", "integer operands", integer_operands, _integers, _KIND, modes=("inference",), dtypes=_F32),
     _kept("37b", "complex operands", complex_operands, _complexes, _KIND, modes=("inference",), dtypes=_F32),
     _row("37c", "float64", division, dtypes=(torch.float64,)),

@@ -16,23 +16,23 @@ from tests.attention.spellings import SPELLINGS
 
 Condition = tuple[Mode, str, torch.dtype]
 
+_MODES: Final[tuple[Mode, ...]] = ("inference", "training")
 _ALWAYS: Final[tuple[Condition, ...]] = (
     ("inference", "static", torch.float32),
-    ("training", "static", torch.float32),
     ("inference", "all-equal", torch.float32),
 )
 _SPELLINGS_TOO: Final[tuple[Condition, ...]] = (
+    ("training", "static", torch.float32),
     ("inference", "dynamic", torch.float32),
-    ("inference", "static", torch.bfloat16),
-    ("inference", "static", torch.float16),
 )
+_HALF: Final = (torch.bfloat16, torch.float16)
 _ROTATING: Final[tuple[Condition, ...]] = (
-    *(("inference", collision, torch.float32) for collision in SIZE_COLLISIONS if collision != "all-equal"),
+    ("training", "static", torch.float32),
     ("training", "dynamic", torch.float32),
     ("training", "dynamic", torch.bfloat16),
     ("training", "static", torch.float16),
-    ("training", "B=1", torch.float32),
     ("inference", "dynamic", torch.float32),
+    *((mode, name, torch.float32) for name in SIZE_COLLISIONS if name != "all-equal" for mode in _MODES),
 )
 
 
@@ -41,7 +41,8 @@ def _rotating(position: int) -> Condition:
 
 
 def _spelling_conditions(position: int) -> Iterable[Condition]:
-    return (*_ALWAYS, *_SPELLINGS_TOO, _rotating(position))
+    half: Condition = ("inference", "static", _HALF[position % 2])
+    return (*_ALWAYS, *_SPELLINGS_TOO, half, _rotating(position))
 
 
 def _near_miss_conditions(position: int) -> Iterable[Condition]:

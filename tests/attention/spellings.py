@@ -1,4 +1,4 @@
-"""The 36 ordinary spellings of attention. Each must reach the same canonical operator, by algebra rather than by listing."""
+"""The 36 ordinary spellings of attention, each of which must reach the same canonical operator."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def q_pre_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def q_and_k_pre_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    root = q.shape[-1] ** -0.25
+    root: float = q.shape[-1] ** -0.25
     return ((q * root) @ (k * root).transpose(-2, -1)).softmax(-1) @ v
 
 

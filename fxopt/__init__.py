@@ -1,0 +1,66 @@
+"""fxopt: a compiler made of graph rewrites for transformer models in PyTorch.
+
+    model = fxopt.optimize(model)                          # or @fxopt.optimize on a class or a function
+    model = torch.compile(model, backend="fxopt")          # the same through torch.compile
+    print(fxopt.explain(model, *args))                     # what was, or would be, done
+    program = fxopt.capture(model, args); program.dump("out/")
+
+Names load on first use, so that importing fxopt costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from fxopt import passes
+    from fxopt.api import Program, RewrittenModule, capture, explain, explain_program, optimize, rewrite
+    from fxopt.errors import FxoptError, FxoptWarning
+    from fxopt.ir.site import Site
+    from fxopt.report.report import Report
+    from fxopt.rewriter.builder import Builder
+    from fxopt.rewriter.passes import Pass, PassResult, apply_rules
+    from fxopt.rewriter.registry import register_pass
+    from fxopt.rewriter.rule import Rejection, Rule
+
+__version__: Final = "0.1.0"
+
+_HOME: Final[dict[str, str]] = {
+    "Program": "fxopt.api",
+    "RewrittenModule": "fxopt.api",
+    "capture": "fxopt.api",
+    "explain": "fxopt.api",
+    "explain_program": "fxopt.api",
+    "optimize": "fxopt.api",
+    "rewrite": "fxopt.api",
+    "FxoptError": "fxopt.errors",
+    "FxoptWarning": "fxopt.errors",
+    "Site": "fxopt.ir.site",
+    "Report": "fxopt.report.report",
+    "Builder": "fxopt.rewriter.builder",
+    "Pass": "fxopt.rewriter.passes",
+    "PassResult": "fxopt.rewriter.passes",
+    "apply_rules": "fxopt.rewriter.passes",
+    "register_pass": "fxopt.rewriter.registry",
+    "Rejection": "fxopt.rewriter.rule",
+    "Rule": "fxopt.rewriter.rule",
+}
+
+__all__ = [
+    "Builder", "FxoptError", "FxoptWarning", "Pass", "PassResult", "Program", "Rejection", "Report", "RewrittenModule",
+    "Rule", "Site", "apply_rules", "capture", "explain", "explain_program", "optimize", "passes", "register_pass",
+    "rewrite",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "passes":
+        return import_module("fxopt.passes")
+    if name not in _HOME:
+        raise AttributeError(f"module 'fxopt' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

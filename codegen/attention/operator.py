@@ -66,8 +66,12 @@ def _cuda(
 @lru_cache(maxsize=1024)
 def module(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> ModuleType:
     """The generated module for printed ``spec`` and ``config``, from the source cache."""
-    text = source(reference.specification(spec), head_dim, value_dim, dtype, read_config(config))
-    return import_source(KIND, text)
+    return import_source(KIND, source_of(spec, head_dim, value_dim, dtype, config))
+
+
+def source_of(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:
+    """The source that ``attention_forward`` runs for printed ``spec`` and ``config``."""
+    return source(reference.specification(spec), head_dim, value_dim, dtype, read_config(config))
 
 
 @attention_forward.register_fake

@@ -32,7 +32,9 @@ _DTYPES: Final = {"cudnn": _HALF, "flash": _HALF, "efficient": (*_HALF, torch.fl
 _CAUSAL: Final = call("le", J, I)
 
 
-def objection(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], backend: str) -> str | None:
+def objection(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], backend: str
+) -> str | None:
     """Why ``backend`` can't serve the attention, as a sentence, or ``None`` when it can. Operands may be fake."""
     if q.device.type != BACKENDS[backend]:
         return f"{backend} runs on {BACKENDS[backend]}, not on {q.device.type}"

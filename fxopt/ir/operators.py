@@ -18,6 +18,7 @@ _LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901 - live
 #: Schema of every canonical operator. Legend of the shapes: see the reference of each.
 SCHEMAS: Final[dict[str, str]] = {
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor[] captures, str spec) -> Tensor",
+    "attention_sdpa": "(Tensor q, Tensor k, Tensor v, Tensor[] captures, str spec, str backend) -> Tensor",
     "layer_norm": "(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, "
     "bool scale_after_cast) -> Tensor",
     "rms_norm": "(Tensor x, int axes, Tensor? weight, float eps, ScalarType dtype, bool scale_after_cast) -> Tensor",

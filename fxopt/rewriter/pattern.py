@@ -129,6 +129,7 @@ class Op(Pattern):
     """A call of one of ``targets`` whose leading arguments, in schema order, fit ``operands``.
 
     ``named`` gives patterns for arguments by schema name. ``commutative`` also tries the first two operands swapped.
+    Operands are matched in the order in which they are written here, so a later one may refer to an earlier one.
     Arguments without a pattern must have their default. ``name`` binds the node itself.
     """
 
@@ -153,26 +154,25 @@ class Op(Pattern):
         result = covered.bind(self.name, value) if self.name else covered
         if isinstance(result, Miss):
             return result
-        orders = [self.operands]
+        names = [argument.name for argument in value.target._schema.arguments]
+        orders = [names]
         if self.commutative:
-            orders.append((self.operands[1], self.operands[0], *self.operands[2:]))
+            orders.append([names[1], names[0], *names[2:]])
         return _furthest(lambda order: self._match_arguments(value, order, result), orders)
 
-    def _match_arguments(self, node: Node, operands: tuple[Pattern, ...], so_far: Match) -> Match | Miss:
-        schema = node.target._schema.arguments  # type: ignore[union-attr]
+    def _match_arguments(self, node: Node, order: list[str], so_far: Match) -> Match | Miss:
         given = arguments(node)
-        patterns = {a.name: p for a, p in zip(schema, operands, strict=False)} | self.named
-        for argument in schema:
-            value = given.get(argument.name)
-            pattern = patterns.get(argument.name)
-            if pattern is None and argument.has_default_value() and value == argument.default_value:
-                continue
-            if pattern is None:
-                return Miss(len(so_far.nodes), f"{argument.name} = {value} is not part of the pattern", node)
-            step = pattern.match(behind_identities(value), so_far)
+        patterns = dict(zip(order, self.operands, strict=False)) | self.named
+        for name, pattern in patterns.items():
+            step = pattern.match(behind_identities(given.get(name)), so_far)
             if isinstance(step, Miss):
                 return step
             so_far = step
+        for argument in node.target._schema.arguments:  # type: ignore[union-attr]
+            value = given.get(argument.name)
+            default = argument.has_default_value() and value == argument.default_value
+            if argument.name not in patterns and not default:
+                return Miss(len(so_far.nodes), f"{argument.name} = {value} is not part of the pattern", node)
         return so_far
 
     def __str__(self) -> str:

@@ -43,10 +43,17 @@ class PipelineResult:
 
 #: Called after every pass with the program before it, the program after it, and the record.
 Observer = Callable[[Program, Program, PassRecord], None]
+#: A further check of a changed program against the one before; raises `VerificationError` when it fails.
+Check = Callable[[Program, Program, PassResult], None]
 
 
 def run_pipeline(
-    program: Program, passes: Sequence[Pass], *, strict: bool = False, observe: Observer | None = None
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    strict: bool = False,
+    observe: Observer | None = None,
+    check: Check | None = None,
 ) -> PipelineResult:
     """Run ``passes`` in order on a copy of ``program``.
 
@@ -61,7 +68,7 @@ def run_pipeline(
     result = PipelineResult(program)
     for current in passes:
         before = result.program
-        after, record = _run_one(current, before, strict)
+        after, record = _run_one(current, before, strict, check)
         result.program = after
         result.records.append(record)
         if observe is not None:
@@ -69,13 +76,15 @@ def run_pipeline(
     return result
 
 
-def _run_one(current: Pass, before: Program, strict: bool) -> tuple[Program, PassRecord]:
+def _run_one(current: Pass, before: Program, strict: bool, check: Check | None) -> tuple[Program, PassRecord]:
     start = time.perf_counter()
     candidate = before.copy()
     try:
         outcome = current.run(candidate)
         if outcome.modified:
             verify_structure(candidate, before)
+            if check is not None:
+                check(before, candidate, outcome)
     except Exception as error:
         if strict:
             raise PassError(f"pass {current.name} failed: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.passes.attention.axes import is_key_like
+from fxopt.passes.attention.captures import write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
@@ -90,20 +91,14 @@ def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: 
 
 
 def _write(builder: Builder, site: Site) -> Node:
-    score, mask, nodes, captures = site.masked.score, site.masked.mask, [], []
-    used = [e for e in (score, mask) if e is not None]
-    order = [i for i in range(len(site.region.operands)) if any(n.op == "capture" and n.value == i for e in used for n in e.walk())]
-    for index in order:
-        node, description = site.region.operands[index].capture(builder, site.space)
-        nodes.append(node)
-        captures.append(description)
+    score, mask, nodes, captures = write_captures(builder, site.masked, site.region.operands, site.space)
     queries, factor = unscaled(builder, site.heads.queries(builder))
     keys, key_factor = unscaled(builder, site.heads.keys(builder))
-    score = _scale(_renumber(score, order), factor * key_factor)
+    score = _scale(score, factor * key_factor)
     spec = AttentionSpec(
         score=score,
-        mask=None if mask is None else _renumber(mask, order),
-        captures=tuple(captures),
+        mask=mask,
+        captures=captures,
         kv_map=site.heads.kv_map,
         empty_rows="zero" if is_call(site.weights.softmax, aten._safe_softmax.default) else "nan",
         softmax_dtype=tensor(site.weights.softmax).dtype,
@@ -114,10 +109,6 @@ def _write(builder: Builder, site: Site) -> Node:
     values = site.heads.values(builder)
     result = builder.call(overload("attention"), queries, keys, values, nodes, str(spec))
     return site.heads.restore(builder, result, site.output)
-
-
-def _renumber(expr: Expr, order: list[int]) -> Expr:
-    return expr.replace(lambda e: replace(e, value=order.index(int(e.value or 0))) if e.op == "capture" else e)
 
 
 def _scale(score: Expr, factor: float) -> Expr:

@@ -9,15 +9,17 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
-from fxopt.ir.attention import AttentionSpec, Capture, KvMap
-from fxopt.ir.expression import Expr, I, J, S, call, capture, const
+from fxopt.ir.attention import AttentionSpec, KvMap
+from fxopt.ir.expression import NEG_INF, Expr, I, J, S, call, const
 from fxopt.ir.nodes import arguments, same_size, scalar, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
+from fxopt.passes.attention.captures import write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import repeated_heads
+from fxopt.passes.attention.region import lift_mask
 from fxopt.passes.attention.space import Operand, Space
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import PassResult, apply_rules
@@ -55,11 +57,15 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
     expression = _scaled(given["scale"], queries)
     operands: tuple[Operand, ...] = ()
     if isinstance(bias, Node):
-        operands = (Operand(bias, (*lead, space.rows, space.columns)),)
-        if obstacle := operands[0].obstacle(space):
-            return Rejection(obstacle, (bias,))
+        lifted = lift_mask(bias, (*lead, space.rows, space.columns), prover.constants)
+        if isinstance(lifted, Rejection):
+            return lifted
+        term, operands = lifted
+        for operand in operands:
+            if obstacle := operand.obstacle(space):
+                return Rejection(obstacle, (operand.node,))
         boolean = tensor(bias).dtype is torch.bool
-        expression = call("where", capture(0), expression, const(float("-inf"))) if boolean else call("add", expression, capture(0))
+        expression = call("where", term, expression, NEG_INF) if boolean else call("add", expression, term)
     masked = separate_mask(expression, operands, space, prover)
     if given["is_causal"]:
         masked = Masked(masked.score, _and(masked.mask, call("le", J, I)), masked.proofs)
@@ -97,17 +103,11 @@ def _and(mask: Expr | None, term: Expr) -> Expr:
 
 
 def _write(builder: Builder, found: Call) -> Node:
-    captures: list[Node] = []
-    descriptions: list[Capture] = []
-    read = [e for e in (found.masked.score, found.masked.mask) if e is not None and e.reads(capture(0))]
-    if read:
-        node, description = found.operands[0].capture(builder, found.space)
-        captures.append(node)
-        descriptions.append(description)
+    score, mask, captures, descriptions = write_captures(builder, found.masked, found.operands, found.space)
     spec = AttentionSpec(
-        score=found.masked.score,
-        mask=found.masked.mask,
-        captures=tuple(descriptions),
+        score=score,
+        mask=mask,
+        captures=descriptions,
         kv_map=found.kv_map,
         empty_rows="zero",
         dropout=found.dropout,

@@ -143,10 +143,23 @@ def _take_mask(expr: Expr, proofs: dict[int, _Proof], safe: frozenset[Expr]) -> 
         proof = proofs.get(int(term.value or 0)) if term.op == "capture" else None
         if proof is not None and proof.additive:
             return rest, proof.keep
+        if term.op == "where" and (fill := _as_fill(term, rest)) is not None:
+            return _take_where(fill, safe)
     for term, rest in (expr.args[::-1], expr.args):
         inner = _take_mask(term, proofs, safe)
         if inner is not None:
             return simplify(call("add", rest, inner[0])), inner[1]
+    return None
+
+
+def _as_fill(term: Expr, rest: Expr) -> Expr | None:
+    """``rest + where(m, 0, lowest)`` as ``where(m, rest, lowest)``: a finite number added to the lowest is absorbed."""
+    condition, kept, masked = term.args
+    lowest = (const(-math.inf), *map(const, _LOWEST))
+    if kept in (const(0.0), const(0)) and masked in lowest:
+        return call("where", condition, rest, masked)
+    if masked in (const(0.0), const(0)) and kept in lowest:
+        return call("where", condition, kept, rest)
     return None
 
 

@@ -41,6 +41,7 @@ class _Lift:
         self.operands: list[Operand] = []
         self.nodes: list[Node] = []
         self._carries: dict[Node, bool] = {}
+        self.stage: tuple[Size, ...] | None = None
 
     def carries(self, value: object) -> bool:
         """Whether ``value`` is computed from a contraction by pointwise operations and views alone."""
@@ -81,10 +82,34 @@ class _Lift:
             raise _Obstacle(f"{value} is neither a number nor a tensor", stage)
         if tensor(value).dtype.is_complex:
             raise _Obstacle(f"{value} is complex", stage)
-        operand = Operand(value, shape(stage))
+        if self._unfolds(value):
+            return self._unfold(value, stage)
+        operand = Operand(value, self.stage or shape(stage))
         if operand not in self.operands:
             self.operands.append(operand)
         return capture(self.operands.index(operand))
+
+    def _unfolds(self, value: Node) -> bool:
+        """Whether an operand is better lifted than captured: it spreads smaller tensors, or one part of it is constant.
+
+        A padding vector combined with a causal mask is then read as a vector and proved as a mask, not built as a plane.
+        """
+        if not is_call(value, *LIFTED) or self.constants.is_constant(value):
+            return False
+        if value.target in _BITWISE and tensor(value).dtype is not torch.bool:
+            return False
+        parts = [node for node in value.all_input_nodes if is_tensor(node) and not self.constants.is_constant(node)]
+        constant = len(parts) < len(value.all_input_nodes)
+        return constant or (bool(parts) and all(_spreads(part, value) for part in parts))
+
+    def _unfold(self, value: Node, stage: Node) -> Expr:
+        """Lift the parts of ``value``, each broadcast onto the scores at the stage where ``value`` meets them."""
+        outer = self.stage
+        self.stage = outer or shape(stage)
+        try:
+            return LIFTED[value.target](self, value)  # type: ignore[index]
+        finally:
+            self.stage = outer
 
     def _root_of(self, node: Node) -> Node:
         """The contraction that a carrying node is computed from (the first one, where there are several)."""
@@ -231,6 +256,29 @@ POINTWISE: Final[dict[Any, _Handler]] = {
 }
 
 
+_BITWISE: Final = (
+    aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_not.default,
+)  # fmt: skip
+#: Operators through which the operands of a mask or bias are lifted where that makes what is captured smaller.
+LIFTED: Final[dict[Any, _Handler]] = POINTWISE | {
+    aten.__and__.Tensor: _plain("and", "self", "other"),
+    aten.__or__.Tensor: _plain("or", "self", "other"),
+    aten.bitwise_and.Tensor: _plain("and", "self", "other"),
+    aten.bitwise_or.Tensor: _plain("or", "self", "other"),
+    aten.logical_and.default: _plain("and", "self", "other"),
+    aten.logical_or.default: _plain("or", "self", "other"),
+    aten.bitwise_not.default: _plain("not", "self"),
+    aten.logical_not.default: _plain("not", "self"),
+}
+
+
+def _spreads(part: Node, whole: Node) -> bool:
+    """Whether ``whole`` repeats ``part`` along an axis."""
+    known, full = shape(part), shape(whole)
+    known = (1,) * (len(full) - len(known)) + known
+    return any(same_size(a, 1) and not same_size(b, 1) for a, b in zip(known, full, strict=True))
+
+
 @dataclass(frozen=True)
 class Region:
     """A lifted region: the contraction of queries and keys, the expression, its captures, and the nodes it covers."""
@@ -254,6 +302,17 @@ def lift_region(logits: Node, constants: Constants) -> Region | Rejection:
     assert lift.contraction is not None
     nodes = (*lift.nodes, lift.contraction)
     return Region(lift.contraction, expression, tuple(lift.operands), nodes, [shape(node) for node in nodes])
+
+
+def lift_mask(mask: Node, sizes: tuple[Size, ...], constants: Constants) -> tuple[Expr, tuple[Operand, ...]] | Rejection:
+    """Lift a mask or bias that is broadcast onto scores of shape ``sizes``: its expression and what it captures."""
+    lift = _Lift(constants)
+    lift.contraction = mask
+    lift.stage = sizes
+    try:
+        return lift.operand(mask, mask), tuple(lift.operands)
+    except _Obstacle as obstacle:
+        return Rejection(str(obstacle), (obstacle.node,))
 
 
 def _blame(node: Node) -> str:

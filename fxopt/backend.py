@@ -1,0 +1,109 @@
+"""The torch.compile backend: ``torch.compile(model, backend="fxopt")``."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from fxopt import driver
+from fxopt.errors import FxoptError, FxoptWarning, OptionError, UnsupportedTorchError
+from fxopt.frontend.dynamo import from_dynamo
+from fxopt.lowering.base import compile_base
+from fxopt.lowering.options import Options, read_options
+
+_OLDEST_TORCH: Final = (2, 11)
+_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+#: Seconds spent compiling in this process: ``total``, of which ``inductor`` in the base compiler and ``measurement``
+#: building and timing candidates. The rest is fxopt's own.
+COMPILE_SECONDS: Final[dict[str, float]] = {"total": 0.0, "inductor": 0.0, "measurement": 0.0}
+
+_outcomes: ContextVar[list[driver.Outcome] | None] = ContextVar("fxopt_outcomes", default=None)
+_failures: ContextVar[list[str] | None] = ContextVar("fxopt_failures", default=None)
+
+
+def compile(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrite one Dynamo graph, lower it and hand the rest to the base compiler.
+
+    Args:
+        module: the graph that TorchDynamo captured.
+        inputs: its example inputs.
+        mode: a mode of torch.compile, passed on to Inductor.
+        options: see `fxopt.lowering.options.Options`.
+
+    Raises:
+        OptionError: an unknown option or mode.
+        FxoptError: with ``strict=True``, whatever made fxopt leave the graph alone. By default the graph then goes to the
+            base compiler as it is, and a `FxoptWarning` says why.
+    """
+    check_torch()
+    chosen = read_options(options)
+    if mode is not None and mode not in _MODES:
+        raise OptionError(f"mode={mode!r} is not possible; choose one of {', '.join(_MODES)}")
+    start = time.perf_counter()
+    rewritten = _rewrite(module, inputs, chosen)
+    before_base = time.perf_counter()
+    compiled = compile_base(rewritten, inputs, chosen, None if mode == "default" else mode)
+    COMPILE_SECONDS["inductor"] += time.perf_counter() - before_base
+    COMPILE_SECONDS["total"] += time.perf_counter() - start
+    return compiled
+
+
+def _rewrite(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> fx.GraphModule:
+    training = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    try:
+        outcome = driver.run(from_dynamo(module, inputs), options, training=training)
+    except Exception as error:
+        if options.strict or isinstance(error, OptionError):
+            raise
+        _say_left_alone(error)
+        return module
+    _collect(_outcomes, outcome)
+    return outcome.lowered.module
+
+
+def _say_left_alone(error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}"
+    _collect(_failures, reason)
+    advice = "" if isinstance(error, FxoptError) else " This is a defect of fxopt; strict=True raises it."
+    warnings.warn(f"fxopt left a graph as it is ({reason}).{advice}", FxoptWarning, stacklevel=3)
+
+
+def _collect(collector: ContextVar[list[Any] | None], value: Any) -> None:
+    collected = collector.get()
+    if collected is not None:
+        collected.append(value)
+
+
+@contextmanager
+def collecting() -> Iterator[tuple[list[driver.Outcome], list[str]]]:
+    """Collect the outcomes, and the reasons for graphs left alone, of everything compiled inside the block."""
+    outcomes: list[driver.Outcome] = []
+    failures: list[str] = []
+    tokens = _outcomes.set(outcomes), _failures.set(failures)
+    try:
+        yield outcomes, failures
+    finally:
+        _outcomes.reset(tokens[0])
+        _failures.reset(tokens[1])
+
+
+def check_torch() -> None:
+    """Raises `UnsupportedTorchError` when the installed torch is too old."""
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < _OLDEST_TORCH:
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        raise UnsupportedTorchError(f"fxopt needs torch {oldest} or newer, found {torch.__version__}; upgrade torch")

@@ -1,0 +1,70 @@
+"""The driver: program in, rewritten and lowered program and its report out. Every entry point goes through here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fxopt.errors import OptionError
+from fxopt.ir.decision import Decision
+from fxopt.ir.program import Program
+from fxopt.lowering.lower import lower
+from fxopt.lowering.options import Options
+from fxopt.passes import exact_pipeline
+from fxopt.report.report import Report
+from fxopt.rewriter.passes import Pass
+from fxopt.rewriter.pipeline import Observer, PassRecord, PipelineResult, run_pipeline
+from fxopt.rewriter.registry import resolve_pass
+from fxopt.verify import verify_numerically
+
+
+@dataclass
+class Outcome:
+    """Everything that became of one captured program."""
+
+    captured: Program
+    result: PipelineResult
+    lowered: Program
+    decisions: tuple[Decision, ...]
+    steps: list[tuple[PassRecord, Program]] = field(default_factory=list)
+
+    @property
+    def report(self) -> Report:
+        """What was done, for people and machines."""
+        return Report.of(self.result, self.decisions)
+
+
+def selected_passes(options: Options) -> tuple[Pass, ...]:
+    """The passes to run: the exact pipeline, or those the user names, with what each requires before it."""
+    if options.passes is None:
+        return exact_pipeline()
+    chosen: list[Pass] = []
+    for wanted in options.passes:
+        _append(chosen, resolve_pass(wanted))
+    return tuple(chosen)
+
+
+def _append(chosen: list[Pass], current: Pass, depth: int = 0) -> None:
+    if depth > 20:
+        raise OptionError(f"pass {current.name} requires itself")
+    names = {p.name for p in chosen}
+    for required in current.requires:
+        if required not in names:
+            _append(chosen, resolve_pass(required), depth + 1)
+    if current.name not in {p.name for p in chosen}:
+        chosen.append(current)
+
+
+def rewrite(program: Program, options: Options, observe: Observer | None = None) -> PipelineResult:
+    """Run the passes that ``options`` select, and verify what they rewrote as far as ``options`` ask for."""
+    import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning before a pass makes one
+
+    check = verify_numerically if options.verify == "numeric" else None
+    return run_pipeline(program, selected_passes(options), strict=options.strict, observe=observe, check=check)
+
+
+def run(program: Program, options: Options, *, training: bool) -> Outcome:
+    """Run the pipeline on ``program`` and lower the result."""
+    steps: list[tuple[PassRecord, Program]] = []
+    result = rewrite(program, options, lambda before, after, record: steps.append((record, after)))
+    lowered, decisions = lower(result.program, training=training, option=options.lower)
+    return Outcome(program, result, lowered, decisions, steps)

@@ -1,0 +1,197 @@
+"""Lowering of ``fxopt::attention``: the candidates, and the one to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxopt import cache
+from fxopt.codegen.attention import operator, reference, sdpa, triton
+from fxopt.ir.attention import AttentionSpec, read_spec
+from fxopt.ir.decision import Decision
+from fxopt.ir.operators import overload
+from fxopt.lowering.measure import materialise, median_seconds
+from fxopt.lowering.versions import fingerprint
+
+__all__ = ["Candidate", "candidates", "choose", "operator"]
+
+_CONFIGS_TRIED = 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a site: a call of ``target`` on the site's operands followed by ``extra``.
+
+    ``family`` is what the option ``lower`` names; ``first`` tells that the result is the first of several outputs.
+    """
+
+    name: str
+    family: str
+    target: Callable[..., Any]
+    extra: tuple[Any, ...] = ()
+    first: bool = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> Tensor:
+        result = self.target(q, k, v, captures, spec, *self.extra)
+        return result[0] if self.first else result
+
+
+def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, str]]:
+    """The ways to run ``site``, best guess first, and why others can't, by family or backend."""
+    q, k, v, captures = _operands(site)
+    spec = read_spec(str(site.args[4]))
+    refused: dict[str, str] = {}
+    found = _generated(spec, q, k, v, training, refused)
+    for backend, device in sdpa.BACKENDS.items():
+        if device != q.device.type:
+            continue
+        reason = sdpa.objection(spec, q, k, v, captures, backend)
+        if reason is None:
+            found.append(Candidate(f"sdpa-{backend}", "sdpa", overload("attention_sdpa"), (backend,)))
+        else:
+            refused[f"sdpa-{backend}"] = reason
+    found.append(Candidate("aten", "aten", overload("attention")))
+    return found, refused
+
+
+def _generated(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool, refused: dict[str, str]
+) -> list[Candidate]:
+    if q.device.type != "cuda":
+        refused["triton"] = f"Triton kernels run on CUDA devices, not on {q.device.type}"
+        return []
+    if find_spec("triton") is None:
+        refused["triton"] = "triton is not installed"
+        return []
+    if not isinstance(q.shape[3], int) or not isinstance(v.shape[3], int):
+        refused["triton"] = "the head dimension is dynamic"
+        return []
+    reason = triton.objection(spec, q.shape[3], v.shape[3], q.dtype)
+    if reason is not None or not q.dtype == k.dtype == v.dtype:
+        refused["triton"] = reason or f"operands of several dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
+        return []
+    capability = torch.cuda.get_device_capability(q.device)
+    configs = triton.candidates(spec, q.shape[3], v.shape[3], q.dtype, capability)[:_CONFIGS_TRIED]
+    target = torch.ops.fxopt.attention_forward.default
+    return [Candidate(f"triton-{c}", "triton", target, (str(c), training), first=True) for c in configs]
+
+
+def choose(site: Node, training: bool, lower: str) -> tuple[Candidate, Decision]:
+    """The candidate to run ``site``: forced by ``lower``, or the fastest on operands of the site's sizes and strides.
+
+    Measured decisions are kept in the cache by specification, sizes (dynamic ones rounded up to a power of two), strides,
+    dtypes, device and versions.
+    """
+    found, refused = candidates(site, training)
+    if lower != "auto":
+        return _forced(site, found, refused, lower)
+    if len(found) == 1:
+        why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        return found[0], Decision((site.name,), found[0].name, f"the only one that can serve ({why})")
+    if not _has_hints(site):
+        return found[0], Decision((site.name,), found[0].name, "best guess: the sizes are not known")
+    key = _key(site, training, found)
+    seconds = _read_seconds(key, found)
+    source = "measured, from the cache"
+    if seconds is None:
+        seconds, source = _measure(site, training, found, refused), "measured"
+        cache.write_json("decisions", key, {"seconds": seconds})
+    by_name = {candidate.name: candidate for candidate in found}
+    best = min(seconds, key=lambda name: seconds[name])
+    return by_name[best], Decision((site.name,), best, source, seconds)
+
+
+def _forced(site: Node, found: list[Candidate], refused: dict[str, str], lower: str) -> tuple[Candidate, Decision]:
+    for candidate in found:
+        if candidate.family == lower:
+            return candidate, Decision((site.name,), candidate.name, f"forced by lower={lower!r}")
+    why = "; ".join(f"{name}: {reason}" for name, reason in refused.items() if name.startswith(lower))
+    return found[-1], Decision((site.name,), found[-1].name, f"lower={lower!r} can't serve this site: {why}")
+
+
+def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
+    """Median seconds of each candidate (forward, and backward in training); one that fails is refused and left out."""
+    q, k, v, captures = _operands(site)
+    q, k, v, *captures = (_real(x, seed) for seed, x in enumerate((q, k, v, *captures)))
+    seconds = {}
+    for candidate in found:
+        run = _timed_call(candidate, q, k, v, captures, str(site.args[4]), training)
+        try:
+            with torch.set_grad_enabled(training):
+                seconds[candidate.name] = median_seconds(run, q.device)
+        except Exception as error:
+            if candidate.family == "aten":
+                raise
+            refused[candidate.name] = f"failed when it was measured: {error}"
+    return seconds
+
+
+def _timed_call(
+    candidate: Candidate, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor], spec: str, training: bool
+) -> Callable[[], Any]:
+    if not training:
+        return lambda: candidate(q, k, v, captures, spec)
+
+    def forward_and_backward() -> None:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            candidate(*leaves, captures, spec).sum().backward()
+
+    return forward_and_backward
+
+
+def _operands(site: Node) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The fake operands of a site."""
+    q, k, v, captures = site.args[:4]
+    assert isinstance(captures, list | tuple)
+    values = [node.meta["val"] for node in (q, k, v, *captures) if isinstance(node, Node)]
+    return values[0], values[1], values[2], values[3:]
+
+
+def _has_hints(site: Node) -> bool:
+    sizes = [size for x in _flat(site) for size in (*x.shape, *x.stride()) if isinstance(size, torch.SymInt)]
+    return all(size.node.has_hint() for size in sizes)
+
+
+def _flat(site: Node) -> list[Tensor]:
+    q, k, v, captures = _operands(site)
+    return [q, k, v, *captures]
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _real(value: Tensor, seed: int) -> Tensor:
+    sizes, strides = tuple(map(_hint, value.shape)), tuple(map(_hint, value.stride()))
+    return materialise(value, sizes, strides, seed)
+
+
+def _key(site: Node, training: bool, found: list[Candidate]) -> str:
+    operands = [
+        f"{x.dtype}{[_bucket(n) for n in x.shape]}{[_hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
+        for x in _flat(site)
+    ]
+    mode = "training" if training else "inference"
+    names = [candidate.name for candidate in found]
+    return "\n".join([str(site.args[4]), *operands, mode, *names, fingerprint(_flat(site)[0].device)])
+
+
+def _bucket(size: int | torch.SymInt) -> str:
+    """A static size as it is, a dynamic one rounded up to a power of two."""
+    return str(size) if isinstance(size, int) else f"<={1 << max(_hint(size) - 1, 0).bit_length()}"
+
+
+def _read_seconds(key: str, found: list[Candidate]) -> dict[str, float] | None:
+    entry = cache.read_json("decisions", key)
+    seconds = entry.get("seconds") if isinstance(entry, Mapping) else None
+    names = {candidate.name for candidate in found}
+    if not isinstance(seconds, Mapping) or not seconds or not set(seconds) <= names:
+        return None
+    return {str(name): float(value) for name, value in seconds.items()}

@@ -1,0 +1,71 @@
+"""The base compiler: what runs the part of the graph that fxopt doesn't lower itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from fxopt.lowering.options import Options
+
+_FUSE_ATTENTION: Final = "torch._inductor.fx_passes.fuse_attention"
+_PATTERNS_LOCK: Final = RLock()
+
+
+def compile_base(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compile ``module`` with the base that ``options`` name; ``mode`` is torch.compile's."""
+    if options.base == "eager":
+        return module.forward
+    if options.base == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(module, list(inputs))  # type: ignore[no-any-return]
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
+    with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
+        return compile_fx(module, inputs, config_patches=patches)  # type: ignore[no-any-return,arg-type]
+
+
+@contextmanager
+def without_attention_patterns() -> Iterator[None]:
+    """Inductor without its attention patterns, which accept a softmax over the wrong axis and permuted keys.
+
+    Sites that fxopt keeps must stay what they are; those that Inductor could rewrite rightly were rewritten before.
+    """
+    from torch._inductor.fx_passes import joint_graph
+
+    with _PATTERNS_LOCK:
+        joint_graph.lazy_init()
+        passes = [joint_graph.patterns, *joint_graph.pass_patterns]
+        saved = [(p, {key: list(entries) for key, entries in p.patterns.items()}) for p in passes]
+        try:
+            for registry, entries in saved:
+                for key, listed in entries.items():
+                    registry.patterns[key] = [e for e in listed if not _is_attention_pattern(e)]
+            yield
+        finally:
+            for registry, entries in saved:
+                registry.patterns.update(entries)
+
+
+def _is_attention_pattern(entry: Any) -> bool:
+    closure = getattr(entry.extra_check, "__closure__", None) or ()
+    return any(getattr(cell.cell_contents, "__module__", "") == _FUSE_ATTENTION for cell in closure)
+
+
+class _KeyOfFxopt:
+    """A pass that does nothing but keep graphs compiled without those patterns apart in Inductor's caches."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        pass
+
+    def uuid(self) -> str:
+        return "fxopt: attention patterns off"

@@ -1,0 +1,50 @@
+"""Lowering: every canonical operator becomes what was chosen to run it."""
+
+from __future__ import annotations
+
+import operator as python_operator
+
+import torch
+from torch.fx import Node
+
+import fxopt.codegen.meanings  # noqa: F401 - canonical operators decompose into their references
+from fxopt.ir.decision import Decision
+from fxopt.ir.nodes import source
+from fxopt.ir.operators import overload
+from fxopt.ir.program import Program
+from fxopt.lowering.attention import Candidate, choose
+from fxopt.rewriter.builder import Builder
+from fxopt.rewriter.passes import difference
+
+
+def lower(program: Program, *, training: bool, option: str = "auto") -> tuple[Program, tuple[Decision, ...]]:
+    """A copy of ``program`` in which every site runs as decided, and the decisions.
+
+    Canonical operators other than attention decompose into their reference, which the base compiler fuses.
+    """
+    lowered = program.copy()
+    sites = lowered.graph.find_nodes(op="call_function", target=overload("attention"))
+    decisions = tuple(_lower_site(lowered, site, training, option) for site in sites)
+    lowered.graph.lint()
+    lowered.module.recompile()
+    return lowered, decisions
+
+
+def _lower_site(program: Program, site: Node, training: bool, option: str) -> Decision:
+    candidate, decision = choose(site, training, option)
+    if candidate.family == "aten":
+        return decision
+    new = _write(Builder(program, site, f"lower-{candidate.family}"), site, candidate)
+    flaw = difference(site, new)
+    if flaw:
+        return Decision((site.name,), "aten", f"{candidate.name} would give {flaw} at {source(site)}")
+    name = site.name
+    site.replace_all_uses_with(new)
+    program.graph.erase_node(site)
+    return Decision((name,), decision.chosen, decision.reason, decision.seconds)
+
+
+def _write(builder: Builder, site: Node, candidate: Candidate) -> Node:
+    assert isinstance(candidate.target, torch._ops.OpOverload)
+    call = builder.call(candidate.target, *site.args, *candidate.extra)
+    return builder.call(python_operator.getitem, call, 0) if candidate.first else call

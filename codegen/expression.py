@@ -215,7 +215,7 @@ def emit(expr: Expr, names: Mapping[str, str], captures: tuple[Kind, ...] = ()) 
 
 
 def print_torch(expr: Expr) -> str:
-    """Print ``expr`` as PyTorch text over tensors named by its leaves (``Sq`` and ``Sk`` are tensors too), in float64."""
+    """Print ``expr`` as PyTorch text over tensors named by its leaves (``Sq`` and ``Sk`` too), in float64."""
     if not expr.args:
         return str(expr).replace("inf", 'float("inf")').replace("nan", 'float("nan")')
     rule = RULES[expr.op]

@@ -1,4 +1,4 @@
-"""How a generated attention kernel reads a captured tensor: once where it can, one vector or tile per block elsewhere."""
+"""How a generated attention kernel reads a captured tensor: once where it can, else one vector or tile per block."""
 
 from __future__ import annotations
 

@@ -51,23 +51,23 @@ def read_config(text: str) -> Config:
 _HALF: Final[dict[int, tuple[str, ...]]] = {
     16: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
     32: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
-    64: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
+    64: ("128x128w8s3", "128x64w4s3", "128x128w4s3", "64x64w4s3"),
     128: ("128x64w8s3", "64x64w4s3", "64x32w4s3", "16x64w4s3"),
-    256: ("128x64w8s2", "64x32w4s3", "32x64w4s2", "16x32w4s2"),
+    256: ("128x64w8s2", "128x32w8s2", "64x32w4s3", "32x64w4s3"),
 }
 _HALF_SM80: Final[dict[int, tuple[str, ...]]] = {
     16: ("128x64w4s3", "64x64w4s3", "16x64w4s3"),
     32: ("128x64w4s3", "64x64w4s3", "16x64w4s3"),
     64: ("128x64w4s3", "64x64w4s3", "16x64w4s3"),
-    128: ("128x32w4s3", "64x64w4s3", "64x32w4s3", "16x64w4s2"),
+    128: ("128x64w8s3", "64x64w4s3", "64x32w4s3", "16x64w4s2"),
     256: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
 }
 _SINGLE: Final[dict[int, tuple[str, ...]]] = {
     16: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
     32: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
-    64: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
-    128: ("32x32w4s2", "32x16w4s2", "16x32w4s2"),
-    256: ("32x16w4s1", "16x16w4s1"),
+    64: ("32x32w4s2", "64x32w8s2", "16x32w4s2"),
+    128: ("32x32w8s2", "16x32w4s2"),
+    256: ("32x16w8s1", "16x16w4s1"),
 }
 
 
@@ -83,9 +83,7 @@ def shared_bytes(config: Config, head_dim: int, value_dim: int, dtype: torch.dty
     return (rows + keys) * dtype.itemsize
 
 
-def fitting(
-    head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
-) -> tuple[Config, ...]:
+def fitting(head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Config, ...]:
     """The configurations for these sizes that fit the device, best first, at most four; none for other dtypes."""
     width = max(padded(head_dim), padded(value_dim))
     half = _HALF if capability >= (9, 0) else _HALF_SM80

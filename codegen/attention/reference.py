@@ -1,7 +1,7 @@
 """What ``fxopt::attention`` means, in plain PyTorch.
 
-Legend: ``B`` batch, ``H`` query heads, ``G`` key/value heads, ``R = H/G`` query heads a key/value head serves, ``S`` query
-length, ``T`` key length, ``D`` head dimension of queries and keys, ``E`` head dimension of values.
+Legend: ``B`` batch, ``H`` query heads, ``G`` key/value heads, ``R = H/G`` query heads a key/value head serves, ``S``
+query length, ``T`` key length, ``D`` head dimension of queries and keys, ``E`` head dimension of values.
 
 The two contractions run in the dtype of the inputs, everything between them in at least float32. No size is ever made
 a Python number, so the functions trace with symbolic shapes.
@@ -89,7 +89,8 @@ def raw_scores(spec: AttentionSpec, q: Tensor, k: Tensor) -> Tensor:
 
 def fold_heads(x: Tensor, k: Tensor, kv_map: KvMap) -> Tensor:
     """``[B, H, S, *] -> [B, G, R·S, *]``: the rows of all query heads that one key/value head serves, one after
-    another, so that keys and values are never repeated."""
+    another, so that keys and values are never repeated.
+    """
     if x.shape[1] == k.shape[1]:
         return x
     batch, heads, rows, width = x.shape
@@ -113,7 +114,8 @@ def unfold_heads(x: Tensor, q: Tensor, kv_map: KvMap) -> Tensor:
 
 def read_captures(spec: AttentionSpec, captures: Sequence[Tensor], s_BHST: Tensor) -> tuple[Tensor, ...]:
     """The captures so that they broadcast with the scores: real ones in the dtype of the scores, periodic ones
-    repeated along the batch."""
+    repeated along the batch.
+    """
     readings = []
     for tensor, how in zip(captures, spec.captures, strict=True):
         value = tensor.to(s_BHST.dtype) if how.kind == "float" else tensor

@@ -1,7 +1,7 @@
 """The exponential of a generated kernel's softmax: one fused multiply-add per logit where that is safe.
 
-A logit ``x`` enters the softmax as ``exp2(x·log2(e) − shift·log2(e))``. A positive constant factor of the score is taken
-out and folded into log2(e), so that a plainly scaled score costs no extra multiplication.
+A logit ``x`` enters the softmax as ``exp2(x·log2(e) − shift·log2(e))``. A positive constant factor of the score is
+taken out and folded into log2(e), so that a plainly scaled score costs no extra multiplication.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class KernelText:
         bounded = [f"    kept &= {self._emit(term)}" for term in conjuncts(self.spec.mask)]
         lines = ["if BOUNDED:", "    kept = j < Sk", *bounded, '    x = tl.where(kept, x, float("-inf"))']
         if self._range.rest:
-            lines += ["else:", f"    x = tl.where({self._emit(conjunction(self._range.rest))}, x, float(\"-inf\"))"]
+            lines += ["else:", f'    x = tl.where({self._emit(conjunction(self._range.rest))}, x, float("-inf"))']
         return "\n".join(lines)
 
     @property

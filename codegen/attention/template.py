@@ -118,13 +118,13 @@ def attention_kernel(
 
 '''
 
-LOOP: Final = '''\
+LOOP: Final = """\
 for start in range($first, $last, BLOCK_N):
     start = tl.multiple_of(start, BLOCK_N)
     acc, total, peak = attend(
         $arguments
     )
-'''
+"""
 
 LAUNCH: Final = '''
 def launch(

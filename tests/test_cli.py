@@ -203,6 +203,7 @@ def test_dump_into_a_foreign_directory_fails(file: str) -> None:
     assert "give an empty or new directory" in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch itself, when Inductor is imported
 def test_bench_times_eager_and_fxopt(file: str) -> None:
     done = invoke("bench", f"{file}:pair", "--json", "--rounds", "3")
     assert done.exit_code == 0, done.stderr

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch.fx import Node
 
-from fxopt.ir.nodes import same_shape, source
+from fxopt.ir.nodes import has_effect, same_shape, source
 from fxopt.ir.program import Program, operator_name
 from fxopt.ir.site import Site, Tier
 from fxopt.rewriter.builder import Builder
@@ -141,11 +141,14 @@ def _replace(program: Program, node: Node, rule: Rule, spelling: str, bindings: 
 
 
 def erase_unused(program: Program, node: Node) -> None:
-    """Erase the replaced ``node`` if nothing reads it, then whatever only it read; other effects and inputs stay."""
+    """Erase the replaced ``node`` if nothing reads it, then whatever only it read; effects and inputs stay.
+
+    A random draw that only the replaced node read goes with it: the rule has taken it over.
+    """
     pending = [node]
     while pending:
         current = pending.pop()
-        effect = current is not node and current.is_impure()
+        effect = current is not node and has_effect(current)
         if current.users or current._erased or current.op == "placeholder" or effect:
             continue
         operands = current.all_input_nodes

@@ -70,7 +70,7 @@ class _Gathered(Pattern):
             result = _match_all(self.parts, order, start)
             if isinstance(result, Match):
                 return result
-            best = result if result.depth > best.depth else best
+            best = result if result.depth >= best.depth else best
         return best
 
 

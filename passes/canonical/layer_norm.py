@@ -12,7 +12,15 @@ from fxopt.ir.nodes import shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
-from fxopt.passes.canonical.norm_form import NormForm, mean, over_root, read_norm, tails
+from fxopt.passes.canonical.norm_form import (
+    NormForm,
+    mean,
+    over_root,
+    over_shifted_root,
+    read_norm,
+    reject_shifted_root,
+    tails,
+)
 from fxopt.rewriter.arithmetic import Product
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.operands import Result, Widened
@@ -43,6 +51,11 @@ _VARIANCE = _restored(
 )
 _BY_MEAN = over_root(_CENTRED, mean(Product(_CENTRED, _CENTRED, constant="factor")))
 _BY_VARIANCE = over_root(_CENTRED, _VARIANCE)
+_DEVIATION = _restored(
+    Op(aten.std.correction, _X, Const("axes"), correction=Const("correction"), keepdim=Const("keepdim"))
+    | Op(aten.std.dim, _X, Const("axes"), Const("correction"), Const("keepdim"))
+    | Op(aten.sqrt.default, _VARIANCE)
+)
 _BY_VAR_MEAN = over_root(
     _centred(_restored(Result(_BOTH, 1) | Result(_BOTH_PLAIN, 1))), _restored(Result(_BOTH, 0) | Result(_BOTH_PLAIN, 0))
 )
@@ -52,7 +65,7 @@ def check_by_hand(match: Match) -> NormForm | Rejection:
     """The variance is that of ``x`` without Bessel's correction, and what `read_norm` says."""
     if match.get("factor") not in (None, 1):
         return Rejection(f"the variance is multiplied by {match['factor']}")
-    if match.get("correction") not in (None, 0) or ("correction" in match.values and match["correction"] is None):
+    if match.values.get("correction", 0) != 0:
         return Rejection("the variance has Bessel's correction (it divides by n - 1), LayerNorm's divides by n")
     return read_norm(match)
 
@@ -63,9 +76,7 @@ def build_norm(builder: Builder, norm: NormForm) -> Node:
     operands = [node for node in (x, norm.weight, norm.bias) if node is not None]
     if any(tensor(node).dtype != norm.dtype for node in operands):
         target = overload("layer_norm")
-        return builder.call(
-            target, x, norm.axes, norm.weight, norm.bias, norm.eps, norm.dtype, norm.scale_after_cast
-        )
+        return builder.call(target, x, norm.axes, norm.weight, norm.bias, norm.eps, norm.dtype, norm.scale_after_cast)
     rank = len(shape(x))
     sizes = [builder.size(x, axis) for axis in range(rank - norm.axes, rank)]
     return builder.call(aten.layer_norm.default, x, sizes, norm.weight, norm.bias, norm.eps)
@@ -79,6 +90,13 @@ RULES = (
     _rule("mean-of-squares", _BY_MEAN, "d / sqrt(mean(d ** 2) + eps)"),
     _rule("variance", _BY_VARIANCE, "d / sqrt(var(x) + eps)"),
     _rule("variance-and-mean", _BY_VAR_MEAN, "d / sqrt(var_mean(x) + eps)"),
+    Rule(
+        name="eps-outside",
+        patterns={"d / (std(x) + eps)": over_shifted_root(_CENTRED, _DEVIATION)},
+        check=reject_shifted_root,
+        rewrite=build_norm,
+        kind="norm",
+    ),
 )
 
 

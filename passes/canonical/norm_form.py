@@ -13,7 +13,7 @@ from torch.fx import Node
 from fxopt.ir.nodes import is_tensor, same_shape, shape, tensor
 from fxopt.rewriter.arithmetic import Sum
 from fxopt.rewriter.operands import Cast
-from fxopt.rewriter.pattern import Const, Literal, Match, Miss, Op, Optional, Pattern, Var
+from fxopt.rewriter.pattern import Const, Literal, Match, Miss, Op, Optional, Pattern
 from fxopt.rewriter.rule import Rejection
 
 aten = torch.ops.aten
@@ -62,6 +62,16 @@ def over_root(numerator: Pattern, mean_of_squares: Pattern) -> Pattern:
     return Op(aten.mul.Tensor, numerator, inverse, commutative=True, name="normal") | Op(
         aten.div.Tensor, numerator, root, name="normal"
     )
+
+
+def over_shifted_root(numerator: Pattern, root: Pattern) -> Pattern:
+    """``numerator / (root + eps)``, which is no norm that we know; it is matched in order to say so."""
+    return Op(aten.div.Tensor, numerator, Sum(root, constant="eps"))
+
+
+def reject_shifted_root(match: Match) -> Rejection:
+    """Why ``x / (root + eps)`` stays."""
+    return Rejection(f"{match['eps']} is added to the root, not to the variance inside of it", (match.root,))
 
 
 def tails(normal: Pattern, formula: str, *, with_bias: bool) -> dict[str, Pattern]:
@@ -124,4 +134,6 @@ def _dtypes(match: Match, given: torch.dtype, computed: torch.dtype) -> tuple[bo
         return True, False
     if given == computed:
         return False, True
-    return Rejection(f"the result in {result} is neither in the dtype of x, {given}, nor in that computed in, {computed}")
+    return Rejection(
+        f"the result in {result} is neither in the dtype of x, {given}, nor in that computed in, {computed}"
+    )

@@ -12,7 +12,15 @@ from fxopt.ir.nodes import tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
-from fxopt.passes.canonical.norm_form import NormForm, mean, over_root, read_norm, tails
+from fxopt.passes.canonical.norm_form import (
+    NormForm,
+    mean,
+    over_root,
+    over_shifted_root,
+    read_norm,
+    reject_shifted_root,
+    tails,
+)
 from fxopt.rewriter.arithmetic import Product
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.operands import Widened
@@ -24,7 +32,9 @@ from fxopt.rewriter.rule import Rejection, Rule
 aten = torch.ops.aten
 
 _X = Widened(Var("x"))
-_NORMAL = over_root(_X, mean(Product(_X, _X, constant="factor")))
+_MEAN_OF_SQUARES = mean(Product(_X, _X, constant="factor"))
+_NORMAL = over_root(_X, _MEAN_OF_SQUARES)
+_SHIFTED = over_shifted_root(_X, Op(aten.sqrt.default, _MEAN_OF_SQUARES))
 
 
 def check_by_hand(match: Match) -> NormForm | Rejection:
@@ -39,7 +49,9 @@ def check_call(match: Match) -> NormForm:
     x, eps = match["x"], match["eps"]
     dtype = torch.promote_types(tensor(x).dtype, torch.float32)
     eps = torch.finfo(dtype).eps if eps is None else eps
-    return NormForm(x, len(match["sizes"]), match.get("weight"), None, eps, dtype, widened=False, scale_after_cast=False)
+    return NormForm(
+        x, len(match["sizes"]), match.get("weight"), None, eps, dtype, widened=False, scale_after_cast=False
+    )
 
 
 def build_norm(builder: Builder, norm: NormForm) -> Node:
@@ -57,11 +69,16 @@ RULES = (
         kind="norm",
     ),
     Rule(
+        name="eps-outside",
+        patterns={"x / (sqrt(mean(x ** 2)) + eps)": _SHIFTED},
+        check=reject_shifted_root,
+        rewrite=build_norm,
+        kind="norm",
+    ),
+    Rule(
         name="call",
         patterns={
-            "rms_norm": Op(
-                aten.rms_norm.default, Var("x"), Const("sizes"), Var("weight") | Literal(None), Const("eps")
-            )
+            "rms_norm": Op(aten.rms_norm.default, Var("x"), Const("sizes"), Var("weight") | Literal(None), Const("eps"))
         },
         check=check_call,
         rewrite=build_norm,

@@ -184,7 +184,7 @@ _SINK: Final = then(QKV, lambda dims, dtype: draw((dims.H,), dtype=dtype, seed=6
 _TWO: Final = plan("BHSD", "BHSD", "BHSD", "BHTD", "BHTD")
 _INTO_LINEAR: Final = then(QKV, lambda dims, dtype: draw((5, dims.D), dtype=dtype, seed=6))
 _WEIGHTS: Final = r"(?i)weight|probabilit|escape|returned|softmax|between|other use"
-_KIND: Final = r"(?i)dtype|integer|complex|int64|floating"
+_KIND: Final = r"(?i)dtype|integer|complex|int64|floating|no contraction reaches"
 _F32: Final = (torch.float32,)
 _REDUCED: Final = (torch.bfloat16, torch.float16)
 
@@ -232,7 +232,7 @@ SOFTMAX_NEAR_MISSES: Final[tuple[Case, ...]] = (
     _kept("35b", "softmax over features", feature_softmaxes, sites=0),
     _kept("35c", "gated", gated, sites=0),
     _kept(
-        "36", "hand-written dropout", written_dropout, why=r"(?i)random|bernoulli|dropout|weight", modes=("training",)
+        "36", "hand-written dropout", written_dropout, why=r"(?i)random|bernoulli|dropout|between", modes=("training",)
     ),
     _kept("37a", "integer operands", integer_operands, _integers, _KIND, modes=("inference",), dtypes=_F32),
     _kept("37b", "complex operands", complex_operands, _complexes, _KIND, modes=("inference",), dtypes=_F32),

@@ -134,6 +134,4 @@ def _dtypes(match: Match, given: torch.dtype, computed: torch.dtype) -> tuple[bo
         return True, False
     if given == computed:
         return False, True
-    return Rejection(
-        f"the result in {result} is neither in the dtype of x, {given}, nor in that computed in, {computed}"
-    )
+    return Rejection(f"the result in {result} has neither the dtype of x, {given}, nor that of the norm, {computed}")

@@ -18,10 +18,11 @@ import torch
 from fxopt.errors import ExpressionError
 from fxopt.ir.expression import ARITY, Expr, Kind, call, const, kind, parse
 
-#: What a rule wants of its operands. ``number``: truth values count as integers. ``quotient``: integer tensors become
+#: What a rule wants of its operands. ``number``: truth values count as integers. ``alike``: in Triton integers become
+#: real beside real operands as well. ``quotient``: integer tensors become
 #: real as well. ``real``: tensors of the computing dtype. ``tensor``: plain numbers become tensors, kinds are kept.
 #: ``truth``: boolean tensors. ``any``: as they come.
-Operands = Literal["number", "quotient", "real", "tensor", "truth", "any"]
+Operands = Literal["number", "alike", "quotient", "real", "tensor", "truth", "any"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ RULES: Final[dict[str, Rule]] = {
         torch.maximum, _MAXIMUM, "where(x > y, dx, where(x == y, 0.5 * (dx + dy), dy))", "tensor",
         "tl.maximum({0}, {1})",
     ),
-    "pow": Rule(operator.pow, "power({0}, {1})", _POWER_SLOPE, integer=_INT_POWER),
+    "pow": Rule(operator.pow, "power({0}, {1})", _POWER_SLOPE, "alike", _INT_POWER),
     "neg": Rule(operator.neg, "(-{0})", "-dx"),
     "abs": Rule(operator.abs, "tl.abs({0})", "where(x > 0, dx, where(x < 0, -dx, 0.0))"),
     "exp": Rule(torch.exp, "tl.exp({0})", "dx * exp(x)", "real"),
@@ -184,14 +185,14 @@ class _Evaluation:
             return value
         if not isinstance(value, torch.Tensor):
             return self._number(value, wanted)
-        if wanted == "number":
+        if wanted in ("number", "alike"):
             return value.long() if value.dtype is torch.bool else value
         if wanted in ("real", "quotient"):
             return value.to(self.dtype)
         return value
 
     def _number(self, value: Any, wanted: Operands) -> Any:
-        if wanted in ("number", "quotient"):
+        if wanted in ("number", "alike", "quotient"):
             return int(value) if isinstance(value, bool) else value
         whole = torch.bool if isinstance(value, (bool, torch.SymBool)) else torch.int64
         real = wanted == "real" or isinstance(value, (float, torch.SymFloat))
@@ -254,7 +255,9 @@ class _Emission:
         found = kind(expr, self.captures)
         if rule.operands in ("real", "quotient") and found != "float":
             return self.cast(expr, "float32")
-        if rule.operands == "number" and found == "bool":
+        if rule.operands == "alike" and mixed and found != "float":
+            return self.cast(expr, "float32")
+        if rule.operands in ("number", "alike") and found == "bool":
             return self.cast(expr, "float32" if mixed else "int32")
         return self.text(expr)
 
@@ -370,7 +373,7 @@ def _is_number(expr: Expr, value: int) -> bool:
 
 
 def _fold(node: Expr) -> Expr:
-    numeric = node.op in RULES and RULES[node.op].operands in ("number", "quotient", "any")
+    numeric = node.op in RULES and RULES[node.op].operands in ("number", "alike", "quotient", "any")
     if not numeric or any(a.op != "const" for a in node.args):
         return node
     try:

@@ -156,7 +156,8 @@ def lay_out(spec: AttentionSpec, out_BHSE: Tensor) -> Tensor:
     out_BHSE = out_BHSE.to(spec.out_dtype)
     if spec.out_layout == "bhsd":
         return out_BHSE.contiguous()
-    return out_BHSE.transpose(1, 2).contiguous().transpose(1, 2)
+    # A clone, because a tensor with one row or head is contiguous whatever its strides are.
+    return out_BHSE.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 define_meaning("attention", attention)

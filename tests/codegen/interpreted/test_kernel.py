@@ -1,0 +1,163 @@
+"""Generated kernels against float64, in the interpreter: every expression, dtype and kind of shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.cache import import_source
+from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.triton import KIND, read_config, source
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import ARITY, Expr, call, capture, const, parse
+from fxopt.testing import assert_within_budget
+from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+CONFIG = read_config("16x16w4s2")
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """``torch.empty`` gives NaN, so that an element which is not written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def launch(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], with_lse: bool = False
+) -> tuple[Tensor, Tensor]:
+    text = source(spec, q.shape[3], v.shape[3], q.dtype, CONFIG)
+    out, lse = import_source(KIND, text).launch(q, k, v, captures, with_lse)
+    return out, lse
+
+
+def exact(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> Tensor:
+    wide = [c.double() if c.is_floating_point() else c for c in captures]
+    spec = dataclasses.replace(spec, out_dtype=torch.float64)
+    return reference.attention(q.double(), k.double(), v.double(), wide, str(spec))
+
+
+#: Every expression with every shape, and every dtype with each of both.
+CROSS = [
+    (name, shape, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(EXPRESSIONS) for m, shape in enumerate(SHAPES)
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype"), CROSS)
+def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
+    sizes = SHAPES[shape]
+    spec = specification(name, sizes, DTYPES[dtype], empty_rows="zero" if len(shape) % 2 else "nan")
+    q, k, v = operands(sizes, DTYPES[dtype])
+    captures = captured(name, sizes, spec)
+    out, _ = launch(spec, q, k, v, captures)
+    # Eager gets operands without poison around them: torch's bfloat16 product on the CPU lets it in.
+    eager = reference.attention(q.contiguous(), k.contiguous(), v.contiguous(), captures, str(spec))
+    assert out.stride() == eager.stride()
+    assert_within_budget(out, eager, exact(spec, q, k, v, captures))
+
+
+@pytest.mark.parametrize("name", ["plain", "softcap", "window", "additive-mask", "swin"])
+def test_lse_is_the_log_sum_exp_of_the_logits(name: str) -> None:
+    sizes = SHAPES["tails"]
+    spec = specification(name, sizes, torch.float32)
+    q, k, v = operands(sizes, torch.float32)
+    captures = captured(name, sizes, spec)
+    _, lse = launch(spec, q, k, v, captures, with_lse=True)
+    torch.testing.assert_close(lse, torch.logsumexp(reference.logits(spec, q, k, captures), -1))
+    assert launch(spec, q, k, v, captures)[1].shape == (0,)
+
+
+@pytest.mark.parametrize(("empty_rows", "expected"), [("nan", torch.nan), ("zero", 0.0)])
+def test_rows_without_keys(empty_rows: str, expected: float) -> None:
+    sizes = Shape(16, 16, 20, 20)
+    spec = specification("padding", sizes, torch.float32, empty_rows)
+    q, k, v = operands(sizes, torch.float32)
+    kept = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    kept[1] = False
+    out, lse = launch(spec, q, k, v, [kept], with_lse=True)
+    torch.testing.assert_close(out[1], torch.full_like(out[1], expected), equal_nan=True)
+    assert (lse[1] == -torch.inf).all()
+    assert out[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_finite_fills_give_the_mean_over_all_keys(dtype: str) -> None:
+    sizes = Shape(16, 16, 20, 37)
+    spec = specification("additive-mask", sizes, DTYPES[dtype])
+    q, k, v = operands(sizes, DTYPES[dtype])
+    fill = torch.full((2, 1, 1, 37), torch.finfo(torch.bfloat16).min if dtype != "f16" else -6e4, dtype=DTYPES[dtype])
+    q = q * 0 if dtype == "f16" else q  # the fill of float16 does not absorb the scores
+    out, _ = launch(spec, q, k, v, [fill])
+    mean = v.double().mean(2, keepdim=True).expand(out.shape)
+    assert_within_budget(out, reference.attention(q, k, v, [fill], str(spec)), mean)
+
+
+def test_nan_in_an_input_reaches_its_rows_and_no_others() -> None:
+    sizes = Shape(16, 16, 20, 20)
+    spec = specification("causal", sizes, torch.float32)
+    q, k, v = operands(sizes, torch.float32)
+    q[0, 1, 3] = torch.nan
+    k[1, 0, 19] = torch.nan
+    out, _ = launch(spec, q, k, v, [])
+    hit = out.isnan().any(-1)
+    assert hit.nonzero().tolist() == [[0, 1, 3], [1, 0, 19]]
+
+
+def test_strides_of_zero_and_of_the_innermost_axis() -> None:
+    sizes = Shape(16, 16, 18, 18)
+    spec = specification("tile-bias", sizes, torch.float32)
+    q, k, v = operands(sizes, torch.float32)
+    q, k = q.transpose(2, 3).contiguous().transpose(2, 3), k[:1].expand(2, -1, -1, -1)
+    bias = torch.randn(1, 2, 1, 18).expand(1, 2, 18, 18)
+    torch.testing.assert_close(launch(spec, q, k, v, [bias])[0], exact(spec, q, k, v, [bias]).float())
+
+
+@pytest.mark.parametrize("keys", [0, 5])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_sizes_of_zero(rows: int, keys: int) -> None:
+    sizes = Shape(16, 16, rows, keys)
+    spec = specification("plain", sizes, torch.float32)
+    q, k, v = (torch.randn(2, 2, n, 16) for n in (rows, keys, keys))
+    torch.testing.assert_close(launch(spec, q, k, v, [])[0], reference.attention(q, k, v, [], str(spec)))
+
+
+def _operation(op: str) -> Expr:
+    row, column = capture(0), capture(1)
+    reals = {1: (row,), 2: (row, column), 3: (call("gt", row, column), row, column)}[ARITY[op]]
+    if op in ("and", "or"):
+        reals = (call("gt", row, const(1.0)), call("gt", column, const(1.0)))
+    value = call(op, *((call("gt", row, const(1.0)),) if op == "not" else reals))
+    boolean = op in ("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not")
+    return call("where", value, const(1.0), const(-1.0)) if boolean else value
+
+
+@pytest.mark.parametrize("op", ARITY)
+def test_emitted_operation_means_what_evaluation_means(op: str) -> None:
+    expr = call("add", parse("s"), _operation(op))
+    spec = AttentionSpec(expr, None, (Capture("bhi-", torch.float32), Capture("b--j", torch.float32)))
+    q, k, v = operands(Shape(16, 16, 17, 18), torch.float32)
+    captures = [torch.rand(2, 2, 17, 1) * 3 + 0.1, torch.rand(2, 1, 1, 18) * 2 + 0.3]
+    torch.testing.assert_close(launch(spec, q, k, v, captures)[0], exact(spec, q, k, v, captures).float())
+
+
+@pytest.mark.parametrize("text", [
+    "s + float((j - i) // 3)", "s + float((j - i) % 5)", "s + float(minimum(abs(i - j), 4))", "s + float(h * 2 - b)",
+    "s + float((j - i) ** 2) / 64", "s + 2 ** (float(i - j) / 8)", "s * (1 - float(c0))", "float(i * j) / 100",
+    "s + tanh(s / 100.0) + tanh(s * 3)", "s + (c0 + i) * 0.5", "s + maximum(c0, i) ** 3 * 0.001",
+])  # fmt: skip
+def test_integer_arithmetic(text: str) -> None:
+    spec = AttentionSpec(parse(text), None, (Capture("b--j", torch.bool),))
+    if "maximum" in text:
+        spec = dataclasses.replace(spec, captures=(Capture("b--j", torch.int64),))
+    q, k, v = operands(Shape(16, 16, 17, 18), torch.float32)
+    drawn = torch.randint(0, 2, (2, 1, 1, 18))
+    captures = [drawn if "maximum" in text else drawn.bool()]
+    torch.testing.assert_close(launch(spec, q, k, v, captures)[0], exact(spec, q, k, v, captures).float())

@@ -1,0 +1,78 @@
+"""``fxopt::attention_forward`` on the CPU: registration, gradients, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.operator import attention_forward
+from fxopt.errors import LoweringError
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import parse
+from tests.codegen.cases import EXPRESSIONS, SHAPES, captured, operands, specification
+
+CONFIG = "64x32w4s2"
+
+
+def leaves(name: str, shape: str) -> tuple[AttentionSpec, list[Tensor], list[Tensor]]:
+    """A specification, ``[q, k, v]`` and its captures in float64, all that can requiring a gradient."""
+    torch.manual_seed(2)
+    sizes = SHAPES[shape]
+    spec = specification(name, sizes, torch.float64, empty_rows="zero")
+    inputs = [x.detach().clone().requires_grad_() for x in operands(sizes, torch.float64)]
+    captures = captured(name, sizes, spec)
+    return spec, inputs, [c.detach().clone().requires_grad_(c.is_floating_point()) for c in captures]
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("swin", "fewer-keys"), ("causal-padding", "packed"), ("plain", "one-row")]
+)
+def test_opcheck(name: str, shape: str, with_lse: bool) -> None:
+    spec, inputs, captures = leaves(name, shape)
+    results = torch.library.opcheck(attention_forward, (*inputs, captures, str(spec), CONFIG, with_lse))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("shape", ["tails", "one-row", "fewer-keys", "grouped"])
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_gradients_agree_with_the_reference_under_autograd(name: str, shape: str) -> None:
+    spec, inputs, captures = leaves(name, shape)
+    wanted = [*inputs, *(c for c in captures if c.requires_grad)]
+    out, _ = attention_forward(*inputs, captures, str(spec), CONFIG, False)
+    expected = reference.attention(*inputs, captures, str(spec))
+    cotangent = torch.randn_like(out)
+    found = torch.autograd.grad(out, wanted, cotangent)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, wanted, cotangent))
+
+
+def test_gradient_of_the_log_sum_exp() -> None:
+    spec, inputs, captures = leaves("softcap", "tails")
+    wide = attention_forward(*inputs, captures, str(spec), CONFIG, True)[1]
+    found = torch.autograd.grad(wide.sum(), inputs[:2])
+    expected = torch.autograd.grad(torch.logsumexp(reference.logits(spec, *inputs[:2], captures), -1).sum(), inputs[:2])
+    torch.testing.assert_close(found, expected)
+
+
+def test_half_precision_gradients_keep_their_dtypes() -> None:
+    spec = AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-h--", torch.float32),), out_dtype=torch.bfloat16)
+    inputs = [torch.randn(1, 2, 8, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(1, 2, 1, 1, requires_grad=True)
+    out, _ = attention_forward(*inputs, [bias], str(spec), CONFIG, False)
+    gradients = torch.autograd.grad(out.float().sum(), [*inputs, bias])
+    assert [g.dtype for g in gradients] == [torch.bfloat16] * 3 + [torch.float32]
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"dropout": 0.1}, "dropout"),
+    ({"dtype": torch.float16}, "share dtype and device"),
+])  # fmt: skip
+def test_refusals_say_why(change: dict[str, object], reason: str) -> None:
+    spec = AttentionSpec(parse("s"), dropout=float(change.get("dropout", 0.0)))  # type: ignore[arg-type]
+    q = torch.randn(1, 1, 4, 16).to(change.get("dtype", torch.float32))  # type: ignore[call-overload]
+    k = torch.randn(1, 1, 4, 16)
+    with pytest.raises(LoweringError, match=reason):
+        attention_forward(q, k, k, [], str(spec), CONFIG, False)

@@ -1,0 +1,123 @@
+"""The meaning of attention against maths written by hand, under autograd, fake tensors and symbolic sizes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from fxopt.codegen.attention.reference import attention
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import parse
+from fxopt.ir.operators import overload
+from tests.codegen.cases import EXPRESSIONS, SHAPES, captured, operands, specification
+
+
+def by_hand(name: str, q: Tensor, k: Tensor, v: Tensor, c: list[Tensor], kv_map: str) -> Tensor:
+    """The cases of `EXPRESSIONS`, spelled out with repeated heads."""
+    repeats = q.shape[1] // k.shape[1]
+    spread = (
+        (lambda x: x.repeat_interleave(repeats, 1)) if kv_map == "group" else (lambda x: x.repeat(1, repeats, 1, 1))
+    )
+    s = q @ spread(k).transpose(-2, -1)
+    i, j = torch.arange(s.shape[2])[:, None], torch.arange(s.shape[3])
+    diagonal = i + s.shape[3] - s.shape[2]
+    x, kept = s * 0.125, torch.ones_like(s, dtype=torch.bool)
+    match name:
+        case "causal":
+            kept = j <= diagonal
+        case "window":
+            kept = (j <= diagonal) & (j > diagonal - 7)
+        case "both-sides":
+            kept = (i - j < 5) & (j - i <= 3)
+        case "padding":
+            kept = c[0]
+        case "causal-padding":
+            kept = (j <= i) & (c[0] != 0)
+        case "lengths":
+            kept = (j < c[0]) & (j >= 2)
+        case "softcap":
+            x = 20 * torch.tanh(x / 20)
+        case "alibi":
+            x, kept = x + c[0].double() * (j - i), j <= i
+        case "tile-bias" | "additive-mask":
+            x = x + c[0]
+        case "swin":
+            x = x + c[0] + c[1]
+        case "row-scale":
+            x = s * c[0] + c[1]
+        case "finite-fill":
+            x = torch.where(c[0], x, -3.3895313892515355e38)
+        case "documents":
+            kept = c[0] == c[1]
+        case "prefix":
+            kept = (j <= i) | (j < 3)
+    return torch.softmax(torch.where(kept, x, -math.inf), -1) @ spread(v)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_reference_is_the_maths_by_hand(name: str, shape: str) -> None:
+    torch.manual_seed(1)
+    sizes = SHAPES[shape]
+    spec = specification(name, sizes, torch.float64)
+    q, k, v = operands(sizes, torch.float64)
+    captures = captured(name, sizes, spec)
+    expected = by_hand(name, q, k, v, captures, sizes.kv_map)
+    out = overload("attention")(q, k, v, captures, str(spec))
+    torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-9, atol=1e-9)
+    contiguous = out if sizes.layout == "bhsd" else out.transpose(1, 2)
+    assert contiguous.is_contiguous()
+
+
+def test_periodic_captures_repeat_along_the_batch() -> None:
+    spec = AttentionSpec(parse("s + c0"), None, (Capture("p-ij", torch.float64),), out_dtype=torch.float64)
+    q, bias = torch.randn(6, 1, 3, 4, dtype=torch.float64), torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    expected = torch.softmax(q @ q.mT + bias.repeat(3, 1, 1, 1), -1) @ q
+    torch.testing.assert_close(attention(q, q, q, [bias], str(spec)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_softmax_is_at_least_float32_and_the_result_as_specified(dtype: torch.dtype) -> None:
+    spec = AttentionSpec(parse("s * 0.25"), out_dtype=dtype, softmax_dtype=dtype)
+    q, k, v = (torch.randn(1, 2, 300, 16).to(dtype) for _ in range(3))
+    out = attention(q, k, v, [], str(spec))
+    weights = torch.softmax((q @ k.mT).float() * 0.25, -1).to(dtype)
+    assert out.dtype is dtype
+    torch.testing.assert_close(out, weights @ v)
+
+
+def test_empty_rows_are_zero_with_zero_gradients_where_sdpa_says_so() -> None:
+    spec = AttentionSpec(parse("s"), parse("c0"), (Capture("--ij", torch.bool),), empty_rows="zero")
+    q, k, v = (torch.randn(1, 1, 3, 4, requires_grad=True) for _ in range(3))
+    kept = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    out = attention(q, k, v, [kept[None, None]], str(spec))
+    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, kept, scale=1.0))
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert gradient.isfinite().all()
+
+
+def test_dropout_drops_weights_and_keeps_their_mean() -> None:
+    spec = AttentionSpec(parse("s * 0.0"), dropout=0.25)
+    q, v = torch.randn(1, 1, 4, 8), torch.eye(64)[None, None]
+    k = torch.randn(1, 1, 64, 8)
+    torch.manual_seed(0)
+    weights = attention(q, k, v, [], str(spec)) * 64
+    assert set(weights.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert 0.6 < (weights > 0).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("name", ["causal", "swin", "documents", "alibi"])
+def test_sizes_stay_symbolic(name: str) -> None:
+    sizes = SHAPES["tails"]
+    spec = specification(name, sizes, torch.float32)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor]) -> Tensor:
+        return attention(q, k, v, captures, str(spec))
+
+    compiled = torch.compile(run, backend="aot_eager", dynamic=True, fullgraph=True)
+    inputs = (*operands(sizes, torch.float32), captured(name, sizes, spec))
+    torch.testing.assert_close(compiled(*inputs), run(*inputs), equal_nan=True)

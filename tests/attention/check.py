@@ -126,6 +126,6 @@ def _gradients(run: Run) -> AbstractContextManager[Any]:
 
 
 def _floor(run: Run) -> float:
-    """A softmax over one key is constant: gradients through it vanish by cancelling terms of size one."""
-    sizes = vars(SIZE_COLLISIONS.get(run.shapes, DISTINCT)).values()
-    return 1.0 if 1 in sizes else 0.0
+    """A softmax over one key is constant: its gradients vanish by cancelling sums of D terms of size one."""
+    sizes = SIZE_COLLISIONS.get(run.shapes, DISTINCT)
+    return float(sizes.D) if 1 in vars(sizes).values() else 0.0

@@ -146,10 +146,12 @@ class Op(Pattern):
         self.commutative = commutative
         self.name = name
         self.named = named
+        self.title = " or ".join(target._schema.name.partition("::")[2] for target in self.targets)
 
     def match(self, value: Any, so_far: Match) -> Match | Miss:
         if not isinstance(value, Node) or value.target not in self.targets:
-            return Miss(len(so_far.nodes), f"expected {self}, found {value}", value if isinstance(value, Node) else so_far.root)
+            where = value if isinstance(value, Node) else so_far.root
+            return Miss(len(so_far.nodes), f"expected {self.title}, found {value}", where)
         covered = so_far.cover(value)
         result = covered.bind(self.name, value) if self.name else covered
         if isinstance(result, Miss):
@@ -176,7 +178,7 @@ class Op(Pattern):
         return so_far
 
     def __str__(self) -> str:
-        return " or ".join(t._schema.name.partition("::")[2] for t in self.targets)
+        return self.title
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,9 @@ RULES = tuple(
 class Glu:
     """``activation(gate) * up -> fxopt.glu(gate, up, activation)``.
 
-    ``gate`` and ``up`` are two linears of the same input (Llama, T5 v1.1), or the two halves of one (packed projections),
-    and the activation is SiLU, GELU (exact or tanh), ReLU or the sigmoid. Exact: the same two operations. Any other
-    product with an activation is not a gated linear unit and stays.
+    ``gate`` and ``up`` are two linears of the same input (Llama, T5 v1.1), or the two halves of one (packed
+    projections), and the activation is SiLU, GELU (exact or tanh), ReLU or the sigmoid. Exact: the same two operations.
+    Any other product with an activation is not a gated linear unit and stays.
     """
 
     name: ClassVar[str] = "glu"

@@ -97,10 +97,10 @@ RULES = (
 class Rotary:
     """``x * cos + rotated(x) * sin -> fxopt.rotary(x, cos, sin, interleaved)``.
 
-    ``rotated(x)`` is ``cat(-x2, x1)`` of the two halves of the last axis (``interleaved=False``: GPT-NeoX, Llama), cut by
-    slices, chunk, split or narrow; or ``-x[1::2]`` and ``x[::2]`` stacked and flattened (``interleaved=True``: GPT-J).
-    ``cos`` and ``sin`` are any tensors that broadcast to ``x``. Where only the first channels are rotated, ``x`` is the
-    slice that is. Exact: the same operations.
+    ``rotated(x)`` is ``cat(-x2, x1)`` of the two halves of the last axis (``interleaved=False``: GPT-NeoX, Llama), cut
+    by slices, chunk, split or narrow; or ``-x[1::2]`` and ``x[::2]`` stacked and flattened (``interleaved=True``:
+    GPT-J). ``cos`` and ``sin`` are any tensors that broadcast to ``x``. Where only the first channels are rotated,
+    ``x`` is the slice that is. Exact: the same operations.
     """
 
     name: ClassVar[str] = "rotary"

@@ -44,6 +44,7 @@ _LOGSUMEXP = _kept(
 )
 _SHIFTED = Op(aten.exp.default, Op(aten.sub.Tensor, Var("x"), Var("shift"), name="difference"), name="e")
 _UNSHIFTED = Op(aten.exp.default, Var("x"), name="e")
+_DTYPE = Const("dtype")
 _LATE = Op(_MATMULS, Var("e"), Var("v"), name="product")
 
 
@@ -155,8 +156,8 @@ def _is_dtype(value: Any) -> bool:
     return isinstance(value, torch.dtype)
 
 
-def _named(target: Any, **named: Pattern) -> Pattern:
-    return Op(target, Var("x"), Const("dim"), **named)
+def _named(target: torch._ops.OpOverload, dtype: Pattern) -> Pattern:
+    return Op(target, Var("x"), Const("dim"), dtype)
 
 
 RULES = (
@@ -190,16 +191,12 @@ RULES = (
     Rule(
         name="other-name",
         patterns={
-            "exp(log_softmax(x))": Op(aten.exp.default, _named(aten.log_softmax.int, dtype=Const("dtype"))),
-            "exp(special_log_softmax(x))": Op(
-                aten.exp.default, _named(aten.special_log_softmax.default, dtype=Const("dtype"))
-            ),
-            "softmax on a positive axis": Op(
-                aten.softmax.int, Var("x"), Const("dim", _is_positive), dtype=Const("dtype")
-            ),
-            "softmax with a dtype": _named(aten.softmax.int, dtype=Const("dtype", _is_dtype)),
-            "special_softmax": _named(aten.special_softmax.default, dtype=Const("dtype")),
-            "_softmax": _named(aten._softmax.default, half_to_float=Const("widen")),
+            "exp(log_softmax(x))": Op(aten.exp.default, _named(aten.log_softmax.int, _DTYPE)),
+            "exp(special_log_softmax(x))": Op(aten.exp.default, _named(aten.special_log_softmax.default, _DTYPE)),
+            "softmax on a positive axis": Op(aten.softmax.int, Var("x"), Const("dim", _is_positive), _DTYPE),
+            "softmax with a dtype": _named(aten.softmax.int, Const("dtype", _is_dtype)),
+            "special_softmax": _named(aten.special_softmax.default, _DTYPE),
+            "_softmax": _named(aten._softmax.default, Const("half_to_float")),
         },
         check=check_named,
         rewrite=build_softmax,

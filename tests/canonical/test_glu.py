@@ -67,7 +67,7 @@ def _chunked(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _gate_last(x: Tensor, w: Tensor) -> Tensor:
-    up, gate = functional.linear(x, w).split(6, dim=-1)
+    up, gate = torch.split(functional.linear(x, w), 6, dim=-1)
     return up * functional.gelu(gate)
 
 

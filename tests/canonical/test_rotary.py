@@ -138,12 +138,12 @@ def _stacked_before(x: Tensor) -> Tensor:
         (
             _embedding(lambda x: torch.cat((-x[..., 3:], x[..., :3]), -1)),
             (2, 3, 5, 8),
-            "is not part 1 of 2 equal parts",
+            "is not part 1 of 2",
         ),
         (
             _embedding(lambda x: torch.cat((-x[..., :4], x[..., 4:]), -1)),
             (2, 3, 5, 8),
-            "is not part 1 of 2 equal parts",
+            "is not part 1 of 2",
         ),
         (_embedding(lambda x: torch.stack((-x[..., ::2], x[..., 1::2]), -1).flatten(-2)), (2, 3, 5, 8), "interleaved"),
         (_embedding(lambda x: _sliced(x.flip(0))), (2, 3, 5, 8), "x is both"),

@@ -1,8 +1,8 @@
 """Patterns: values that describe a piece of graph, matched from its last node upwards.
 
-A pattern names everything that carries meaning. An argument that a pattern does not mention must have its schema default:
-there is no wildcard over axes, permutations, scales or epsilons, only over operands that are given a name. Casts to the
-dtype that an operand already has, and slices of everything, are looked through.
+A pattern names everything that carries meaning. An argument that a pattern does not mention must have its schema
+default: there is no wildcard over axes, permutations, scales or epsilons, only over operands that are given a name.
+Casts to the dtype that an operand already has, and slices of everything, are looked through.
 
     >>> square = Op(aten.pow.Tensor_Scalar, Var("x"), Literal(2))
     >>> mean = Op(aten.mean.dim, square, Const("axes"), Const("keepdim"))

@@ -211,8 +211,7 @@ def emit(expr: Expr, names: Mapping[str, str], captures: tuple[Kind, ...] = ()) 
         The text. Integers are int32, real values float32; constants beyond float32 become infinite, as they do when
         torch mixes them with float32 tensors. A division by a constant is a product with its inverse.
     """
-    text = _Emission(names, captures).text(_lean(expr))
-    return text[1:-1] if _is_wrapped(text) else text
+    return without_parentheses(_Emission(names, captures).text(_lean(expr)))
 
 
 def print_torch(expr: Expr) -> str:
@@ -267,15 +266,14 @@ class _Emission:
         return f"{self.text(expr)}.to(tl.{dtype})"
 
 
-def _is_wrapped(text: str) -> bool:
-    if not text.startswith("("):
-        return False
+def without_parentheses(text: str) -> str:
+    """``text`` without the parentheses that enclose it all, if any do."""
     depth = 0
     for position, char in enumerate(text):
         depth += (char == "(") - (char == ")")
         if depth == 0:
-            return position == len(text) - 1
-    return False
+            return text[1:-1] if position > 0 and position == len(text) - 1 and char == ")" and text[0] == "(" else text
+    return text
 
 
 _FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127
@@ -365,7 +363,15 @@ def _simplify(node: Expr) -> Expr:
 def _simplify_commutative(op: str, first: Expr, second: Expr) -> Expr | None:
     if _is_number(first, {"add": 0, "mul": 1}[op]):
         return second
-    return const(0.0) if op == "mul" and _is_number(first, 0) else None
+    if op == "mul" and _is_number(first, 0):
+        return const(0.0)
+    if op == "add" and _is_integer(first) and second.op == "add" and _is_integer(second.args[1]):
+        return _simplify(call("add", second.args[0], _fold(call("add", second.args[1], first))))
+    return None
+
+
+def _is_integer(expr: Expr) -> bool:
+    return expr.op == "const" and type(expr.value) is int
 
 
 def _is_number(expr: Expr, value: int) -> bool:

@@ -32,7 +32,8 @@ def key_range_text(found: KeyRange, emit: Emitter) -> str:
     upper, lower = found.side("upper"), found.side("lower")
     lines = [f"stop = {_nested('minimum', 'Sk', (_limit(b, 'last', 1, emit) for b in upper))}"]
     full_stop = _nested("minimum", "Sk", (_limit(b, "first", 1, emit) for b in upper))
-    lines.append(f"full_stop = {f'tl.maximum({full_stop}, 0)' if upper else 'Sk'} // BLOCK_N * BLOCK_N")
+    lines.append(f"full_stop = {full_stop}")
+    lines.append("full_stop = tl.maximum(full_stop, 0) // BLOCK_N * BLOCK_N")
     if lower:
         start = _nested("maximum", "0", (_limit(b, "first", 0, emit) for b in lower))
         full_start = _nested("maximum", "0", (_limit(b, "last", 0, emit) for b in lower))

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from fxopt.codegen.expression import print_torch
+from fxopt.codegen.expression import print_torch, without_parentheses
 from fxopt.ir.attention import AttentionSpec, Capture
 
 _SERVED: Final = {
@@ -30,18 +30,27 @@ def script_holes(spec: AttentionSpec, dtype: torch.dtype) -> dict[str, str]:
     read = {str(n.value) for e in expressions for n in e.walk() if n.op == "symbol"}
     symbols = [f"{name} = {text}" for name, text in _INDEX.items() if name in read]
     captures = [_reading(n, c) for n, c in enumerate(spec.captures)]
-    mask = f'x = torch.where({print_torch(spec.mask)}, x, float("-inf"))' if spec.mask is not None else ""
+    mask = ""
+    if spec.mask is not None:
+        mask = f'kept = {print_torch(spec.mask)}\nx = torch.where(kept, x, float("-inf"))'
     zero = 'torch.where((x == float("-inf")).all(-1, keepdim=True), 0.0, out)'
-    drawn = ",\n    ".join(_draw(c) for c in spec.captures)
+    drawn = [_draw(c) for c in spec.captures]
     return {
         "served": _SERVED[spec.kv_map],
         "reference_symbols": "\n".join(symbols + captures),
-        "reference_score": print_torch(spec.score),
+        "reference_score": without_parentheses(print_torch(spec.score)),
         "reference_mask": mask,
         "reference_result": "out" if spec.empty_rows == "nan" else zero,
         "dtype": str(dtype).removeprefix("torch."),
-        "main_captures": f"captures = (\n    {drawn},\n)" if drawn else "captures = ()",
+        "main_captures": _tuple(drawn),
     }
+
+
+def _tuple(drawn: list[str]) -> str:
+    if len(drawn) < 2:
+        return f"captures = ({drawn[0]},)" if drawn else "captures = ()"
+    listed = ",\n    ".join(drawn)
+    return f"captures = (\n    {listed},\n)"
 
 
 def _reading(index: int, capture: Capture) -> str:

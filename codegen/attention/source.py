@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -181,7 +181,7 @@ class KernelText:
         arguments = ("q", "k", "v", *names, "out", "lse", *strides, *captured, *sizes, *blocks, *switches, *options)
         return {
             "allocate": _ALLOCATE[self.spec.out_layout].format(width=self.value_dim, dtype=self.spec.out_dtype),
-            "unpack_captures": f"{', '.join(names)}{',' * (len(names) == 1)} = captures" if names else "",
+            "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else _unpacked(names),
             "block_m": str(self.config.block_m),
             "launch_arguments": listing(arguments),
         }
@@ -195,6 +195,10 @@ class KernelText:
 
     def _inside(self, index: str, width: int) -> str:
         return f"{index} < {width}" if self._is_padded(width) else ""
+
+
+def _unpacked(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} = captures" if names else ""
 
 
 def _both(first: str, second: str) -> str:

@@ -162,7 +162,8 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Seque
     served = $served
     s = q @ k[:, served].transpose(-2, -1)
     $reference_symbols
-    x = torch.as_tensor($reference_score, dtype=s.dtype, device=s.device).expand_as(s)
+    x = $reference_score
+    x = torch.as_tensor(x, dtype=s.dtype, device=s.device).expand_as(s)
     $reference_mask
     out = torch.softmax(x, -1) @ v[:, served]
     return $reference_result

@@ -98,7 +98,7 @@ def captured(name: str, shape: Shape, spec: AttentionSpec) -> list[Tensor]:
         size = tuple(sizes[letter] for letter in how.dims)
         if text.endswith("fill"):
             hidden = torch.rand(size) < 0.3
-            found.append(torch.where(hidden, torch.finfo(how.dtype).min, 0.0).to(how.dtype))
+            found.append(torch.zeros(size, dtype=how.dtype).masked_fill(hidden, torch.finfo(how.dtype).min))
         elif how.kind == "bool":
             found.append(torch.rand(size) < 0.6)
         elif how.kind == "int":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from fxopt.codegen.attention.reference import attention
@@ -16,46 +20,53 @@ from fxopt.ir.operators import overload
 from tests.codegen.cases import EXPRESSIONS, SHAPES, captured, operands, specification
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Raw scores with their indices; ``d`` is the key on the diagonal that ends at the last key."""
+
+    s: Tensor
+    c: list[Tensor]
+    i: Tensor
+    j: Tensor
+    d: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        return self.s * 0.125
+
+
+#: The cases of `EXPRESSIONS` in PyTorch: logits, and which keys are kept.
+BY_HAND: dict[str, Callable[[Scores], tuple[Tensor, Tensor | bool]]] = {
+    "plain": lambda t: (t.x, True),
+    "causal": lambda t: (t.x, t.j <= t.d),
+    "window": lambda t: (t.x, (t.j <= t.d) & (t.j > t.d - 7)),
+    "both-sides": lambda t: (t.x, (t.i - t.j < 5) & (t.j - t.i <= 3)),
+    "padding": lambda t: (t.x, t.c[0]),
+    "causal-padding": lambda t: (t.x, (t.j <= t.i) & (t.c[0] != 0)),
+    "lengths": lambda t: (t.x, (t.j < t.c[0]) & (t.j >= 2)),
+    "softcap": lambda t: (20 * torch.tanh(t.x / 20), True),
+    "alibi": lambda t: (t.x + t.c[0].double() * (t.j - t.i), t.j <= t.i),
+    "tile-bias": lambda t: (t.x + t.c[0], True),
+    "swin": lambda t: (t.x + t.c[0] + t.c[1], True),
+    "row-scale": lambda t: (t.s * t.c[0] + t.c[1], True),
+    "finite-fill": lambda t: (torch.where(t.c[0], t.x, -3.3895313892515355e38), True),
+    "additive-mask": lambda t: (t.x + t.c[0], True),
+    "documents": lambda t: (t.x, t.c[0] == t.c[1]),
+    "prefix": lambda t: (t.x, (t.j <= t.i) | (t.j < 3)),
+}
+
+
 def by_hand(name: str, q: Tensor, k: Tensor, v: Tensor, c: list[Tensor], kv_map: str) -> Tensor:
-    """The cases of `EXPRESSIONS`, spelled out with repeated heads."""
+    """The case with repeated heads and a dense mask."""
     repeats = q.shape[1] // k.shape[1]
-    spread = (
-        (lambda x: x.repeat_interleave(repeats, 1)) if kv_map == "group" else (lambda x: x.repeat(1, repeats, 1, 1))
-    )
-    s = q @ spread(k).transpose(-2, -1)
+    if kv_map == "group":
+        k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+    else:
+        k, v = (x.repeat(1, repeats, 1, 1) for x in (k, v))
+    s = q @ k.transpose(-2, -1)
     i, j = torch.arange(s.shape[2])[:, None], torch.arange(s.shape[3])
-    diagonal = i + s.shape[3] - s.shape[2]
-    x, kept = s * 0.125, torch.ones_like(s, dtype=torch.bool)
-    match name:
-        case "causal":
-            kept = j <= diagonal
-        case "window":
-            kept = (j <= diagonal) & (j > diagonal - 7)
-        case "both-sides":
-            kept = (i - j < 5) & (j - i <= 3)
-        case "padding":
-            kept = c[0]
-        case "causal-padding":
-            kept = (j <= i) & (c[0] != 0)
-        case "lengths":
-            kept = (j < c[0]) & (j >= 2)
-        case "softcap":
-            x = 20 * torch.tanh(x / 20)
-        case "alibi":
-            x, kept = x + c[0].double() * (j - i), j <= i
-        case "tile-bias" | "additive-mask":
-            x = x + c[0]
-        case "swin":
-            x = x + c[0] + c[1]
-        case "row-scale":
-            x = s * c[0] + c[1]
-        case "finite-fill":
-            x = torch.where(c[0], x, -3.3895313892515355e38)
-        case "documents":
-            kept = c[0] == c[1]
-        case "prefix":
-            kept = (j <= i) | (j < 3)
-    return torch.softmax(torch.where(kept, x, -math.inf), -1) @ spread(v)
+    x, kept = BY_HAND[name](Scores(s, c, i, j, i + s.shape[3] - s.shape[2]))
+    return torch.softmax(torch.where(torch.as_tensor(kept), x, -math.inf), -1) @ v
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -106,7 +117,7 @@ def test_dropout_drops_weights_and_keeps_their_mean() -> None:
     k = torch.randn(1, 1, 64, 8)
     torch.manual_seed(0)
     weights = attention(q, k, v, [], str(spec)) * 64
-    assert set(weights.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    torch.testing.assert_close(weights.unique(), torch.tensor([0.0, 4 / 3]))
     assert 0.6 < (weights > 0).float().mean() < 0.9
 
 
@@ -115,9 +126,12 @@ def test_sizes_stay_symbolic(name: str) -> None:
     sizes = SHAPES["tails"]
     spec = specification(name, sizes, torch.float32)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor]) -> Tensor:
-        return attention(q, k, v, captures, str(spec))
+    text = str(spec)
 
-    compiled = torch.compile(run, backend="aot_eager", dynamic=True, fullgraph=True)
-    inputs = (*operands(sizes, torch.float32), captured(name, sizes, spec))
-    torch.testing.assert_close(compiled(*inputs), run(*inputs), equal_nan=True)
+    def run(q: Tensor, k: Tensor, v: Tensor, *captures: Tensor) -> Tensor:
+        return attention(q, k, v, captures, text)
+
+    graph = make_fx(run, tracing_mode="symbolic")(*operands(sizes, torch.float32), *captured(name, sizes, spec))
+    longer = dataclasses.replace(sizes, rows=41, keys=41, batch=4)
+    inputs = (*operands(longer, torch.float32), *captured(name, longer, spec))
+    torch.testing.assert_close(graph(*inputs), run(*inputs), equal_nan=True)

@@ -54,12 +54,12 @@ CROSS = [
 @pytest.mark.parametrize(("name", "shape", "dtype"), CROSS)
 def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
     sizes = SHAPES[shape]
-    spec = specification(name, sizes, DTYPES[dtype], empty_rows="zero" if len(shape) % 2 else "nan")
+    # Empty rows of bfloat16 are zero: torch's bfloat16 product on the CPU spreads a row of NaN to the next one.
+    spec = specification(name, sizes, DTYPES[dtype], empty_rows="zero" if dtype == "bf16" else "nan")
     q, k, v = operands(sizes, DTYPES[dtype])
     captures = captured(name, sizes, spec)
     out, _ = launch(spec, q, k, v, captures)
-    # Eager gets operands without poison around them: torch's bfloat16 product on the CPU lets it in.
-    eager = reference.attention(q.contiguous(), k.contiguous(), v.contiguous(), captures, str(spec))
+    eager = reference.attention(q, k, v, captures, str(spec))
     assert out.stride() == eager.stride()
     assert_within_budget(out, eager, exact(spec, q, k, v, captures))
 

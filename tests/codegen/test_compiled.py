@@ -1,0 +1,117 @@
+"""Generated kernels compiled for GPUs that need not be there: spills, shared memory, instructions, addresses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.cache import import_source
+from fxopt.codegen.attention.config import padded
+from fxopt.codegen.attention.triton import KIND, Config, candidates, source
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import parse
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+POINTER = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
+HALF = torch.bfloat16
+SPECS = {
+    "plain": AttentionSpec(parse("s * 0.125"), out_dtype=HALF),
+    "causal": AttentionSpec(parse("s * 0.125"), parse("j <= i"), out_dtype=HALF),
+    "softcap-window": AttentionSpec(
+        parse("50.0 * tanh(s * 0.125 / 50.0)"), parse("(j <= i) & (j > i - 1024)"), out_dtype=HALF
+    ),
+    "padding": AttentionSpec(parse("s * 0.125"), parse("c0"), (Capture("b--j", torch.bool),), out_dtype=HALF),
+    "tile-bias": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-hij", HALF),), out_dtype=HALF),
+}
+#: (architecture, specification, head dimension, dtype)
+CASES = [
+    (90, "plain", 64, HALF),
+    (90, "softcap-window", 64, HALF),
+    (90, "padding", 64, HALF),
+    (90, "causal", 128, HALF),
+    (90, "tile-bias", 128, HALF),
+    (90, "plain", 72, HALF),
+    (90, "plain", 64, torch.float32),
+    (80, "causal", 64, HALF),
+    (80, "causal", 128, HALF),
+    (100, "causal", 128, HALF),
+]
+
+
+def compiled(spec: AttentionSpec, width: int, dtype: torch.dtype, config: Config, architecture: int) -> Any:
+    """The kernel as Triton would specialise it for aligned, contiguous operands."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = import_source(KIND, source(spec, width, width, dtype, config)).attention_kernel
+    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded(width), "BLOCK_E": padded(width)}
+    switches = {"PRECISION": "ieee", "FAST_TANH": dtype is not torch.float32, "WITH_LSE": True}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    aligned: dict[tuple[int], Any] = {}
+    for position, name in enumerate(kernel.arg_names):
+        innermost = name in ("q_stride_d", "k_stride_d", "v_stride_e", "c0_stride_j")
+        if name.isupper() or innermost:
+            signature[name] = "constexpr"
+            constants[position,] = 1 if innermost else {**sizes, **switches}[name]
+            continue
+        signature[name] = _type(name, spec, dtype)
+        if name.endswith("_ptr") or "_stride_" in name:
+            aligned[position,] = [["tt.divisibility", 16]]
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    text = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(text, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
+    if not name.endswith("_ptr"):
+        return "i32"
+    if name == "lse_ptr":
+        return "*fp32"
+    return POINTER[spec.captures[int(name[1])].dtype if name[0] == "c" else dtype]
+
+
+def stack_bytes(cubin: bytes, folder: Path) -> int:
+    """Bytes of stack a thread takes, which is where registers spill to."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    run = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    found = re.search(r"STACK:(\d+)", run.stdout + run.stderr)
+    assert found is not None, run.stdout + run.stderr
+    return int(found[1])
+
+
+@pytest.mark.parametrize(("architecture", "name", "width", "dtype"), CASES)
+def test_first_candidate_compiles_without_spills(
+    architecture: int, name: str, width: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    spec = SPECS[name]
+    config = candidates(spec, width, width, dtype, (architecture // 10, 0))[0]
+    kernel = compiled(spec, width, dtype, config, architecture)
+    ptx = kernel.asm["ptx"]
+    assert kernel.metadata.shared <= SHARED[architecture]
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+    assert ("wgmma.mma_async" in ptx) == (architecture == 90 and dtype is HALF)
+    assert ("tcgen05.mma" in ptx) == (architecture == 100)
+    assert ("tanh.approx" in ptx) == ("softcap" in name)
+    assert re.search(r"mul(\.lo|\.wide)\.[su]\d+\s+%rd", ptx), "addresses are not computed in 64 bits"
+
+
+def test_no_32_bit_product_feeds_a_batch_offset() -> None:
+    """In Triton's own code every stride of a batch, head or row multiplies a 64-bit index."""
+    config = candidates(SPECS["tile-bias"], 64, 64, HALF, (9, 0))[0]
+    text = compiled(SPECS["tile-bias"], 64, HALF, config, 90).asm["ttir"]
+    products = [line for line in text.splitlines() if "arith.muli" in line]
+    wide = [line for line in products if re.search(r"(: |x)i64", line)]
+    assert len(wide) >= 12  # batch and head of q, k, v, out, bias; rows of q, out, bias; steps of k, v
+    assert not [line for line in products if "_stride_" in line and line not in wide]

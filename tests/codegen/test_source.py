@@ -1,0 +1,127 @@
+"""Generated source as a product: deterministic, formatted, complete, and the same as the one kept in ``golden``."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxopt.codegen.attention.interval import Bound, key_range
+from fxopt.codegen.attention.triton import Config, candidates, read_config, source
+from fxopt.errors import LoweringError
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import parse
+from tests.codegen.cases import EXPRESSIONS, SHAPES, specification
+
+pytest.importorskip("triton")
+GOLDEN = Path(__file__).parent / "golden" / "softcap_window_padding.py.txt"
+CONFIG = read_config("128x64w8s3")
+SPEC = AttentionSpec(
+    parse("50.0 * tanh(s * 0.0625 / 50.0)"),
+    parse("(j <= i) & (j > i - 1024) & c0"),
+    (Capture("b--j", torch.bool),),
+    empty_rows="zero",
+    out_dtype=torch.bfloat16,
+    out_layout="bshd",
+)
+
+
+def test_golden() -> None:
+    text = source(SPEC, 128, 128, torch.bfloat16, CONFIG).replace(f"fxopt {version('fxopt')}", "fxopt VERSION")
+    if os.environ.get("FXOPT_UPDATE_GOLDEN") == "1":
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8"), "set FXOPT_UPDATE_GOLDEN=1 to accept the new source"
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_same_specification_same_bytes_and_valid_python(name: str) -> None:
+    spec = specification(name, SHAPES["packed"], torch.bfloat16)
+    text = source(spec, 80, 80, torch.bfloat16, CONFIG)
+    assert text == source(specification(name, SHAPES["packed"], torch.bfloat16), 80, 80, torch.bfloat16, CONFIG)
+    tree = ast.parse(text)
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert functions[-5:] == ["attend", "attention_kernel", "launch", "reference", "main"]
+    assert str(spec.score) in (ast.get_docstring(tree) or "")
+    assert "fxopt" not in text.split('"""', 2)[2]
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_source_is_the_same_in_another_process_with_another_hash_seed() -> None:
+    code = (
+        "from tests.codegen.test_source import *; import sys;"
+        "sys.stdout.write(source(SPEC, 128, 128, torch.bfloat16, CONFIG))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == source(SPEC, 128, 128, torch.bfloat16, CONFIG)
+
+
+def test_full_blocks_evaluate_only_what_does_not_bound_the_keys() -> None:
+    text = source(SPEC, 128, 128, torch.bfloat16, CONFIG)
+    bounded, full = re.search(r"kept = j < Sk\n(.*?)else:\n(.*?)highest", text, re.S).groups()  # type: ignore[union-attr]
+    assert "j <= i" in bounded and "j > (i - 1024)" in bounded and "c0" in bounded
+    assert "c0" in full and "j " not in full
+    assert text.count("acc, total, peak = attend(") == 3
+
+
+@pytest.mark.parametrize(("mask", "expected"), [
+    ("j <= i", [("upper", 1, "0")]),
+    ("i >= j", [("upper", 1, "0")]),
+    ("j < i + (Sk - Sq)", [("upper", 1, "((Sk - Sq) + -1)")]),
+    ("(j - i) <= 3", [("upper", 1, "3")]),
+    ("~(j > i)", [("upper", 1, "0")]),
+    ("(i - j) < 128", [("lower", 1, "-127")]),
+    ("j > i - 16", [("lower", 1, "-15")]),
+    ("j < c0", [("upper", 0, "(c0 + -1)")]),
+    ("j >= 4", [("lower", 0, "4")]),
+    ("i + j < 5", []),
+    ("(j <= i) | (j < 3)", []),
+    ("j <= 2 * i", []),
+    ("j != i", []),
+])  # fmt: skip
+def test_bounds_read_off_a_mask(mask: str, expected: list[tuple[str, int, str]]) -> None:
+    spec = AttentionSpec(parse("s"), parse(mask), (Capture("b---", torch.int64),))
+    found = key_range(spec)
+    assert [(b.side, b.slope, str(b.offset)) for b in found.bounds] == expected
+    assert len(found.rest) == (not expected)
+    assert all(isinstance(b, Bound) for b in found.bounds)
+
+
+def test_captures_that_vary_along_the_keys_bound_nothing() -> None:
+    spec = AttentionSpec(parse("s"), parse("j < c0"), (Capture("b--j", torch.int64),))
+    assert key_range(spec).bounds == ()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [16, 40, 64, 80, 128, 192, 256])
+def test_candidates(width: int, dtype: torch.dtype, capability: tuple[int, int]) -> None:
+    found = candidates(SPEC, width, width, dtype, capability)
+    assert 1 <= len(found) <= 4
+    assert len(set(found)) == len(found)
+
+
+def test_configurations_print_and_read_back() -> None:
+    assert read_config(str(Config(128, 64, 8, 3))) == Config(128, 64, 8, 3)
+    for text in ("128x64", "100x64w4s3", "128x8w4s3", "128x64w3s3", "128x64w4s0"):
+        with pytest.raises(LoweringError, match="configuration"):
+            read_config(text)
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"dropout": 0.5}, "dropout"), ({"out_dtype": torch.float64}, "float64"),
+])  # fmt: skip
+def test_refusals(change: dict[str, object], reason: str) -> None:
+    spec = AttentionSpec(parse("s"), **change)  # type: ignore[arg-type]
+    assert candidates(spec, 64, 64, torch.bfloat16, (9, 0)) == ()
+    with pytest.raises(LoweringError, match=reason):
+        source(spec, 64, 64, torch.bfloat16, CONFIG)
+    with pytest.raises(LoweringError, match="256"):
+        source(SPEC, 512, 64, torch.bfloat16, CONFIG)

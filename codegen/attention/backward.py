@@ -67,7 +67,8 @@ def gradients(
 
     def chained(leaf_index: int | None) -> Tensor:
         leaf = S if leaf_index is None else capture(leaf_index)
-        return dx_BHST * evaluate(gradient(spec.score, leaf), env, readings)
+        slope: Tensor | float = evaluate(gradient(spec.score, leaf), env, readings)
+        return dx_BHST * slope
 
     ds = folded(chained(None).to(q.dtype))
     dq = reference.unfold_heads(ds @ k, q, spec.kv_map)

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from fxopt.codegen.expression import print_torch, without_parentheses
+from fxopt.codegen.printing import print_torch, without_parentheses
 from fxopt.ir.attention import AttentionSpec, Capture
 
 _SERVED: Final = {

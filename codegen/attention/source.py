@@ -18,7 +18,7 @@ from fxopt.codegen.attention.loops import key_range_text, loop_spans
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.softmax import Exponent, exponent
 from fxopt.codegen.attention.template import ATTEND, HEADER, KERNEL, LAUNCH, LOOP, MAIN, fill, listing
-from fxopt.codegen.expression import emit, helpers
+from fxopt.codegen.printing import emit, helpers
 from fxopt.ir.attention import NAME_OF, AttentionSpec
 from fxopt.ir.expression import Expr, S, conjunction, conjuncts
 

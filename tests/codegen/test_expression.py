@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxopt.codegen.expression import HELPERS, RULES, emit, evaluate, gradient, helpers, print_torch, simplify
+from fxopt.codegen.expression import RULES, evaluate, gradient, simplify
+from fxopt.codegen.printing import HELPERS, emit, helpers, print_torch
 from fxopt.errors import ExpressionError
 from fxopt.ir.expression import ARITY, S, call, capture, const, parse
 

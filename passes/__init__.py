@@ -6,8 +6,15 @@ from fxopt.passes.attention.fuse_attention import FuseAttention
 from fxopt.passes.attention.fuse_sdpa import FuseSdpa
 from fxopt.passes.canonical.contractions import Contractions
 from fxopt.passes.canonical.fold_constants import FoldConstants
+from fxopt.passes.canonical.gelu import Gelu
+from fxopt.passes.canonical.glu import Glu
 from fxopt.passes.canonical.inactive_dropout import InactiveDropout
+from fxopt.passes.canonical.layer_norm import LayerNorm
 from fxopt.passes.canonical.no_ops import NoOps
+from fxopt.passes.canonical.repeat_heads import RepeatHeads
+from fxopt.passes.canonical.rms_norm import RmsNorm
+from fxopt.passes.canonical.rotary import Rotary
+from fxopt.passes.canonical.silu import Silu
 from fxopt.passes.canonical.softmax import Softmax
 from fxopt.rewriter.passes import Pass
 
@@ -16,8 +23,15 @@ __all__ = [
     "FoldConstants",
     "FuseAttention",
     "FuseSdpa",
+    "Gelu",
+    "Glu",
     "InactiveDropout",
+    "LayerNorm",
     "NoOps",
+    "RepeatHeads",
+    "RmsNorm",
+    "Rotary",
+    "Silu",
     "Softmax",
     "exact_pipeline",
 ]
@@ -31,6 +45,13 @@ def exact_pipeline() -> tuple[Pass, ...]:
         FoldConstants(),
         Contractions(),
         Softmax(),
+        LayerNorm(),
+        RmsNorm(),
+        Gelu(),
+        Silu(),
+        Glu(),
+        Rotary(),
+        RepeatHeads(),
         FuseSdpa(),
         FuseAttention(),
     )

@@ -108,8 +108,12 @@ def unfold_heads(x: Tensor, q: Tensor, kv_map: KvMap) -> Tensor:
     batch, groups, _, width = x.shape
     heads, rows = q.shape[1], q.shape[2]
     if kv_map == "group":
-        return x.reshape(batch, heads, rows, width)
-    return x.reshape(batch, groups, heads // groups, rows, width).transpose(1, 2).reshape(batch, heads, rows, width)
+        unfolded = x.reshape(batch, heads, rows, width)
+    else:
+        tiles = x.reshape(batch, groups, heads // groups, rows, width).transpose(1, 2)
+        unfolded = tiles.reshape(batch, heads, rows, width)
+    # A reshape of symbolic sizes computes its own expressions for them; these are the ones that the caller knows.
+    return unfolded.expand(batch, heads, rows, width)
 
 
 def read_captures(spec: AttentionSpec, captures: Sequence[Tensor], s_BHST: Tensor) -> tuple[Tensor, ...]:

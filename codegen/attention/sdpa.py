@@ -32,9 +32,7 @@ _DTYPES: Final = {"cudnn": _HALF, "flash": _HALF, "efficient": (*_HALF, torch.fl
 _CAUSAL: Final = call("le", J, I)
 
 
-def objection(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], backend: str
-) -> str | None:
+def objection(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, backend: str) -> str | None:
     """Why ``backend`` can't serve the attention, as a sentence, or ``None`` when it can. Operands may be fake."""
     if q.device.type != BACKENDS[backend]:
         return f"{backend} runs on {BACKENDS[backend]}, not on {q.device.type}"
@@ -50,8 +48,6 @@ def objection(
         return "heads are shared by tiling"
     if needs_bias(spec, q, k) and (backend in ("cudnn", "flash") or (backend != "cpu" and spec.empty_rows == "nan")):
         return f"{backend} would not treat rows without keys as the model does, or takes no bias"
-    if any(c.requires_grad for c in captures):
-        return "a captured tensor needs a gradient"
     return None
 
 
@@ -81,7 +77,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], 
         LoweringError: the kernel can't serve the attention; `objection` says why.
     """
     meaning = reference.specification(spec)
-    reason = objection(meaning, q, k, v, (), backend)
+    reason = objection(meaning, q, k, v, backend)
     form = linear_form(meaning)
     if reason is not None or form is None:
         raise LoweringError(f"{backend} can't run this attention: {reason}")

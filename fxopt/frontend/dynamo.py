@@ -11,6 +11,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxopt.frontend.retrace import retrace
+from fxopt.ir.nodes import REQUIRES_GRAD
 from fxopt.ir.program import Program
 
 #: What later stages (AOTAutograd, CUDA graphs) read from a placeholder of a Dynamo graph.
@@ -29,6 +30,8 @@ def from_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     traced = retrace(module, fakes, mode)
     traced.meta.update(module.meta)
     _carry_placeholders(module.graph, traced.graph)
+    for node, value in zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta[REQUIRES_GRAD] = isinstance(value, torch.Tensor) and value.requires_grad
     return Program(traced, "dynamo")
 
 

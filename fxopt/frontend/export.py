@@ -12,6 +12,7 @@ from torch.export.graph_signature import InputKind, InputSpec
 
 from fxopt.errors import CaptureError
 from fxopt.frontend.retrace import retrace
+from fxopt.ir.nodes import REQUIRES_GRAD
 from fxopt.ir.program import Program, Signature
 
 
@@ -66,6 +67,8 @@ def from_export(
 def _signature(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Signature:
     bound: dict[str, str] = {}
     for node, spec in _bound_placeholders(exported, graph):
+        parameter = exported.state_dict.get(str(spec.target)) if spec.kind is InputKind.PARAMETER else None
+        node.meta[REQUIRES_GRAD] = parameter is not None and parameter.requires_grad
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             bound[node.name] = str(spec.target)
     spec = exported.call_spec

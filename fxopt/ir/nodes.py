@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.fx import Node
@@ -14,6 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fxopt.ir.site import Source
 
 Size = int | torch.SymInt
+#: Key of the metadata that the frontend sets on placeholders standing for tensors with ``requires_grad``.
+REQUIRES_GRAD: Final = "fxopt_requires_grad"
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n\s*(?P<code>[^\n]*)')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxopt import cache
+from fxopt.analysis.gradients import may_need_gradient
 from fxopt.codegen.attention import operator, reference, sdpa, triton
 from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.decision import Decision
@@ -22,6 +24,8 @@ from fxopt.lowering.versions import fingerprint
 __all__ = ["Candidate", "candidates", "choose", "operator"]
 
 _CONFIGS_TRIED = 2
+#: Seconds this process spent building and timing candidates.
+MEASUREMENT_SECONDS = {"total": 0.0}
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,28 @@ def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, s
     q, k, v, captures = _operands(site)
     spec = read_spec(str(site.args[4]))
     refused: dict[str, str] = {}
+    biased = training and any(may_need_gradient(node) for node in _capture_nodes(site))
     found = _generated(spec, q, k, v, training, refused)
     for backend, device in sdpa.BACKENDS.items():
         if device != q.device.type:
             continue
-        reason = sdpa.objection(spec, q, k, v, captures, backend)
+        reason = _sdpa_objection(spec, q, k, v, backend, training, biased)
         if reason is None:
             found.append(Candidate(f"sdpa-{backend}", "sdpa", overload("attention_sdpa"), (backend,)))
         else:
             refused[f"sdpa-{backend}"] = reason
     found.append(Candidate("aten", "aten", overload("attention")))
     return found, refused
+
+
+def _sdpa_objection(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, backend: str, training: bool, biased: bool
+) -> str | None:
+    if biased:
+        return "a captured tensor may need a gradient"
+    if training and sdpa.needs_bias(spec, q, k):
+        return "its backward does not treat rows without keys, or filled with a lowest number, as the model does"
+    return sdpa.objection(spec, q, k, v, backend)
 
 
 def _generated(
@@ -100,7 +115,9 @@ def choose(site: Node, training: bool, lower: str) -> tuple[Candidate, Decision]
     seconds = _read_seconds(key, found)
     source = "measured, from the cache"
     if seconds is None:
+        start = time.perf_counter()
         seconds, source = _measure(site, training, found, refused), "measured"
+        MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
         cache.write_json("decisions", key, {"seconds": seconds})
     by_name = {candidate.name: candidate for candidate in found}
     best = min(seconds, key=lambda name: seconds[name])
@@ -148,10 +165,15 @@ def _timed_call(
 
 def _operands(site: Node) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The fake operands of a site."""
-    q, k, v, captures = site.args[:4]
-    assert isinstance(captures, list | tuple)
-    values = [node.meta["val"] for node in (q, k, v, *captures) if isinstance(node, Node)]
+    operands = (*site.args[:3], *_capture_nodes(site))
+    values = [node.meta["val"] for node in operands if isinstance(node, Node)]
     return values[0], values[1], values[2], values[3:]
+
+
+def _capture_nodes(site: Node) -> list[Node]:
+    captures = site.args[3]
+    assert isinstance(captures, list | tuple)
+    return [node for node in captures if isinstance(node, Node)]
 
 
 def _has_hints(site: Node) -> bool:

@@ -93,7 +93,7 @@ def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: 
 def _write(builder: Builder, site: Site) -> Node:
     score, mask, nodes, captures = write_captures(builder, site.masked, site.region.operands, site.space)
     queries, factor = unscaled(builder, site.heads.queries(builder))
-    keys, key_factor = unscaled(builder, site.heads.keys(builder))
+    keys, key_factor = unscaled(builder, site.heads.keys(builder, queries))
     score = _scale(score, factor * key_factor)
     spec = AttentionSpec(
         score=score,
@@ -106,7 +106,7 @@ def _write(builder: Builder, site: Site) -> Node:
         out_dtype=tensor(site.output).dtype,
         out_layout=output_layout(site.output),
     )
-    values = site.heads.values(builder)
+    values = site.heads.values(builder, queries)
     result = builder.call(overload("attention"), queries, keys, values, nodes, str(spec))
     return site.heads.restore(builder, result, site.output)
 

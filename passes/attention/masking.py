@@ -12,7 +12,6 @@ from fxopt.analysis.constants import Constants
 from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_structure
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.expression import Expr, call, conjunction, conjuncts, const
-from fxopt.ir.nodes import Size
 from fxopt.passes.attention.space import Operand, Space
 
 _LOWEST = frozenset(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -32,15 +31,18 @@ class MaskProver:
 
     def __init__(self, constants: Constants) -> None:
         self.constants = constants
-        self._known: dict[tuple[Node, Size, Size], _Proof | None] = {}
+        self._known: dict[tuple[Node, int, int], _Proof | None] = {}
 
     def prove(self, operands: tuple[Operand, ...], space: Space) -> dict[int, _Proof]:
         """The proofs found, by index of the operand."""
-        found = {}
+        found: dict[int, _Proof] = {}
+        rows, columns = space.rows, space.columns
+        if not isinstance(rows, int) or not isinstance(columns, int):
+            return found
         for index, operand in enumerate(operands):
-            key = (operand.node, space.rows, space.columns)
+            key = (operand.node, rows, columns)
             if key not in self._known:
-                self._known[key] = _prove(operand, space, self.constants)
+                self._known[key] = _prove(operand, rows, columns, self.constants)
             proof = self._known[key]
             if proof is not None:
                 found[index] = proof
@@ -86,9 +88,7 @@ class _Proof:
         return "keeps everything" if self.keep == const(True) else f"keeps {self.keep}"
 
 
-def _prove(operand: Operand, space: Space, constants: Constants) -> _Proof | None:
-    if not isinstance(space.rows, int) or not isinstance(space.columns, int):
-        return None
+def _prove(operand: Operand, rows: int, columns: int, constants: Constants) -> _Proof | None:
     values = constants.value(operand.node)
     plane = _one_plane(values) if isinstance(values, torch.Tensor) else None
     if plane is None or plane.numel() == 0:
@@ -104,7 +104,7 @@ def _prove(operand: Operand, space: Space, constants: Constants) -> _Proof | Non
         keep = ~plane if inverted else plane
     else:
         return None
-    structure = prove_structure(keep.expand(space.rows, space.columns))
+    structure = prove_structure(keep.expand(rows, columns))
     safe = every_row_keeps_a_key(keep)
     if structure is None or (additive and finite and not safe):
         return None

@@ -38,19 +38,19 @@ class Heads:
         """Queries ``[B,H,S,D]``."""
         return _to_rank_4(builder, self.query_node, self.space, grouped=False)
 
-    def keys(self, builder: Builder) -> Node:
+    def keys(self, builder: Builder, queries: Node) -> Node:
         """Keys ``[B,G,T,D]``: the transpose of the second operand of the first contraction."""
         untransposed = _untransposed(builder, self.key_node)
         repeat = _repetition(untransposed)
         if repeat is not None and self.grouped:
             untransposed = repeat
-        return _to_rank_4(builder, untransposed, self.space, self.grouped)
+        return _to_rank_4(builder, untransposed, self.space, self.grouped, queries)
 
-    def values(self, builder: Builder) -> Node:
+    def values(self, builder: Builder, queries: Node) -> Node:
         """Values ``[B,G,T,E]``."""
         repeat = _repetition(self.value_node)
         node = repeat if repeat is not None and self.grouped else self.value_node
-        return _to_rank_4(builder, node, self.space, self.grouped)
+        return _to_rank_4(builder, node, self.space, self.grouped, queries)
 
     def restore(self, builder: Builder, result: Node, output: Node) -> Node:
         """The result ``[B,H,S,E]`` in the shape of the contraction that it replaces."""
@@ -150,7 +150,7 @@ def _sizes_of(builder: Builder, node: Node, count: int) -> list[Any]:
     return [builder.size(node, axis) for axis in range(count)]
 
 
-def _to_rank_4(builder: Builder, node: Node, space: Space, grouped: bool) -> Node:
+def _to_rank_4(builder: Builder, node: Node, space: Space, grouped: bool, queries: Node | None = None) -> Node:
     """``node [*lead, N, D]`` as ``[B, H or G, N, D]``; batch axes of size 1 are broadcast without a copy."""
     sizes = [builder.size(node, axis) for axis in range(len(shape(node)))]
     lead, tail = sizes[:-2], sizes[-2:]
@@ -160,13 +160,16 @@ def _to_rank_4(builder: Builder, node: Node, space: Space, grouped: bool) -> Nod
     if len(lead) != 2:
         split = space.batch_axes
         node = builder.reshape(node, [product(builder, lead[:split]), product(builder, lead[split:]), *tail])
-    return _broadcast(builder, node, space, grouped)
+    return _broadcast(builder, node, space, grouped, queries)
 
 
-def _broadcast(builder: Builder, node: Node, space: Space, grouped: bool) -> Node:
+def _broadcast(builder: Builder, node: Node, space: Space, grouped: bool, queries: Node | None) -> Node:
+    """``node [B or 1, H or 1, N, D]`` with the batch, and unless ``grouped`` the heads, of ``queries [B,H,S,D]``."""
     known: tuple[Size, ...] = shape(node)
-    batch = -1 if same_size(known[0], space.batch) else space.batch
-    heads = -1 if grouped or same_size(known[1], space.heads) else space.heads
-    if (batch, heads) == (-1, -1):
+    same_batch = same_size(known[0], space.batch)
+    same_heads = grouped or same_size(known[1], space.heads)
+    if queries is None or (same_batch and same_heads):
         return node
+    batch = -1 if same_batch else builder.size(queries, 0)
+    heads = -1 if same_heads else builder.size(queries, 1)
     return builder.call(aten.expand.default, node, [batch, heads, -1, -1])

@@ -1,0 +1,22 @@
+"""Which nodes may need a gradient."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxopt.ir.nodes import REQUIRES_GRAD, is_tensor, tensor
+
+
+def may_need_gradient(node: fx.Node) -> bool:
+    """Whether a placeholder that requires a gradient lies above ``node`` (both floating), so that one may flow to it."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if not is_tensor(current) or not tensor(current).dtype.is_floating_point:
+            continue
+        if current.meta.get(REQUIRES_GRAD):
+            return True
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False

@@ -78,13 +78,9 @@ def source_of(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, conf
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    meaning = _checked(q, k, v, captures, spec)
-    batch, heads, rows, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
-    if meaning.out_layout == "bhsd":
-        out = q.new_empty((batch, heads, rows, width), dtype=meaning.out_dtype)
-    else:
-        out = q.new_empty((batch, rows, heads, width), dtype=meaning.out_dtype).transpose(1, 2)
-    return out, q.new_empty((batch, heads, rows) if with_lse else (0,), dtype=torch.float32)
+    _checked(q, k, v, captures, spec)
+    out = reference.empty_result(q, k, v, captures, spec)
+    return out, q.new_empty(q.shape[:3] if with_lse else (0,), dtype=torch.float32)
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> AttentionSpec:

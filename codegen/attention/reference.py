@@ -164,4 +164,13 @@ def lay_out(spec: AttentionSpec, out_BHSE: Tensor) -> Tensor:
     return out_BHSE.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-define_meaning("attention", attention)
+def empty_result(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> Tensor:
+    """An uninitialised tensor of the shape, dtype and strides of the result."""
+    meaning = specification(spec)
+    batch, heads, rows, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+    if meaning.out_layout == "bhsd":
+        return q.new_empty((batch, heads, rows, width), dtype=meaning.out_dtype)
+    return q.new_empty((batch, rows, heads, width), dtype=meaning.out_dtype).transpose(1, 2)
+
+
+define_meaning("attention", attention, empty_result)

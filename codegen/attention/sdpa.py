@@ -132,4 +132,8 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: boo
 
 _KERNELS: Final = {"cpu": _cpu, "flash": _flash, "cudnn": _cudnn, "efficient": _efficient}
 
-define_meaning("attention_sdpa", attention_sdpa)
+def _empty_result(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, backend: str) -> Tensor:
+    return reference.empty_result(q, k, v, captures, spec)
+
+
+define_meaning("attention_sdpa", attention_sdpa, _empty_result)

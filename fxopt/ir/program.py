@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 Entry = Literal["dynamo", "export"]
@@ -69,7 +70,9 @@ class Program:
         assert output is not None
         value, old = output
         graph.output(value).meta.update(old.meta)
-        module = fx.GraphModule(self.module, graph, "Program")
+        # Lazy: the Python code of a copy is generated only if somebody runs or prints it.
+        with _use_lazy_graph_module(True):
+            module = _make_graph_module(self.module, graph, "Program")
         module.meta.update(self.module.meta)
         return replace(self, module=module, notes=list(self.notes))
 

@@ -10,7 +10,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.errors import VerificationError
+from fxopt.ir.fake import is_computed
 from fxopt.ir.nodes import has_effect
+from fxopt.ir.operators import quick_result
 from fxopt.ir.program import Program
 
 
@@ -50,7 +52,8 @@ def _propagate(program: Program, trusted: dict[str, fx.Node]) -> None:
             node.meta["val"] = _attribute(program, node)
         if node.op != "call_function" or node.is_impure():
             continue
-        if _unchanged(node, trusted) and not any(operand in changed for operand in node.all_input_nodes):
+        known = is_computed(node) or _unchanged(node, trusted)
+        if known and not any(operand in changed for operand in node.all_input_nodes):
             continue
         value = _recompute(node, changed)
         if not _same(node.meta.get("val"), value):
@@ -69,7 +72,7 @@ def _recompute(node: fx.Node, changed: dict[fx.Node, Any]) -> Any:
     assert callable(node.target)
     try:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: changed.get(n, n.meta.get("val")))
-        return node.target(*args, **kwargs)
+        return (quick_result(node.target) or node.target)(*args, **kwargs)
     except Exception as error:
         raise VerificationError(f"{node.name} can't run on its operands: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The sites of a model: every attention, norm and MLP, and what became of each."""
+"""The sites of a model: every attention, norm, MLP and patch convolution, and what became of each."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fxopt.report.flow import namespace, packet
 from fxopt.report.found import Found
 from fxopt.report.mlps import find_mlps
 from fxopt.report.norms import find_norms
+from fxopt.report.patches import find_patch_convolutions
 from fxopt.rewriter.passes import NearMiss
 from fxopt.rewriter.pipeline import PipelineResult
 
@@ -26,7 +27,7 @@ _CANONICAL = {"attention": "attention", "layer_norm": "norm", "rms_norm": "norm"
 
 
 def collect_sites(result: PipelineResult) -> tuple[Site, ...]:
-    """Every attention, norm and MLP of the model, in the order of the final graph.
+    """Every attention, norm, MLP and patch convolution of the model, in the order of the final graph.
 
     Rewritten sites come from the rules that rewrote them. Kept ones are found in the final program, each with the
     reason of the rule that came nearest. A site rewritten twice (made canonical, then fused) is listed once, with the
@@ -81,6 +82,7 @@ def _find(program: Program, graph: Graph | None = None) -> Iterator[Found]:
     yield from find_attentions(program, graph)
     yield from find_norms(graph)
     yield from find_mlps(program, graph)
+    yield from find_patch_convolutions(graph)
 
 
 def _nested(program: Program) -> Iterator[Site]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from fxopt.ir.fake import COMPUTED_FROM, evaluate_fake, operand_values
 from fxopt.ir.nodes import Size, shape
 from fxopt.ir.program import Program
 
@@ -41,6 +41,7 @@ class Builder:
                 node.meta[key] = self.at.meta[key]
         node.meta["fxopt_rule"] = self.rule
         node.meta["val"] = evaluate_fake(node, self._mode)
+        node.meta[COMPUTED_FROM] = operand_values(node)
         self.created.append(node)
         return node
 
@@ -62,14 +63,6 @@ class Builder:
         if node.meta["val"].dtype == dtype:
             return node
         return self.call(aten.to.dtype, node, dtype)
-
-
-def evaluate_fake(node: Node, mode: Any) -> Any:
-    """What ``node`` computes on the fake values of its operands."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    assert callable(node.target)
-    with mode or torch.no_grad(), enable_python_dispatcher():
-        return node.target(*args, **kwargs)
 
 
 def product(builder: Builder, sizes: Sequence[Size | Node]) -> Any:

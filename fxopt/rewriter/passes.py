@@ -12,7 +12,7 @@ from fxopt.ir.nodes import has_effect, same_shape, source
 from fxopt.ir.program import Program, operator_name
 from fxopt.ir.site import Site, Tier
 from fxopt.rewriter.builder import Builder
-from fxopt.rewriter.pattern import Miss, find
+from fxopt.rewriter.pattern import Miss, Pattern, find
 from fxopt.rewriter.rule import Rejection, Rule
 
 
@@ -85,30 +85,49 @@ def apply_rules(program: Program, rules: Iterable[Rule]) -> PassResult:
     miss. A rejection and the furthest partial match of two or more nodes are recorded too.
     """
     trace = _Trace()
-    rules = tuple(rules)
+    attempts = _by_root(rules)
     for node in reversed(list(program.graph.nodes)):
         if node.op == "call_function" and not node._erased:
-            _rewrite_at(program, node, rules, trace)
+            _rewrite_at(program, node, attempts.get(node.target, attempts[None]), trace)
     if trace.replacements:
         program.module.recompile()
     return PassResult(bool(trace.replacements), tuple(trace.replacements), tuple(trace.near_misses.values()))
 
 
-def _rewrite_at(program: Program, node: Node, rules: tuple[Rule, ...], trace: _Trace) -> None:
-    for rule in rules:
-        for spelling, pattern in rule.patterns.items():
-            found = find(pattern, node)
-            if isinstance(found, Miss):
-                _record_partial(rule, spelling, found, node, trace)
-                continue
-            bindings = rule.check(found)
-            if bindings is None:
-                continue
-            if isinstance(bindings, Rejection):
-                trace.miss(_rejected(rule, spelling, bindings, node, len(found.nodes)))
-                continue
-            if _replace(program, node, rule, spelling, bindings, trace):
-                return
+@dataclass(frozen=True)
+class _Attempt:
+    """One spelling of one rule."""
+
+    rule: Rule
+    spelling: str
+    pattern: Pattern
+
+
+def _by_root(rules: Iterable[Rule]) -> dict[object, list[_Attempt]]:
+    """What to try at a node, in order, by the operator that it calls; ``None`` is the key of all other operators."""
+    attempts = [_Attempt(rule, name, pattern) for rule in rules for name, pattern in rule.patterns.items()]
+    roots = [attempt.pattern.roots() for attempt in attempts]
+    targets = {target for found in roots if found for target in found}
+    index: dict[object, list[_Attempt]] = {None: [a for a, found in zip(attempts, roots, strict=True) if found is None]}
+    for target in targets:
+        index[target] = [a for a, found in zip(attempts, roots, strict=True) if found is None or target in found]
+    return index
+
+
+def _rewrite_at(program: Program, node: Node, attempts: list[_Attempt], trace: _Trace) -> None:
+    for attempt in attempts:
+        rule, spelling = attempt.rule, attempt.spelling
+        found = find(attempt.pattern, node)
+        if isinstance(found, Miss):
+            _record_partial(rule, spelling, found, node, trace)
+            continue
+        bindings = rule.check(found)
+        if bindings is None:
+            continue
+        if isinstance(bindings, Rejection):
+            trace.miss(_rejected(rule, spelling, bindings, node, len(found.nodes)))
+        elif _replace(program, node, rule, spelling, bindings, trace):
+            return
 
 
 def _record_partial(rule: Rule, spelling: str, miss: Miss, node: Node, trace: _Trace) -> None:

@@ -72,6 +72,10 @@ class Pattern:
         """Extend ``so_far`` by ``value``, or say why it does not fit."""
         raise NotImplementedError
 
+    def roots(self) -> frozenset[OpOverload] | None:
+        """The operators that the last node of a match can be; ``None`` when the pattern does not restrict it."""
+        return None
+
     def __or__(self, other: Pattern) -> Pattern:
         return OneOf((self, other))
 
@@ -162,6 +166,9 @@ class Op(Pattern):
             orders.append([names[1], names[0], *names[2:]])
         return _furthest(lambda order: self._match_arguments(value, order, result), orders)
 
+    def roots(self) -> frozenset[OpOverload] | None:
+        return frozenset(self.targets)
+
     def _match_arguments(self, node: Node, order: list[str], so_far: Match) -> Match | Miss:
         given = arguments(node)
         patterns = dict(zip(order, self.operands, strict=False)) | self.named
@@ -190,6 +197,10 @@ class OneOf(Pattern):
     def match(self, value: Any, so_far: Match) -> Match | Miss:
         return _furthest(lambda pattern: pattern.match(value, so_far), self.alternatives)
 
+    def roots(self) -> frozenset[OpOverload] | None:
+        found = [alternative.roots() for alternative in self.alternatives]
+        return None if None in found else frozenset().union(*(f for f in found if f))
+
     def __or__(self, other: Pattern) -> Pattern:
         return OneOf((*self.alternatives, other))
 
@@ -203,6 +214,9 @@ class Optional(Pattern):
 
     def match(self, value: Any, so_far: Match) -> Match | Miss:
         return OneOf((self.inner(self.pattern), self.pattern)).match(value, so_far)
+
+    def roots(self) -> frozenset[OpOverload] | None:
+        return OneOf((self.inner(self.pattern), self.pattern)).roots()
 
 
 def find(pattern: Pattern, root: Node) -> Match | Miss:

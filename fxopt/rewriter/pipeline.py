@@ -66,19 +66,25 @@ def run_pipeline(
     """
     _check_order(passes)
     result = PipelineResult(program)
+    candidate = program.copy()
     for current in passes:
         before = result.program
-        after, record = _run_one(current, before, strict, check)
-        result.program = after
+        record = _run_one(current, before, candidate, strict, check)
+        if record.result.modified:
+            result.program = candidate
+        if record.result.modified or record.failure:
+            candidate = result.program.copy()
+        after = result.program
         result.records.append(record)
         if observe is not None:
             observe(before, after, record)
     return result
 
 
-def _run_one(current: Pass, before: Program, strict: bool, check: Check | None) -> tuple[Program, PassRecord]:
+def _run_one(current: Pass, before: Program, candidate: Program, strict: bool, check: Check | None) -> PassRecord:
+    """Run a pass on ``candidate``, a copy of ``before``, and verify what it did there."""
     start = time.perf_counter()
-    candidate = before.copy()
+    failure = ""
     try:
         outcome = current.run(candidate)
         if outcome.modified:
@@ -88,10 +94,8 @@ def _run_one(current: Pass, before: Program, strict: bool, check: Check | None) 
     except Exception as error:
         if strict:
             raise PassError(f"pass {current.name} failed: {error}") from error
-        failure = f"{type(error).__name__}: {error}"
-        return before, PassRecord(current.name, current.tier, PassResult(False), time.perf_counter() - start, failure)
-    after = candidate if outcome.modified else before
-    return after, PassRecord(current.name, current.tier, outcome, time.perf_counter() - start)
+        outcome, failure = PassResult(False), f"{type(error).__name__}: {error}"
+    return PassRecord(current.name, current.tier, outcome, time.perf_counter() - start, failure)
 
 
 def _check_order(passes: Sequence[Pass]) -> None:

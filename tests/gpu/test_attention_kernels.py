@@ -1,0 +1,86 @@
+"""Generated kernels on the GPU: every expression, dtype and configuration that would be tried, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.operator import attention_forward
+from fxopt.codegen.attention.triton import candidates
+from fxopt.ir.attention import AttentionSpec
+from fxopt.testing import assert_within_budget, evaluate, oracle_gradients
+from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+LARGE = {
+    "D64": Shape(64, 64, 200, 200, 2, "group", "bshd", heads=4),
+    "D128 cross": Shape(128, 128, 130, 333, 1, "group", "bhsd", heads=2),
+    "D96": Shape(96, 96, 129, 129, 2, "tile", "bshd", packed=True),
+    "D256": Shape(256, 256, 100, 100, 2, "group", "bshd"),
+}
+ALL_SHAPES = SHAPES | LARGE
+
+
+def on_gpu(name: str, shape: Shape, spec: AttentionSpec, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Operands and captures on the device, in memory poisoned with NaN around them."""
+    torch.manual_seed(0)
+    tensors = [x.detach() for x in operands(shape, dtype)]
+    moved = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x) for x in tensors]
+    return moved, [x.cuda() for x in captured(name, shape, spec)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
+    sizes = ALL_SHAPES[shape]
+    spec = specification(name, sizes, DTYPES[dtype])
+    (q, k, v), captures = on_gpu(name, sizes, spec, DTYPES[dtype])
+    wide = [c.double() if c.is_floating_point() else c for c in captures]
+    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
+    exact = reference.attention(q.double(), k.double(), v.double(), wide, wide_spec)
+    eager = reference.attention(q, k, v, captures, str(spec))
+    configs = candidates(spec, sizes.head_dim, sizes.value_dim, q.dtype, torch.cuda.get_device_capability())
+    assert configs, "no configuration fits this device"
+    for config in configs:
+        out, _ = attention_forward(q, k, v, captures, str(spec), str(config), False)
+        assert_within_budget(out, eager, exact)
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "tile-bias", "softcap", "additive-mask"])
+def test_gradients_are_within_the_budget_of_eager(name: str) -> None:
+    shape = LARGE["D64"]
+    spec = specification(name, shape, torch.float32)
+    (q, k, v), captures = on_gpu(name, shape, spec, torch.float32)
+    config = candidates(spec, 64, 64, q.dtype, torch.cuda.get_device_capability())[0]
+    leaves = [x.requires_grad_() for x in (q, k, v, *(c for c in captures if c.is_floating_point()))]
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, *captures: Tensor) -> Tensor:
+        out, _ = attention_forward(q, k, v, list(captures), str(spec), str(config), True)
+        return out
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, *captures: Tensor) -> Tensor:
+        dtype = torch.float64 if q.dtype is torch.float64 else spec.out_dtype
+        return reference.attention(q, k, v, captures, str(dataclasses.replace(spec, out_dtype=dtype)))
+
+    results = evaluate(fused, *leaves), evaluate(eager, *leaves), oracle_gradients(eager, *leaves)
+    assert_within_budget(*results, floor=1.0)
+
+
+def test_one_kernel_serves_every_length() -> None:
+    spec = specification("causal", LARGE["D64"], torch.bfloat16)
+    config = str(candidates(spec, 64, 64, torch.bfloat16, torch.cuda.get_device_capability())[0])
+    from fxopt.codegen.attention.operator import module
+
+    kernel = module(str(spec), 64, 64, torch.bfloat16, config).attention_kernel
+    for length in (17, 64, 65, 1000, 1024):
+        q = torch.randn(1, 2, length, 64, device="cuda", dtype=torch.bfloat16)
+        attention_forward(q, q, q, [], str(spec), config, False)
+    compiled = kernel.device_caches[torch.cuda.current_device()][0]
+    assert len(compiled) <= 2, "lengths must not specialise the kernel (strides may, on divisibility by 16)"

@@ -52,6 +52,9 @@ def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, s
     spec = read_spec(str(site.args[4]))
     refused: dict[str, str] = {}
     biased = training and any(may_need_gradient(node) for node in _capture_nodes(site))
+    plain = Candidate("aten", "aten", overload("attention"))
+    if any(isinstance(size, int) and size == 0 for x in (q, k, v) for size in x.shape):
+        return [plain], {"triton": "an operand is empty", "sdpa": "an operand is empty"}
     found = _generated(spec, q, k, v, training, refused)
     for backend, device in sdpa.BACKENDS.items():
         if device != q.device.type:
@@ -61,8 +64,7 @@ def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, s
             found.append(Candidate(f"sdpa-{backend}", "sdpa", overload("attention_sdpa"), (backend,)))
         else:
             refused[f"sdpa-{backend}"] = reason
-    found.append(Candidate("aten", "aten", overload("attention")))
-    return found, refused
+    return [*found, plain], refused
 
 
 def _sdpa_objection(

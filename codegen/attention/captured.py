@@ -51,30 +51,47 @@ class CapturedTensor:
     @property
     def attend_names(self) -> tuple[str, ...]:
         """What a block update needs of it."""
-        return (f"{self.name}_tile", f"{self.name}_stride_j") if self.in_loop else (self.name,)
+        if not self.in_loop:
+            return (self.name,)
+        return (f"{self.name}_base", f"{self.name}_tile", f"{self.name}_stride_j")
 
     @property
     def base(self) -> str:
-        """The lines before the loop: its address, and its value where that is the same for all keys."""
-        terms = [f"{self.name}_ptr"]
+        """The lines before the loop: its address, or its value where that is the same for all keys."""
+        name = self.name
+        terms = [f"{name}_ptr"]
         for letter, axis in zip(self.capture.dims[:2], "bh", strict=True):
             if letter != "-":
-                factor = _AXES[letter].format(name=self.name)
+                factor = _AXES[letter].format(name=name)
                 factor = f"({factor})" if "%" in factor else factor
-                terms.append(f"{factor} * {self.name}_stride_{axis}")
-        if "i" in self.axes:
-            terms.append(f"i.to(tl.int64) * {self.name}_stride_i")
-        address = " + ".join(terms)
-        return f"{self.name}_tile = {address}" if self.in_loop else f"{self.name} = {self._load(address)}"
+                terms.append(f"{factor} * {name}_stride_{axis}")
+        rows = "i" in self.axes
+        if not self.in_loop:
+            terms += [f"i.to(tl.int64) * {name}_stride_i"] * rows
+            return f"{name} = {self._load(' + '.join(terms))}"
+        terms += [f"first.to(tl.int64) * {name}_stride_i"] * rows
+        row = f"(i - first).to(n.dtype) * {name}_stride_i + " if rows else ""
+        return f"{name}_base = {' + '.join(terms)}\n{name}_tile = {row}n[None, :] * {name}_stride_j"
 
     @property
     def load_in_loop(self) -> str:
-        """The lines that read one block; columns beyond the end repeat the last one."""
-        column = f"(step + column[None, :]) * {self.name}_stride_j"
-        return f"{self.name} = {self._load(f'{self.name}_tile + {column}')}"
+        """The lines that read one block; what lies beyond the end is zero, and masked later."""
+        name = self.name
+        return "\n".join((
+            f"{name}_block = {name}_base + tl.cast(start, tl.int64) * {name}_stride_j",
+            "if BOUNDED and not EVEN:",
+            f"    {name} = {self._load(f'{name}_block + {name}_tile', ', mask=j < Sk, other=0')}",
+            "else:",
+            f"    {name} = {self._load(f'{name}_block + {name}_tile')}",
+        ))  # fmt: skip
 
-    def _load(self, address: str) -> str:
-        return f"tl.load({address}){'.to(tl.float32)' if self.capture.kind == 'float' else ''}"
+    def reaches(self, rows: int, keys: int) -> list[tuple[int, str]]:
+        """How far the axes of a block of it reach: the extent, and the stride as the launcher reads it."""
+        extents = {"i": (rows, 2), "j": (keys, 3)} if self.in_loop else {}
+        return [(extents[a][0], f"{self.name}.stride({extents[a][1]})") for a in self.axes if a in extents]
+
+    def _load(self, address: str, mask: str = "") -> str:
+        return f"tl.load({address}{mask}){'.to(tl.float32)' if self.capture.kind == 'float' else ''}"
 
     @property
     def description(self) -> str:

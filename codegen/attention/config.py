@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, get_args
 
 import torch
 
 from fxopt.errors import LoweringError
 
-_TEXT: Final = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)")
+_TEXT: Final = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)(?:r(\d+))?(tma)?")
 #: Largest shared memory of one block in bytes, by compute capability (others: 99 KiB, what every later one has).
 _SHARED: Final[dict[tuple[int, int], int]] = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448}
 _SHARED_DEFAULT: Final = 101_376
 CANDIDATES: Final = 4
+Loads = Literal["pointer", "tma"]
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """``block_m`` query rows against ``block_n`` keys at a time, by ``num_warps`` warps, ``num_stages`` loads deep.
 
-    Prints as ``128x64w8s3``; `read_config` is the inverse.
+    ``registers`` caps those of a thread, so that more blocks share a multiprocessor (0: no cap). ``loads`` says how keys
+    and values are read: by pointers, or by tensor descriptors, for compute capability 9.0 and later.
+    Prints as ``128x64w8s3``, with its cap ``128x64w8s2r128``, by descriptors ``128x64w8s3tma``; `read_config` is the
+    inverse.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int = 0
+    loads: Loads = "pointer"
 
     def __post_init__(self) -> None:
         sizes = (self.block_m, self.block_n, self.num_warps, self.num_stages)
         powers = all(n > 0 and n & (n - 1) == 0 for n in sizes[:3])
         if not powers or min(self.block_m, self.block_n) < 16 or self.num_stages < 1:
             raise LoweringError(f"{self} is not a kernel configuration: blocks are powers of two from 16, warps of two")
+        if self.registers % 8 or not 0 <= self.registers <= 255 or self.loads not in get_args(Loads):
+            raise LoweringError(f"{self} is not a kernel configuration: registers are a multiple of 8 below 256")
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}"
+        blocks = f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}"
+        return f"{blocks}{f'r{self.registers}' if self.registers else ''}{'tma' if self.loads == 'tma' else ''}"
 
 
 def read_config(text: str) -> Config:
@@ -44,7 +53,7 @@ def read_config(text: str) -> Config:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise LoweringError(f"not a kernel configuration: {text!r}; an example is '128x64w8s3'")
-    return Config(*map(int, match.groups()))
+    return Config(*(int(n or 0) for n in match.groups()[:5]), "tma" if match[6] else "pointer")
 
 
 #: Best first, by padded head dimension; from what FlexAttention uses on Hopper, and smaller blocks for short sequences.

@@ -7,6 +7,7 @@ Per block of rows ``first … last``: keys from ``start`` to ``stop`` count for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from fxopt.codegen.attention.interval import Bound, KeyRange
 from fxopt.codegen.expression import simplify
@@ -16,14 +17,36 @@ from fxopt.ir.expression import Expr, I, call, const
 Emitter = Callable[[Expr, Mapping[str, str]], str]
 
 
-def loop_spans(found: KeyRange) -> tuple[tuple[str, str, bool], ...]:
-    """The loops in order: where each starts, where it stops, and whether its blocks are bounded."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Blocks from ``first`` to ``last``.
+
+    Attributes:
+        first: the key they start with.
+        last: the key they stop before.
+        bounded: whether they may hold keys that some row does without.
+        loops: whether they can be more than one.
+        beyond: whether there are any only where the last block is cut short by the end of the keys.
+    """
+
+    first: str
+    last: str
+    bounded: bool
+    loops: bool = True
+    beyond: bool = False
+
+
+def loop_spans(found: KeyRange) -> tuple[Span, ...]:
+    """The loops in order."""
+    # A limit that is the same for all rows of a block cuts one block of keys only.
+    loops = any(b.slope for b in found.side("upper"))
     if not found.side("lower"):
-        return (("0", "full_stop", False), ("full_stop", "stop", True))
+        tail = Span("full_stop", "stop", True, loops=loops, beyond=not found.side("upper"))
+        return (Span("0", "full_stop", False), tail)
     return (
-        ("start_block", "tl.minimum(full_start, stop)", True),
-        ("full_start", "full_stop", False),
-        ("tl.maximum(full_start, full_stop)", "stop", True),
+        Span("start_block", "tl.minimum(full_start, stop)", True),
+        Span("full_start", "full_stop", False),
+        Span("tl.maximum(full_start, full_stop)", "stop", True),
     )
 
 

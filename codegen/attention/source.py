@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +15,11 @@ import torch
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.config import Config, padded
 from fxopt.codegen.attention.interval import KeyRange, key_range
-from fxopt.codegen.attention.loops import key_range_text, loop_spans
+from fxopt.codegen.attention.loops import Span, key_range_text, loop_spans
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.softmax import Exponent, exponent
-from fxopt.codegen.attention.template import ATTEND, HEADER, KERNEL, LAUNCH, LOOP, MAIN, fill, listing
+from fxopt.codegen.attention.template import ATTEND, HEADER, KERNEL, LAST, LAUNCH, LOOP, MAIN, fill, listing
+from fxopt.codegen.attention.tiles import DESCRIBABLE, IMPORT, Tiles, wide
 from fxopt.codegen.printing import emit, helpers
 from fxopt.ir.attention import NAME_OF, AttentionSpec
 from fxopt.ir.expression import Expr, S, conjunction, conjuncts
@@ -36,12 +38,7 @@ _RESULT: Final = {
 _STRIDES: Final = {"q": "bhid", "k": "bhjd", "v": "bhje", "out": "bhi"}
 _AXIS: Final = {"b": 0, "h": 1, "i": 2, "j": 2, "d": 3, "e": 3}
 #: Constants of a block update, besides the sizes written into it.
-_CONSTANTS: Final = ("BLOCK_N", "PRECISION", "FAST_TANH", "BOUNDED")
-_COLUMNS: Final = """\
-if BOUNDED:
-    column = tl.minimum(n, Sk - 1 - start).to(tl.int64)
-else:
-    column = n.to(tl.int64)"""
+_CONSTANTS: Final = ("BLOCK_N", "PRECISION", "FAST_TANH", "EVEN")
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,8 @@ class KernelText:
 
     def __str__(self) -> str:
         holes = {**self._description, **self._attend, **self._kernel, **self._launch}
-        body = "".join(fill(part, holes) for part in (ATTEND, KERNEL, LAUNCH))
+        describable = DESCRIBABLE if self._tiles.described else ""
+        body = "".join((fill(ATTEND, holes), fill(KERNEL, holes), describable, fill(LAUNCH, holes)))
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         return fill(HEADER, holes) + devices + body + fill(MAIN, {**holes, **script_holes(self.spec, self.dtype)})
 
@@ -69,6 +67,11 @@ class KernelText:
         return captured_tensors(self.spec)
 
     @cached_property
+    def _tiles(self) -> Tiles:
+        described = self.config.loads == "tma"
+        return Tiles(described, self._inside("d[:, None]", self.head_dim), self._inside("e[None, :]", self.value_dim))
+
+    @cached_property
     def _exponent(self) -> Exponent:
         return exponent(self.spec, exact=self.dtype is torch.float32)
 
@@ -76,6 +79,7 @@ class KernelText:
     def _description(self) -> dict[str, str]:
         spec = self.spec
         return {
+            "imports": IMPORT if self._tiles.described else "",
             "version": version("fxopt"),
             "spec": "\n".join(f"    {field}" for field in str(spec).split("; ")),
             "config": str(self.config),
@@ -94,14 +98,10 @@ class KernelText:
     def _attend(self) -> dict[str, str]:
         """The holes of the block update."""
         in_loop = [c for c in self._captures if c.in_loop]
-        d_inside, e_inside = self._inside("d[:, None]", self.head_dim), self._inside("e[None, :]", self.value_dim)
         return {
-            "attend_parameters": listing((*self._attend_names, *_CONSTANTS), annotate=True),
-            "k_mask_bounded": _both("j < Sk", d_inside),
-            "v_mask_bounded": _both("(start + n)[:, None] < Sk", e_inside),
-            "k_mask": f", mask={d_inside}, other=0.0" if d_inside else "",
-            "v_mask": f", mask={e_inside}, other=0.0" if e_inside else "",
-            "columns": _COLUMNS if in_loop else "",
+            "attend_parameters": listing((*self._attend_names, *self._constants, "BOUNDED"), annotate=True),
+            "load_k": self._tiles.load("k"),
+            "load_v": self._tiles.load("v"),
             "load_captures": "\n".join(c.load_in_loop for c in in_loop),
             "score": self._emit(self._exponent.inner),
             "widen": "" if self._exponent.inner.reads(S) else "x = tl.zeros_like(s) + x",
@@ -123,12 +123,16 @@ class KernelText:
     @property
     def _attend_names(self) -> tuple[str, ...]:
         captures = (name for c in self._captures for name in c.attend_names)
-        padding = ("d",) * self._is_padded(self.head_dim) + ("e",) * self._is_padded(self.value_dim)
-        tiles = ("q", "k_tile", "v_tile", *captures, "start", "k_stride_j", "v_stride_j", *padding)
+        tiles = ("q", *self._tiles.attend_names, *captures, "start")
         expressions = [e for e in (self.spec.score, self.spec.mask) if e is not None]
         read = {str(leaf.value) for e in expressions for leaf in e.walk() if leaf.op == "symbol"}
-        symbols = (name for name in ("b", "h", "i", "Sq") if name in read)
+        symbols = (name for name in ("b", "h", "i", "Sq") if name in read and name not in tiles)
         return ("acc", "total", "peak", *tiles, *symbols, "Sk")
+
+    @property
+    def _constants(self) -> tuple[str, ...]:
+        """The compile-time constants that a block update shares with the kernel."""
+        return (*_CONSTANTS, *self._tiles.constants)
 
     @property
     def _kernel(self) -> dict[str, str]:
@@ -136,7 +140,7 @@ class KernelText:
         ranged = any(b.slope for b in self._range.side("upper"))
         e_inside = self._inside("e[None, :]", self.value_dim)
         d_inside = self._inside("d[None, :]", self.head_dim)
-        constants = ("BLOCK_M", *_CONSTANTS[:-1], "BLOCK_D", "BLOCK_E", "WITH_LSE")
+        constants = dict.fromkeys(("BLOCK_M", *self._constants, "BLOCK_D", "BLOCK_E", "WIDE", "WITH_LSE"))
         sizes = ("heads", "kv_heads", "Sq", "Sk", *(p for c in self._captures for p in c.period))
         factor = self._exponent.factor
         return {
@@ -145,17 +149,22 @@ class KernelText:
             "row_block": "blocks - 1 - program % blocks" if ranged else "program % blocks",
             "kv_head": _KV_HEAD[self.spec.kv_map],
             "q_mask": f", mask={d_inside}, other=0.0" if d_inside else "",
+            "tiles": self._tiles.bases,
             "capture_bases": "\n".join(c.base for c in self._captures),
             "key_range": key_range_text(self._range, self._emit),
-            "loops": "\n".join(self._loop(*span) for span in loop_spans(self._range)),
+            "loops": "\n".join(self._loop(span) for span in loop_spans(self._range)),
             "result": _RESULT[self.spec.empty_rows],
             "out_mask": _both("rows < Sq", e_inside),
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
 
-    def _loop(self, first: str, last: str, bounded: bool) -> str:
-        arguments = (*self._attend_names, *(f"{name}={name}" for name in _CONSTANTS[:-1]), f"BOUNDED={bounded}")
-        return fill(LOOP, {"first": first, "last": last, "arguments": listing(arguments)}).rstrip("\n")
+    def _loop(self, span: Span) -> str:
+        start = "start" if span.loops else span.first
+        names = (start if name == "start" else name for name in self._attend_names)
+        arguments = (*names, *(f"{name}={name}" for name in self._constants), f"BOUNDED={span.bounded}")
+        holes = {"first": span.first, "last": span.last, "arguments": listing(arguments)}
+        text = fill(LOOP if span.loops else LAST, holes).rstrip("\n")
+        return f"if not EVEN:\n{textwrap.indent(text, '    ')}" if span.beyond else text
 
     @property
     def _pointers(self) -> tuple[str, ...]:
@@ -175,16 +184,34 @@ class KernelText:
         periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
         pads = (f"BLOCK_D={padded(self.head_dim)}", f"BLOCK_E={padded(self.value_dim)}")
         blocks = (f"BLOCK_M={self.config.block_m}", f"BLOCK_N={self.config.block_n}", *pads)
-        switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", "WITH_LSE=with_lse")
-        options = (f"num_warps={self.config.num_warps}", f"num_stages={self.config.num_stages}")
+        even = f"EVEN=keys % {self.config.block_n} == 0"
+        tma = ("TMA=tma",) if self._tiles.described else ()
+        switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", even, *tma, "WIDE=wide")
         sizes = ("heads", "kv_heads", "rows", "keys", *periods)
-        arguments = ("q", "k", "v", *names, "out", "lse", *strides, *captured, *sizes, *blocks, *switches, *options)
+        tensors = ("q", *self._tiles.arguments, *names, "out", "lse")
+        arguments = (*tensors, *strides, *captured, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
         return {
             "allocate": _ALLOCATE[self.spec.out_layout].format(width=self.value_dim, dtype=self.spec.out_dtype),
             "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else _unpacked(names),
+            "describe": self._tiles.describe(self.config.block_n, padded(self.head_dim), padded(self.value_dim)),
+            "wide": wide(self._reaches),
             "block_m": str(self.config.block_m),
             "launch_arguments": listing(arguments),
         }
+
+    @property
+    def _options(self) -> tuple[str, ...]:
+        """What the launcher tells the compiler."""
+        limit = (f"maxnreg={self.config.registers}",) if self.config.registers else ()
+        return (f"num_warps={self.config.num_warps}", f"num_stages={self.config.num_stages}", *limit)
+
+    @property
+    def _reaches(self) -> list[tuple[int, str]]:
+        """How far each axis of a block reaches: its extent and the stride, as the launcher writes it."""
+        rows, keys = self.config.block_m, self.config.block_n
+        tiles = [(keys, "k.stride(2)"), (padded(self.head_dim), "k.stride(3)")]
+        tiles += [(keys, "v.stride(2)"), (padded(self.value_dim), "v.stride(3)")]
+        return tiles + [reach for c in self._captures for reach in c.reaches(rows, keys)]
 
     def _emit(self, expr: Expr | None, names: Mapping[str, str] = MappingProxyType({})) -> str:
         return "" if expr is None else emit(expr, names, self.spec.capture_kinds)

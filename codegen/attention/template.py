@@ -29,6 +29,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+$imports
 
 '''
 
@@ -39,17 +40,12 @@ def attend(
 ):
     """Fold one block of keys, from ``start``, into the running softmax of the rows.
 
-    BOUNDED blocks hold keys beyond the end, or keys that the mask keeps for some rows only.
+    BOUNDED blocks hold keys beyond the end (unless EVEN), or keys that the mask keeps for some rows only.
     """
     n = tl.arange(0, BLOCK_N)
     j = (start + n)[None, :]
-    step = tl.cast(start, tl.int64)
-    if BOUNDED:
-        k = tl.load(k_tile + step * k_stride_j, mask=$k_mask_bounded, other=0.0)
-    else:
-        k = tl.load(k_tile + step * k_stride_j$k_mask)
+    $load_k
     s = tl.dot(q, k, input_precision=PRECISION)
-    $columns
     $load_captures
     x = $score
     $widen
@@ -62,10 +58,7 @@ def attend(
     decay = tl.exp2((peak - shift) * $scale)
     total = total * decay + tl.sum(p, 1)
     acc = acc * decay[:, None]
-    if BOUNDED:
-        v = tl.load(v_tile + step * v_stride_j, mask=$v_mask_bounded, other=0.0)
-    else:
-        v = tl.load(v_tile + step * v_stride_j$v_mask)
+    $load_v
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, highest
 
@@ -88,16 +81,13 @@ def attention_kernel(
     rows = (first + tl.arange(0, BLOCK_M))[:, None]
     # Rows beyond the end repeat the last one, so that nothing outside the tensors is read.
     i = tl.minimum(rows, Sq - 1)
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    d = tl.arange(0, BLOCK_D).to(tl.int64)
-    e = tl.arange(0, BLOCK_E).to(tl.int64)
+    n, d, e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    if WIDE:
+        n, d, e = n.to(tl.int64), d.to(tl.int64), e.to(tl.int64)
 
     q_base = q_ptr + b_wide * q_stride_b + h_wide * q_stride_h
-    q = tl.load(q_base + i.to(tl.int64) * q_stride_i + d[None, :] * q_stride_d$q_mask)
-    k_base = k_ptr + b_wide * k_stride_b + g_wide * k_stride_h
-    k_tile = k_base + n[None, :] * k_stride_j + d[:, None] * k_stride_d
-    v_base = v_ptr + b_wide * v_stride_b + g_wide * v_stride_h
-    v_tile = v_base + n[:, None] * v_stride_j + e[None, :] * v_stride_e
+    q = tl.load(q_base + i.to(tl.int64) * q_stride_i + d[None, :].to(tl.int64) * q_stride_d$q_mask)
+    $tiles
     $capture_bases
 
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
@@ -126,6 +116,13 @@ for start in range($first, $last, BLOCK_N):
     )
 """
 
+LAST: Final = """\
+if $first < $last:
+    acc, total, peak = attend(
+        $arguments
+    )
+"""
+
 LAUNCH: Final = '''
 def launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = (), with_lse: bool = False
@@ -144,6 +141,9 @@ def launch(
     grid = (triton.cdiv(rows, $block_m) * batch * heads,)
     if grid[0] == 0:
         return out, lse
+    $describe
+    # Strides so long that offsets within a block need 64 bits.
+    $wide
     exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     fast = q.is_cuda and q.dtype != torch.float32
     with torch.cuda.device_of(q):

@@ -47,7 +47,9 @@ CASES = [
 ]
 
 
-def compiled(spec: AttentionSpec, width: int, dtype: torch.dtype, config: Config, architecture: int) -> Any:
+def compiled(
+    spec: AttentionSpec, width: int, dtype: torch.dtype, config: Config, architecture: int, even: bool = False, wide: bool = False
+) -> Any:
     """The kernel as Triton would specialise it for aligned, contiguous operands."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -55,6 +57,7 @@ def compiled(spec: AttentionSpec, width: int, dtype: torch.dtype, config: Config
     kernel = import_source(KIND, source(spec, width, width, dtype, config)).attention_kernel
     sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded(width), "BLOCK_E": padded(width)}
     switches = {"PRECISION": "ieee", "FAST_TANH": dtype is not torch.float32, "WITH_LSE": True}
+    switches |= {"EVEN": even, "WIDE": wide, "TMA": True}
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     aligned: dict[tuple[int], Any] = {}
@@ -64,10 +67,13 @@ def compiled(spec: AttentionSpec, width: int, dtype: torch.dtype, config: Config
             signature[name] = "constexpr"
             constants[position,] = 1 if innermost else {**sizes, **switches}[name]
             continue
+        if config.loads == "tma" and name in ("k_ptr", "v_ptr"):
+            signature[name] = f"tensordesc<bf16[1, 1, {config.block_n}, {padded(width)}]>"
+            continue
         signature[name] = _type(name, spec, dtype)
         if name.endswith("_ptr") or "_stride_" in name:
             aligned[position,] = [["tt.divisibility", 16]]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.registers or None}
     text = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(text, target=GPUTarget("cuda", architecture, 32), options=options)
 

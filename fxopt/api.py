@@ -35,7 +35,8 @@ def optimize(target: None = None, **options: Any) -> Callable[[Target], Target]:
 def optimize(target: Any = None, **options: Any) -> Any:
     """Make a model faster: exact rewrites, compiled at the first call, for any input signature.
 
-    Use it on an ``nn.Module`` instance, on a function, or as a decorator on a module class or a function, with or without
+    Use it on an ``nn.Module`` instance, on a function, or as a decorator on a module class or a function, with or
+    without
     options. Parameters, ``state_dict``, signature and outputs stay; an instance that is passed in is not changed.
 
     Args:
@@ -44,13 +45,14 @@ def optimize(target: Any = None, **options: Any) -> Any:
             (`fxopt.lowering.options.Options`): ``lower``, ``verify``, ``passes``, ``base``, ``strict``, ``inductor``.
 
     Returns:
-        Something that is called as ``target`` is: for a class a subclass of the same name, whose instances are compiled.
+        Something that is called as ``target`` is: for a class a subclass of the same name, whose instances are
+        compiled.
 
     Raises:
         OptionError: an unknown option or value, or a target that is neither module, class of modules nor function.
     """
     backend.check_torch()
-    own = {key: options.pop(key) for key in ("dynamic", "fullgraph") if key in options}
+    own: dict[str, Any] = {key: options.pop(key) for key in ("dynamic", "fullgraph") if key in options}
     read_options(options)
     if target is None:
         return functools.partial(optimize, **own, **options)
@@ -69,7 +71,12 @@ def _optimized_class(cls: type[nn.Module], own: dict[str, Any], options: dict[st
         self.compile(backend="fxopt", options=options or None, **own)
 
     functools.update_wrapper(__init__, cls.__init__)
-    names = {"__init__": __init__, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    names = {
+        "__init__": __init__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
     return type(cls.__name__, (cls,), names)
 
 
@@ -82,11 +89,10 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     Raises:
         CaptureError: no graph at all could be captured.
     """
-    options = {"base": "eager"}
     torch._dynamo.reset()
     with backend.collecting() as (outcomes, failures):
         target = model._orig_mod if hasattr(model, "_orig_mod") else model
-        torch.compile(target, backend="fxopt", options=options)(*args, **kwargs)
+        torch.compile(target, backend="fxopt", options={"base": "eager"})(*args, **kwargs)
     torch._dynamo.reset()
     notes = tuple(f"a graph was left alone: {reason}" for reason in failures)
     if not outcomes and not failures:
@@ -130,7 +136,9 @@ def capture(
     """
     backend.check_torch()
     if not isinstance(args, tuple):
-        raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,) for one")
+        raise CaptureError(
+            f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,) for one"
+        )
     found = from_export(model, args, kwargs, dynamic_shapes)
     return Program(found.module, found.entry, found.signature, found.notes)
 
@@ -170,9 +178,13 @@ def rewrite(
         PassError: with ``strict=True``, a pass failed.
     """
     if not isinstance(model, nn.Module):
-        raise OptionError(f"rewrite takes an nn.Module, not {type(model).__name__}; for a function use optimize or capture")
+        raise OptionError(
+            f"rewrite takes an nn.Module, not {type(model).__name__}; for a function use optimize or capture"
+        )
     if not isinstance(args, tuple):
-        raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,) for one")
+        raise CaptureError(
+            f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,) for one"
+        )
     chosen = read_options({**options, **({} if passes is None else {"passes": passes})})
 
     def build(source: nn.Module) -> ir.Program:

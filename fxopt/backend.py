@@ -30,7 +30,7 @@ _outcomes: ContextVar[list[driver.Outcome] | None] = ContextVar("fxopt_outcomes"
 _failures: ContextVar[list[str] | None] = ContextVar("fxopt_failures", default=None)
 
 
-def compile(
+def compile(  # noqa: A001 - the name under which torch.compile's entry point finds it
     module: fx.GraphModule,
     inputs: Sequence[Any],
     *,
@@ -47,7 +47,8 @@ def compile(
 
     Raises:
         OptionError: an unknown option or mode.
-        FxoptError: with ``strict=True``, whatever made fxopt leave the graph alone. By default the graph then goes to the
+        FxoptError: with ``strict=True``, whatever made fxopt leave the graph alone. By default the graph then goes
+        to the
             base compiler as it is, and a `FxoptWarning` says why.
     """
     check_torch()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
@@ -18,8 +18,9 @@ class RewrittenModule(nn.Module):
     """A model after structural rewriting.
 
     It holds copies of the model's parameters and buffers under their original names, takes the same arguments and gives
-    the same outputs. The graph depends on the mode (dropout, batch statistics): switching with `train` or `eval` rewrites
-    the model for that mode at the next call. Use it with ``state_dict``, ``.to()``, ``torch.compile``, ``torch.export``.
+    the same outputs. The graph depends on the mode (dropout, batch statistics): switching with `train` or `eval`
+    rewrites the model for that mode at the next call. Use it with ``state_dict``, ``.to()``, ``torch.compile``,
+    ``torch.export``.
     """
 
     def __init__(self, model: nn.Module, build: Callable[[nn.Module], Program]) -> None:

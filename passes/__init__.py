@@ -16,6 +16,7 @@ from fxopt.passes.canonical.rms_norm import RmsNorm
 from fxopt.passes.canonical.rotary import Rotary
 from fxopt.passes.canonical.silu import Silu
 from fxopt.passes.canonical.softmax import Softmax
+from fxopt.passes.linear.patch_embedding import PatchEmbedding
 from fxopt.rewriter.passes import Pass
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "InactiveDropout",
     "LayerNorm",
     "NoOps",
+    "PatchEmbedding",
     "RepeatHeads",
     "RmsNorm",
     "Rotary",
@@ -52,6 +54,7 @@ def exact_pipeline() -> tuple[Pass, ...]:
         Glu(),
         Rotary(),
         RepeatHeads(),
+        PatchEmbedding(),
         FuseSdpa(),
         FuseAttention(),
     )

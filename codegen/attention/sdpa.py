@@ -98,12 +98,11 @@ def _bias(spec: AttentionSpec, bias: Expr, q: Tensor, k: Tensor, captures: Seque
     readings = reference.read_captures(spec, captures, s_1)
     env = reference.environment(spec, s_1)
     value: Any = evaluate(bias, env, readings)
-    value = value if isinstance(value, Tensor) else torch.full((), float(value), device=q.device)
+    bias_4: Tensor = value if isinstance(value, Tensor) else torch.full((), float(value), device=q.device)
     if spec.mask is not None:
-        value = torch.where(reference.kept(spec.mask, env, readings, s_1), value, -math.inf)
-    value = value.to(q.dtype)
-    value = value[(None,) * (4 - value.dim())]
-    return value.expand(-1, -1, q.shape[2], k.shape[2])
+        bias_4 = torch.where(reference.kept(spec.mask, env, readings, s_1), bias_4, -math.inf)
+    bias_4 = bias_4.to(q.dtype)[(None,) * (4 - bias_4.dim())]
+    return bias_4.expand(-1, -1, q.shape[2], k.shape[2])
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -131,6 +130,7 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: boo
 
 
 _KERNELS: Final = {"cpu": _cpu, "flash": _flash, "cudnn": _cudnn, "efficient": _efficient}
+
 
 def _empty_result(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, backend: str) -> Tensor:
     return reference.empty_result(q, k, v, captures, spec)

@@ -60,7 +60,7 @@ class Constants:
         """The value of a constant that holds a single number."""
         value = self.value(node) if _element_count(node) == 1 else None
         if isinstance(value, torch.Tensor):
-            return value.item()  # type: ignore[no-any-return]
+            return value.item()
         return value if isinstance(value, bool | int | float) else None
 
     def _evaluate(self, root: fx.Node) -> Any:

@@ -46,7 +46,9 @@ class Convolution:
 
 
 def read_convolution(node: Node) -> Convolution | None:
-    """The convolution that ``node`` computes; ``None`` for anything else, a transposed one, or one of dynamic window."""
+    """The convolution that ``node`` computes; ``None`` for anything else, a transposed one, or one of dynamic
+    window.
+    """
     if node.op != "call_function" or node.target not in CONVOLUTIONS:
         return None
     given = arguments(node)

@@ -8,7 +8,9 @@ from fxopt.ir.nodes import REQUIRES_GRAD, is_tensor, tensor
 
 
 def may_need_gradient(node: fx.Node) -> bool:
-    """Whether a placeholder that requires a gradient lies above ``node`` (both floating), so that one may flow to it."""
+    """Whether a placeholder that requires a gradient lies above ``node`` (both floating), so that one may flow to
+    it.
+    """
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()

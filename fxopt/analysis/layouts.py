@@ -16,7 +16,16 @@ from fxopt.ir.program import Program
 #: Operators of these namespaces read tensors by index, whatever their strides, apart from `_BY_ADDRESS`.
 _BY_INDEX: Final = frozenset({"aten", "prims", "fxopt"})
 _BY_ADDRESS: Final = frozenset(
-    {"as_strided", "as_strided_copy", "as_strided_scatter", "resize", "set", "stride", "sym_stride", "sym_storage_offset"}
+    {
+        "as_strided",
+        "as_strided_copy",
+        "as_strided_scatter",
+        "resize",
+        "set",
+        "stride",
+        "sym_stride",
+        "sym_storage_offset",
+    }
 )
 
 
@@ -46,7 +55,9 @@ def _after(node: Node) -> list[Node]:
 
 
 def _follow(reader: Node, changed: dict[Node, Any]) -> bool:
-    """Whether ``reader`` accepts its changed operands; what it then computes joins ``changed`` if its layout differs."""
+    """Whether ``reader`` accepts its changed operands; what it then computes joins ``changed`` if its layout
+    differs.
+    """
     if not any(operand in changed for operand in reader.all_input_nodes):
         return True
     if reader.op != "call_function" or not _reads_by_index(reader.target):

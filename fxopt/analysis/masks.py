@@ -13,8 +13,8 @@ from fxopt.ir.expression import Expr, I, J, call, conjunction, const
 def prove_structure(keep: torch.Tensor) -> Expr | None:
     """A closed form of a boolean mask ``keep [S, T]`` over query row ``i`` and key column ``j``.
 
-    Tries, in order: everything kept (``True``), causal with an offset (``j <= i + c``), a window (``j >= i - w``), their
-    conjunction. ``None`` when no hypothesis holds for all elements.
+    Tries, in order: everything kept (``True``), causal with an offset (``j <= i + c``), a window (``j >= i - w``),
+    their conjunction. ``None`` when no hypothesis holds for all elements.
     """
     if keep.dim() != 2 or keep.numel() == 0:
         return None

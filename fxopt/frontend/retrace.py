@@ -71,15 +71,15 @@ def _functionalised(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plain(value: FunctionalTensor) -> torch.Tensor:
-    torch._sync(value)
+    torch._sync(value)  # type: ignore[attr-defined,no-untyped-call]
     return torch._from_functional_tensor(value.elem)
 
 
 def _edited(value: object) -> torch.Tensor | None:
     if not isinstance(value, FunctionalTensor):
         return None
-    torch._sync(value)
-    if torch._functionalize_has_metadata_mutation(value.elem):  # type: ignore[attr-defined]
+    torch._sync(value)  # type: ignore[attr-defined,no-untyped-call]
+    if torch._functionalize_has_metadata_mutation(value.elem):
         raise CaptureError("the model changes the shape or storage of one of its inputs in place; use a new tensor")
     if not torch._functionalize_has_data_mutation(value.elem):  # type: ignore[attr-defined]
         return None

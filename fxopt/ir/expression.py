@@ -171,19 +171,10 @@ _NAMED: Final[dict[str, float]] = {"inf": math.inf, "nan": math.nan}
 
 
 def _read(node: ast.expr) -> Expr:
+    leaf = _read_leaf(node)
+    if leaf is not None:
+        return leaf
     match node:
-        case ast.Constant(value=bool() | int() | float() as value):
-            return const(value)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return const(-value)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Name(id=name)) if name in _NAMED:
-            return const(-_NAMED[name])
-        case ast.Name(id=name) if name in _NAMED:
-            return const(_NAMED[name])
-        case ast.Name(id=name) if name in SYMBOLS:
-            return symbol(name)
-        case ast.Name(id=name) if name[0] == "c" and name[1:].isdecimal():
-            return capture(int(name[1:]))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return call(_BINARY[type(op)], _read(left), _read(right))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _BINARY:
@@ -192,5 +183,26 @@ def _read(node: ast.expr) -> Expr:
             return call(_BINARY[type(op)], _read(left), _read(right))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
             return call(name, *(_read(a) for a in args))
-        case _:
-            raise ExpressionError(f"not part of the expression language: {ast.unparse(node)!r}")
+    raise ExpressionError(f"not part of the expression language: {ast.unparse(node)!r}")
+
+
+def _read_leaf(node: ast.expr) -> Expr | None:
+    """A number, symbol or capture; a negative number is one leaf."""
+    match node:
+        case ast.Constant(value=bool() | int() | float() as value):
+            return const(value)
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return const(-value)
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Name(id=name)) if name in _NAMED:
+            return const(-_NAMED[name])
+        case ast.Name(id=name):
+            return _read_name(name)
+    return None
+
+
+def _read_name(name: str) -> Expr | None:
+    if name in _NAMED:
+        return const(_NAMED[name])
+    if name[0] == "c" and name[1:].isdecimal():
+        return capture(int(name[1:]))
+    return symbol(name)

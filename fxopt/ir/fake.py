@@ -33,4 +33,8 @@ def is_computed(node: fx.Node) -> bool:
     """Whether the value of ``node`` was computed from exactly the values that its operands have now."""
     recorded = node.meta.get(COMPUTED_FROM)
     current = operand_values(node)
-    return recorded is not None and len(recorded) == len(current) and all(a is b for a, b in zip(recorded, current))
+    return (
+        recorded is not None
+        and len(recorded) == len(current)
+        and all(a is b for a, b in zip(recorded, current, strict=True))
+    )

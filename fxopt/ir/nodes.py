@@ -66,7 +66,9 @@ def arguments(node: Node) -> Mapping[str, Any]:
 
 
 def scalar(value: object) -> bool | int | float | None:
-    """``value`` as a Python number, or ``None``. A symbolic float is specialised: its guard is recorded by the tracer."""
+    """``value`` as a Python number, or ``None``. A symbolic float is specialised: its guard is recorded by the
+    tracer.
+    """
     if isinstance(value, Node):
         value = value.meta.get("val")
     if isinstance(value, torch.SymFloat):
@@ -90,10 +92,14 @@ def source(node: Node) -> Source:
 
 
 def _readable(path: str) -> str:
-    """``L['self']._modules['layer']._modules['0'].attn`` and its kin as ``layer.0.attn``."""
-    path = re.sub(r"\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g), path)
-    parts = [p for p in path.split(".") if p]
-    return ".".join(parts[2:] if parts[:2] == ["L", "self"] else parts)
+    """``L['self']._modules['layer']._modules['0'].attn`` and its kin as ``layer.0.attn``, whatever ``self`` is
+    called.
+    """
+    path = re.sub(r"^L\['[^']*'\]", "", path)
+    path = re.sub(
+        r"\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g), path
+    )
+    return ".".join(part for part in path.split(".") if part)
 
 
 def users(node: Node) -> tuple[Node, ...]:

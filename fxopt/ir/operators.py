@@ -1,8 +1,8 @@
 """The canonical operators: one operation for many spellings.
 
 Each is a PyTorch operator in the namespace ``fxopt``, so a rewritten graph is an ordinary FX graph. Its meaning is the
-plain PyTorch function registered by `define_meaning` (``codegen/<kind>/reference.py``); the operator decomposes into that
-function wherever nothing better was chosen for it, under autograd, fake tensors, export and AOTAutograd alike.
+plain PyTorch function registered by `define_meaning` (``codegen/<kind>/reference.py``); the operator decomposes into
+that function wherever nothing better was chosen for it, under autograd, fake tensors, export and AOTAutograd alike.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _RESULTS: Final[dict[object, Callable[..., Any]]] = {}
 def define_meaning(name: str, function: Callable[..., Any], result: Callable[..., Any] | None = None) -> None:
     """Register ``function`` as the decomposition of the canonical operator ``name`` (once per process).
 
-    ``result``, if given, makes an empty result from the same arguments: same shape, dtype and strides, without the work.
+    ``result``, if given, makes an empty result from the same arguments: same shape, dtype and strides, without the
+    work.
     """
     if name not in SCHEMAS:
         raise KeyError(f"{name!r} is not a canonical operator; they are {', '.join(SCHEMAS)}")

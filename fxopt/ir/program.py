@@ -1,15 +1,17 @@
 """A program: one captured graph in the fxopt dialect, with what is needed to call it and to explain it.
 
-The dialect is pre-dispatch functional ATen (``linear``, ``layer_norm``, ``softmax``, ``scaled_dot_product_attention`` are
+The dialect is pre-dispatch functional ATen (``linear``, ``layer_norm``, ``softmax``,
+``scaled_dot_product_attention`` are
 whole) plus the canonical operators of `fxopt.ir.operators`. Every node carries ``meta["val"]`` (fake tensors, symbolic
-shapes), the user's line and the owning module. In-place edits of the program's own inputs stand as ``copy_`` at the end.
+shapes), the user's line and the owning module. In-place edits of the program's own inputs stand as ``copy_`` at the
+end.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -66,8 +68,7 @@ class Program:
     def copy(self) -> Program:
         """A program whose graph can be edited without touching this one; parameters and constants are shared."""
         graph = fx.Graph()
-        output = graph.graph_copy(self.graph, {}, return_output_node=True)
-        assert output is not None
+        output: Any = graph.graph_copy(self.graph, {}, return_output_node=True)
         value, old = output
         graph.output(value).meta.update(old.meta)
         # Lazy: the Python code of a copy is generated only if somebody runs or prints it.

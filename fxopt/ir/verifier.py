@@ -19,7 +19,8 @@ from fxopt.ir.program import Program
 def verify_structure(program: Program, before: Program | None = None) -> None:
     """Check the graph and its metadata.
 
-    The graph must be well formed, and the value of every node, recomputed on fake tensors, must have its recorded shape,
+    The graph must be well formed, and the value of every node, recomputed on fake tensors, must have its recorded
+    shape,
     dtype and device. With ``before``, the program this one was made from, nodes that did not change are trusted, and
     inputs, types of outputs and effects must be what they were.
 
@@ -34,7 +35,9 @@ def verify_structure(program: Program, before: Program | None = None) -> None:
     with program.fake_mode or torch.no_grad(), enable_python_dispatcher():
         _propagate(program, trusted)
     if before is not None and _interface(program) != _interface(before):
-        raise VerificationError(f"the program's interface changed: {_interface(program)} instead of {_interface(before)}")
+        raise VerificationError(
+            f"the program's interface changed: {_interface(program)} instead of {_interface(before)}"
+        )
 
 
 def _interface(program: Program) -> tuple[Any, ...]:
@@ -65,7 +68,9 @@ def _propagate(program: Program, trusted: dict[str, fx.Node]) -> None:
 
 def _unchanged(node: fx.Node, trusted: dict[str, fx.Node]) -> bool:
     old = trusted.get(node.name)
-    return old is not None and old.target == node.target and str((old.args, old.kwargs)) == str((node.args, node.kwargs))
+    return (
+        old is not None and old.target == node.target and str((old.args, old.kwargs)) == str((node.args, node.kwargs))
+    )
 
 
 def _recompute(node: fx.Node, changed: dict[fx.Node, Any]) -> Any:

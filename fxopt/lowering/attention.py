@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
-from fxopt.codegen.attention import operator, reference, sdpa, triton
+from fxopt.codegen.attention import operator, sdpa, triton
 from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.decision import Decision
 from fxopt.ir.operators import overload
@@ -42,13 +42,15 @@ class Candidate:
     first: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> Tensor:
-        result = self.target(q, k, v, captures, spec, *self.extra)
-        return result[0] if self.first else result
+        """Run the site on real operands."""
+        result: Any = self.target(q, k, v, captures, spec, *self.extra)
+        out: Tensor = result[0] if self.first else result
+        return out
 
 
 def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, str]]:
     """The ways to run ``site``, best guess first, and why others can't, by family or backend."""
-    q, k, v, captures = _operands(site)
+    q, k, v, _ = _operands(site)
     spec = read_spec(str(site.args[4]))
     refused: dict[str, str] = {}
     biased = training and any(may_need_gradient(node) for node in _capture_nodes(site))
@@ -86,7 +88,8 @@ def _generated(
     if find_spec("triton") is None:
         refused["triton"] = "triton is not installed"
         return []
-    if not isinstance(q.shape[3], int) or not isinstance(v.shape[3], int):
+    widths: tuple[object, ...] = (q.shape[3], v.shape[3])
+    if not all(isinstance(width, int) for width in widths):
         refused["triton"] = "the head dimension is dynamic"
         return []
     reason = triton.objection(spec, q.shape[3], v.shape[3], q.dtype)
@@ -102,8 +105,8 @@ def _generated(
 def choose(site: Node, training: bool, lower: str) -> tuple[Candidate, Decision]:
     """The candidate to run ``site``: forced by ``lower``, or the fastest on operands of the site's sizes and strides.
 
-    Measured decisions are kept in the cache by specification, sizes (dynamic ones rounded up to a power of two), strides,
-    dtypes, device and versions.
+    Measured decisions are kept in the cache by specification, sizes (dynamic ones rounded up to a power of two),
+    strides, dtypes, device and versions.
     """
     found, refused = candidates(site, training)
     if lower != "auto":
@@ -158,9 +161,9 @@ def _timed_call(
         return lambda: candidate(q, k, v, captures, spec)
 
     def forward_and_backward() -> None:
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        leaf_q, leaf_k, leaf_v = (x.detach().requires_grad_() for x in (q, k, v))
         with torch.enable_grad():
-            candidate(*leaves, captures, spec).sum().backward()
+            candidate(leaf_q, leaf_k, leaf_v, captures, spec).sum().backward()
 
     return forward_and_backward
 

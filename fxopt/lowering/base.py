@@ -25,13 +25,14 @@ def compile_base(
     if options.base == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(module, list(inputs))  # type: ignore[no-any-return]
+        return aot_eager(module, list(inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
-        return compile_fx(module, inputs, config_patches=patches)  # type: ignore[no-any-return,arg-type]
+        compiled: Any = compile_fx(module, inputs, config_patches=patches)
+        return compiled  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from fxopt.report.flow import (
     contracts_parameter,
     downstream,
     is_contraction,
+    is_transparent_or_edit,
     is_view_or_cast,
     namespace,
     origin,
@@ -30,6 +31,8 @@ ACCEPTED: Final = (
     "with q [B,H,S,D], k [B,G,T,D] and v [B,G,T,E], the weights read by nothing else"
 )
 _SOFTMAX: Final = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "_sparse_softmax"})
+#: What may happen to the weights on their way to the values, besides views and casts.
+_KEPT_WEIGHTS: Final = frozenset({"dropout", "native_dropout", "getitem", "contiguous"})
 _WHOLE: Final = re.compile(r"attention|attn")
 
 
@@ -55,39 +58,59 @@ def _whole_hint(node: Node) -> str:
 
 
 def _between_contractions(program: Program, softmax: Node) -> Iterator[Found]:
-    before = upstream(softmax, is_contraction)
-    after = downstream(softmax, is_contraction)
+    before = upstream(softmax, is_contraction, is_transparent_or_edit)
+    after = downstream(softmax, is_contraction, is_transparent_or_edit)
     contractions = before.ends + after.ends
     if not before.ends or not after.ends:
         return
     if all(contracts_parameter(program, node) for node in contractions):
         return
     region = (softmax, *before.between, *before.ends, *after.between, *after.ends)
-    yield Found("attention", softmax, region, _softmax_hint(softmax))
+    yield Found("attention", softmax, region, _softmax_hint(softmax, after.between))
 
 
-def _softmax_hint(softmax: Node) -> str:
+def _softmax_hint(softmax: Node, after: tuple[Node, ...]) -> str:
+    why = _unlike_softmax(softmax) or _unlike_weights(after)
+    return f"no rule fits{why and ': '}{why}; the nearest accepted form is {ACCEPTED}"
+
+
+def _unlike_softmax(softmax: Node) -> str:
+    """What sets ``softmax`` apart from one over the keys, if anything does."""
     name = packet(softmax)
     axis: Any = arguments(softmax).get("dim")
     rank = len(shape(softmax)) if is_tensor(softmax) else 0
     if "log_softmax" in name:
-        return f"no rule fits: the weights are logarithms; the nearest accepted form is {ACCEPTED}"
+        return "the weights are logarithms"
     if "softmax" in name and isinstance(axis, int) and rank and axis % rank != rank - 1:
-        where = f"axis {axis} of {rank}, not over the last"
-        return f"no rule fits: the softmax runs over {where}; the nearest accepted form is {ACCEPTED}"
-    return f"no rule fits; the nearest accepted form is {ACCEPTED}"
+        return f"the softmax runs over axis {axis} of {rank}, not over the last"
+    if name not in _SOFTMAX and not _is_sum(origin(softmax.args[1])):
+        return "the weights are divided by more than the sum of their exponentials"
+    return ""
+
+
+def _unlike_weights(after: tuple[Node, ...]) -> str:
+    """What is done to the weights before they meet the values, views, casts and dropout aside."""
+    names = dict.fromkeys(packet(node) for node in after if not (is_view_or_cast(node) or packet(node) in _KEPT_WEIGHTS))
+    return f"{', '.join(names)} between the softmax and the values" if names else ""
 
 
 def _is_composed_softmax(node: Node) -> bool:
-    """``e / e.sum(…)`` with ``e`` an exponential, through views and casts."""
+    """``e / f(e.sum(…))`` with ``e`` an exponential and ``f`` pointwise (a term added, a bound), views and casts
+    aside.
+    """
     if not is_call(node, aten.div.Tensor, aten.div_.Tensor):
         return False
     numerator, denominator = (origin(operand) for operand in node.args[:2])
-    if not (isinstance(denominator, Node) and packet(denominator) == "sum" and isinstance(numerator, Node)):
+    if not (isinstance(denominator, Node) and isinstance(numerator, Node)):
         return False
-    if origin(denominator.args[0]) is not numerator:
+    sums = (denominator,) if _is_sum(denominator) else upstream(denominator, _is_sum).ends
+    if not any(origin(total.args[0]) is numerator for total in sums):
         return False
     return _is_exponential(numerator) or bool(upstream(numerator, _is_exponential, is_view_or_cast).ends)
+
+
+def _is_sum(node: object) -> bool:
+    return isinstance(node, Node) and packet(node) == "sum"
 
 
 def _is_exponential(node: Node) -> bool:

@@ -20,7 +20,14 @@ _TRANSPARENT: Final = frozenset(
     {
         "to", "_to_copy", "type_as", "dropout", "native_dropout", "feature_dropout", "contiguous", "masked_fill", "cat",
         "tril", "triu", "repeat", "repeat_interleave", "index", "split", "split_with_sizes", "chunk", "unbind", "stack",
-        "flatten", "unflatten", "reshape", "constant_pad_nd", "pad", "hardswish", "glu", "flip", "roll", "clamp",
+        "flatten", "unflatten", "reshape", "constant_pad_nd", "pad", "hardswish", "glu", "flip", "roll", "clamp", "where",
+    }
+)  # fmt: skip
+#: Operators that overwrite some elements of a tensor, or pick some by value or position.
+_EDITS: Final = frozenset(
+    {
+        "fill", "copy", "select_scatter", "slice_scatter", "diagonal_scatter", "scatter", "scatter_add", "masked_scatter",
+        "index_put", "index_fill", "index_copy", "topk", "sort", "gather",
     }
 )  # fmt: skip
 _SHAPE_ONLY: Final = frozenset({"to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "reshape"})
@@ -58,6 +65,11 @@ def is_transparent(node: Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return torch.Tag.pointwise in target.tags or target.is_view or packet(node) in _TRANSPARENT
+
+
+def is_transparent_or_edit(node: Node) -> bool:
+    """Whether a walk that follows edited tensors too (an overwritten column, the largest elements) goes through it."""
+    return is_transparent(node) or packet(node) in _EDITS
 
 
 def is_contraction(node: Node) -> bool:

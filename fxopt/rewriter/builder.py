@@ -77,7 +77,3 @@ def product(builder: Builder, sizes: Sequence[Size | Node]) -> Any:
         elif not (isinstance(size, int) and size == 1):
             result = builder.call(operator.mul, result, size)
     return result
-
-
-
-

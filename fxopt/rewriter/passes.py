@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch.fx import Node
 
@@ -52,7 +52,8 @@ class PassResult:
 class Pass(Protocol):
     """A rewrite of a whole program.
 
-    A pass is a frozen dataclass: ``name`` (kebab-case, its file's name), ``tier``, its options as typed fields, and `run`.
+    A pass is a frozen dataclass: ``name`` (kebab-case, its file's name), ``tier``, its options as typed fields, and
+    `run`.
     It receives a valid program that it may edit freely and must leave a valid one; the pipeline verifies the result and
     puts the old program back when the pass fails. ``requires`` names passes that must have run before.
     """
@@ -177,7 +178,8 @@ def erase_unused(program: Program, node: Node) -> None:
 
 def difference(old: Node, new: Node) -> str:
     """How the value of ``new`` differs from that of ``old`` in shape, dtype or device; empty when it does not."""
-    before, after = old.meta.get("val"), new.meta.get("val")
+    before: Any = old.meta.get("val")
+    after: Any = new.meta.get("val")
     if not hasattr(before, "shape") or not hasattr(after, "shape"):
         return "" if type(before) is type(after) else f"type {type(after).__name__} instead of {type(before).__name__}"
     if not same_shape(tuple(before.shape), tuple(after.shape)):

@@ -43,9 +43,9 @@ def _total(counts: Counter[str], name: str) -> int:
 def _graphs(program: Any) -> list[Graph]:
     if isinstance(program, Graph):
         return [program]
-    module = program if isinstance(program, GraphModule) else getattr(program, "graph_module", None)
-    if isinstance(module, GraphModule):
-        return [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    for module in (program, getattr(program, "graph_module", None), getattr(program, "module", None)):
+        if isinstance(module, GraphModule):
+            return [part.graph for part in module.modules() if isinstance(part, GraphModule)]
     raise TypeError(f"expected a graph, a graph module or a program, not {type(program).__qualname__}")
 
 

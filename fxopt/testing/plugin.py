@@ -25,8 +25,9 @@ def fxopt_seed() -> Iterator[int]:
 
 @pytest.fixture
 def fxopt_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache home of the test's own: nothing is read from, or written to, the user's."""
+    """fxopt's cache directory for one test alone: nothing is read from, or written to, the user's."""
     home = tmp_path / "cache"
     home.mkdir(mode=0o700)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(home))
     return home

@@ -7,6 +7,8 @@ must be laid out as the values are. Everything else is a near miss (a forgotten 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -51,12 +53,38 @@ def is_key_like(keys: Node, values: Node) -> bool:
     return innermost and (leads or as_values)
 
 
+def round_trip(node: Node) -> tuple[Node, ...]:
+    """The permutations and copies between ``node`` and the tensor that it shows with its axes back in their places.
+
+    ``x.transpose(1, 2).contiguous().transpose(1, 2)``, for one. From last to first; empty when there is no such tensor.
+    """
+    chain: list[Node] = []
+    moves = list(range(len(shape(node)))) if _permutation(node) else []
+    while moves:
+        order = _permutation(node)
+        if not order and not is_call(node, aten.contiguous.default, aten.clone.default):
+            return ()
+        chain.append(node)
+        moves = [order[m] for m in moves] if order else moves
+        if moves == sorted(moves):
+            return tuple(chain)
+        operand = node.args[0]
+        assert isinstance(operand, Node)
+        node = operand
+    return ()
+
+
+def axis_list(axes: Any, rank: int) -> list[int]:
+    """Axes as a graph argument gives them, counted from the left."""
+    return [int(axis) % rank for axis in axes]
+
+
 def _permutation(node: Node) -> list[int] | None:
     rank = len(shape(node)) if node.op == "call_function" and "val" in node.meta else 0
     if is_call(node, aten.permute.default):
-        return [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr]
+        return axis_list(node.args[1], rank)
     if is_call(node, aten.transpose.int):
-        a, b = (int(axis) % rank for axis in node.args[1:3])  # type: ignore[arg-type]
+        a, b = axis_list(node.args[1:3], rank)
     elif is_call(node, aten.t.default, aten.mT.default, aten.numpy_T.default) and rank >= 2:
         a, b = rank - 2, rank - 1
     else:

@@ -136,7 +136,8 @@ def rules(program: Program) -> tuple[Rule, ...]:
 class FuseAttention:
     """``dropout(softmax(f(q @ kᵀ))) @ v -> fxopt.attention(q, k, v, captures, spec)``.
 
-    ``f`` is any composition of pointwise operations, casts and views that keep rows and keys apart; every operand that is
+    ``f`` is any composition of pointwise operations, casts and views that keep rows and keys apart; every operand
+    that is
     broadcast onto the scores is lifted into the score and mask expressions. See `fxopt.ir.attention.AttentionSpec`.
     """
 

@@ -70,7 +70,9 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
     if given["is_causal"]:
         masked = Masked(masked.score, _and(masked.mask, call("le", J, I)), masked.proofs)
     shared = repeated_heads(keys, values) if not given["enable_gqa"] else None
-    keys, values, kv_map = shared if shared is not None else (keys, values, "group")
+    kv_map: KvMap = "group"
+    if shared is not None:
+        keys, values, kv_map = shared
     return Call(node, queries, keys, values, space, operands, masked, kv_map, float(given["dropout_p"]))
 
 
@@ -115,7 +117,9 @@ def _write(builder: Builder, found: Call) -> Node:
         out_layout=output_layout(found.node),
     )
     flat = len(shape(found.queries)) == 3
-    q, k, v = (builder.call(aten.unsqueeze.default, x, 1) if flat else x for x in (found.queries, found.keys, found.values))
+    q, k, v = (
+        builder.call(aten.unsqueeze.default, x, 1) if flat else x for x in (found.queries, found.keys, found.values)
+    )
     result = builder.call(overload("attention"), q, k, v, captures, str(spec))
     return builder.call(aten.squeeze.dim, result, 1) if flat else result
 
@@ -143,8 +147,8 @@ def rules(program: Program) -> tuple[Rule, ...]:
 class FuseSdpa:
     """``scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale) -> fxopt.attention(q, k, v, captures, spec)``.
 
-    A boolean mask and ``is_causal`` (top-left) become the mask expression, an additive mask part of the score. A row that
-    keeps no key gives 0, as SDPA defines. Masks that do not depend on the inputs are evaluated and proved.
+    A boolean mask and ``is_causal`` (top-left) become the mask expression, an additive mask part of the score. A row
+    that keeps no key gives 0, as SDPA defines. Masks that do not depend on the inputs are evaluated and proved.
     """
 
     name: ClassVar[str] = "fuse-sdpa"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
 import torch
 from torch.fx import Node
 
@@ -52,8 +53,10 @@ class MaskProver:
 def separate_mask(expression: Expr, operands: tuple[Operand, ...], space: Space, prover: MaskProver) -> Masked:
     """Split a lifted expression into score and mask.
 
-    ``where(m, x, −inf)`` gives mask ``m``. A capture that is proved to be an additive or boolean mask of known structure
-    becomes that structure; ``where(m, x, lowest)`` and an additive mask of lowest finite numbers become a mask only if it
+    ``where(m, x, −inf)`` gives mask ``m``. A capture that is proved to be an additive or boolean mask of known
+    structure
+    becomes that structure; ``where(m, x, lowest)`` and an additive mask of lowest finite numbers become a mask only
+    if it
     is proved that every row keeps a key (a fully masked row is then impossible, the only place where they differ).
     """
     proofs = prover.prove(operands, space)
@@ -75,8 +78,8 @@ def separate_mask(expression: Expr, operands: tuple[Operand, ...], space: Space,
 class _Proof:
     """A capture proved to be a mask: where it keeps, in closed form.
 
-    ``additive``: 0 where kept, −inf or lowest elsewhere; otherwise boolean, true where kept (or, ``inverted``, where not).
-    ``safe``: every row keeps a key.
+    ``additive``: 0 where kept, −inf or lowest elsewhere; otherwise boolean, true where kept (or, ``inverted``, where
+    not). ``safe``: every row keeps a key.
     """
 
     keep: Expr

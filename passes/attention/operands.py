@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from fxopt.ir.attention import KvMap
 from fxopt.ir.nodes import Size, arguments, is_call, is_tensor, same_shape, same_size, scalar, shape, tensor
+from fxopt.passes.attention.axes import axis_list
 from fxopt.passes.attention.space import Space
 from fxopt.rewriter.builder import Builder, product
 from fxopt.rewriter.rule import Rejection
@@ -124,10 +125,10 @@ def _key_source(keys: Node) -> Node | None:
     """The tensor ``[*lead, T, D]`` that ``keys [*lead, D, T]`` is the transpose of, when the graph has it."""
     rank = len(shape(keys))
     swapped = {rank - 2, rank - 1}
-    if is_call(keys, aten.transpose.int) and {int(a) % rank for a in keys.args[1:3]} == swapped:  # type: ignore[arg-type]
+    if is_call(keys, aten.transpose.int) and set(axis_list(keys.args[1:3], rank)) == swapped:
         return keys.args[0]  # type: ignore[return-value]
     last = [*range(rank - 2), rank - 1, rank - 2]
-    if is_call(keys, aten.permute.default) and [int(a) % rank for a in keys.args[1]] == last:  # type: ignore[union-attr]
+    if is_call(keys, aten.permute.default) and axis_list(keys.args[1], rank) == last:
         return keys.args[0]  # type: ignore[return-value]
     if is_call(keys, aten.mT.default, aten.t.default):
         return keys.args[0]  # type: ignore[return-value]

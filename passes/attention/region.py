@@ -17,6 +17,7 @@ from torch.fx import Node
 from fxopt.analysis.constants import Constants
 from fxopt.ir.expression import Expr, S, call, capture, const
 from fxopt.ir.nodes import Size, arguments, is_call, is_tensor, same_size, scalar, shape, tensor
+from fxopt.passes.attention.axes import round_trip
 from fxopt.passes.attention.space import Operand
 from fxopt.rewriter.rule import Rejection
 
@@ -54,6 +55,8 @@ class _Lift:
     def _find(self, node: Node) -> bool:
         if is_call(node, CONTRACTION):
             return True
+        if there_and_back := round_trip(node):
+            return self.carries(there_and_back[-1].args[0])
         if not is_call(node, *POINTWISE, *RESHAPES, *CASTS):
             return False
         return any(self.carries(operand) for operand in node.all_input_nodes)
@@ -62,6 +65,9 @@ class _Lift:
         """The expression of a node that carries scores; raises `_Obstacle`."""
         if is_call(node, CONTRACTION):
             return self._root(node)
+        if there_and_back := round_trip(node):
+            self.nodes.extend(there_and_back)
+            return self.lift(_first(there_and_back[-1]))
         self.nodes.append(node)
         if is_call(node, *RESHAPES):
             return self._through_view(node)
@@ -69,7 +75,7 @@ class _Lift:
             return self._through_cast(node)
         if not is_call(node, *POINTWISE):
             raise _Obstacle(f"{_name(node)} is not a pointwise operation on the scores", node)
-        return POINTWISE[node.target](self, node)  # type: ignore[index]
+        return POINTWISE[node.target](self, node)
 
     def operand(self, value: Any, stage: Node) -> Expr:
         """The expression of one operand of the pointwise node ``stage``."""
@@ -92,7 +98,8 @@ class _Lift:
     def _unfolds(self, value: Node) -> bool:
         """Whether an operand is better lifted than captured: it spreads smaller tensors, or one part of it is constant.
 
-        A padding vector combined with a causal mask is then read as a vector and proved as a mask, not built as a plane.
+        A padding vector combined with a causal mask is then read as a vector and proved as a mask, not built as a
+        plane.
         """
         if not is_call(value, *LIFTED) or self.constants.is_constant(value):
             return False
@@ -107,14 +114,15 @@ class _Lift:
         outer = self.stage
         self.stage = outer or shape(stage)
         try:
-            return LIFTED[value.target](self, value)  # type: ignore[index]
+            return LIFTED[value.target](self, value)
         finally:
             self.stage = outer
 
     def _root_of(self, node: Node) -> Node:
         """The contraction that a carrying node is computed from (the first one, where there are several)."""
         while not is_call(node, CONTRACTION):
-            node = next(operand for operand in node.all_input_nodes if self.carries(operand))
+            last = (node, *round_trip(node))[-1]
+            node = next(operand for operand in last.all_input_nodes if self.carries(operand))
         return node
 
     def _root(self, node: Node) -> Expr:
@@ -294,7 +302,9 @@ def lift_region(logits: Node, constants: Constants) -> Region | Rejection:
     """Lift what lies between the contraction of queries and keys and ``logits``, the operand of the softmax."""
     lift = _Lift(constants)
     if not lift.carries(logits):
-        return Rejection(f"no contraction reaches the softmax through pointwise operations; it stops at {_blame(logits)}", (logits,))
+        return Rejection(
+            f"no contraction reaches the softmax through pointwise operations; it stops at {_blame(logits)}", (logits,)
+        )
     try:
         expression = lift.lift(logits)
     except _Obstacle as obstacle:
@@ -304,7 +314,9 @@ def lift_region(logits: Node, constants: Constants) -> Region | Rejection:
     return Region(lift.contraction, expression, tuple(lift.operands), nodes, [shape(node) for node in nodes])
 
 
-def lift_mask(mask: Node, sizes: tuple[Size, ...], constants: Constants) -> tuple[Expr, tuple[Operand, ...]] | Rejection:
+def lift_mask(
+    mask: Node, sizes: tuple[Size, ...], constants: Constants
+) -> tuple[Expr, tuple[Operand, ...]] | Rejection:
     """Lift a mask or bias that is broadcast onto scores of shape ``sizes``: its expression and what it captures."""
     lift = _Lift(constants)
     lift.contraction = mask

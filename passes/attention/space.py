@@ -1,7 +1,7 @@
 """The index space of an attention site, and how tensors of other ranks are read in it.
 
-Legend: a score tensor ``[*lead, S, T]`` is seen as ``[B, H, S, T]``; ``lead`` may be empty, ``(B,)``, ``(B·H,)``, ``(B, H)``,
-``(B, G, R)`` with ``H = G·R``, or longer (Swin's ``(B/W, W, H)``).
+Legend: a score tensor ``[*lead, S, T]`` is seen as ``[B, H, S, T]``; ``lead`` may be empty, ``(B,)``, ``(B·H,)``,
+``(B, H)``, ``(B, G, R)`` with ``H = G·R``, or longer (Swin's ``(B/W, W, H)``).
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def _repeats(node: Node, axis: int) -> bool:
 
 
 def _group(known: list[Size], stage: tuple[Size, ...], letter: str) -> str | None:
-    """The letter of a group of axes: broadcast, full, periodic (``1 … 1`` then full), or ``None`` for any other mixture."""
+    """The letter of a group of axes: broadcast, full, periodic (``1 … 1`` then full), or ``None`` for any other
+    mixture.
+    """
     if all(same_size(size, 1) for size in known):
         return "-"
     first = next(i for i, size in enumerate(known) if not same_size(size, 1))

@@ -52,7 +52,9 @@ def read_weights(weights: Node) -> Weights | Rejection | None:
         node = operand
     axis, rank = arguments(node)["dim"], len(shape(node))
     if axis not in (-1, rank - 1):
-        return Rejection(f"the softmax runs over axis {axis} of {rank}; attention normalises over keys, the last axis", (node,))
+        return Rejection(
+            f"the softmax runs over axis {axis} of {rank}; attention normalises over keys, the last axis", (node,)
+        )
     escaping = escape([*nodes, node], weights)
     return escaping or Weights(node, dropout, (*nodes, node))
 
@@ -65,7 +67,9 @@ def escape(nodes: list[Node], last: Node) -> Rejection | None:
         allowed = 1 if node is last else 0
         if len(readers) > allowed:
             others = ", ".join(sorted(r.name for r in readers))
-            reason = f"the attention weights escape: {node} is also read by {others}; kept until a kernel can return them"
+            reason = (
+                f"the attention weights escape: {node} is also read by {others}; kept until a kernel can return them"
+            )
             return Rejection(reason, (node, *readers))
     return None
 
@@ -80,7 +84,11 @@ def _keeps_rows(node: Node) -> bool:
     if not is_call(node, *RESHAPES):
         return False
     before, after = shape(node.args[0]), shape(node)
-    return len(before) >= 2 and len(after) >= 2 and all(same_size(x, y) for x, y in zip(before[-2:], after[-2:], strict=True))
+    return (
+        len(before) >= 2
+        and len(after) >= 2
+        and all(same_size(x, y) for x, y in zip(before[-2:], after[-2:], strict=True))
+    )
 
 
 def _explain(node: Node) -> Rejection | None:

@@ -135,7 +135,9 @@ RULES = (
     Rule(
         name="einsum",
         patterns={
-            "two operands": Op(aten.einsum.default, Const("equation"), Const("operands", _two_operands), path=Const("path")),
+            "two operands": Op(
+                aten.einsum.default, Const("equation"), Const("operands", _two_operands), path=Const("path")
+            ),
         },
         check=_read_einsum,
         rewrite=_write_einsum,

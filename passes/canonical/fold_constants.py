@@ -35,8 +35,8 @@ _LITERAL_FORMS = {
 class FoldConstants:
     """``op(x, constant tensor holding one number) -> op(x, number)``.
 
-    Applies to masked_fill, where, pow and the four arithmetic operators, when the node's result keeps its shape and dtype
-    (type promotion of a literal differs from that of a tensor, so the result is checked).
+    Applies to masked_fill, where, pow and the four arithmetic operators, when the node's result keeps its shape and
+    dtype (type promotion of a literal differs from that of a tensor, so the result is checked).
     """
 
     name: ClassVar[str] = "fold-constants"

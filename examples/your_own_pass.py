@@ -9,8 +9,9 @@ removes the shift; after it, the site is an attention like any other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +82,15 @@ class Attention(nn.Module):
         q_BHSD, k_BHSD, v_BHSD = self.qkv(x_BSC).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scores_BHSS = q_BHSD @ k_BHSD.transpose(-2, -1) * 0.25
         weights_BHSS = torch.softmax(scores_BHSS - scores_BHSS.amax(self.axis, keepdim=True), dim=-1)
-        return (weights_BHSS @ v_BHSD).transpose(1, 2).reshape(batch, length, channels)
+        mixed_BHSD: Tensor = weights_BHSS @ v_BHSD
+        return mixed_BHSD.transpose(1, 2).reshape(batch, length, channels)
 
 
 def main(base: str = "inductor") -> tuple[fxopt.Report, fxopt.PassResult]:
     """Use the pass in the backend and in `fxopt.rewrite`; return the report, and what became of a near miss."""
     torch.manual_seed(0)
     model, x_BSC = Attention().eval(), torch.randn(2, 20, 64)
-    passes = ["unshift-softmax", *fxopt.passes.exact_pipeline()]
+    passes: list[str | fxopt.Pass] = ["unshift-softmax", *fxopt.passes.exact_pipeline()]
     with torch.no_grad():
         print(f"Without the pass\n{fxopt.explain(model, x_BSC).sites[0].reason}\n")
 
@@ -98,10 +100,14 @@ def main(base: str = "inductor") -> tuple[fxopt.Report, fxopt.PassResult]:
         print(f"Its near miss, which shifts by the maximum of each column\n{miss.near_misses[0].reason}\n")
 
         # verify="numeric" checks each rewritten site against float64: outputs and gradients, on hard inputs too.
-        options = {"passes": passes, "verify": "numeric", "strict": True, "base": base}
+        options: dict[str, Any] = {"passes": passes, "verify": "numeric", "strict": True, "base": base}
         through_backend = torch.compile(model, backend="fxopt", options=options)
         rewritten = fxopt.rewrite(model, (x_BSC,), passes=passes, verify="numeric", strict=True)
-        for name, fast in {"torch.compile": through_backend, "fxopt.rewrite": rewritten}.items():
+        candidates: dict[str, Callable[[Tensor], Tensor]] = {
+            "torch.compile": through_backend,
+            "fxopt.rewrite": rewritten,
+        }
+        for name, fast in candidates.items():
             torch.testing.assert_close(fast(x_BSC), model(x_BSC))
             print(f"{name}: equal")
     return good, miss

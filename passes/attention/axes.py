@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxopt.ir.nodes import is_call, shape
+from fxopt.ir.nodes import is_call, same_size, shape
 
 aten = torch.ops.aten
 
@@ -32,6 +32,8 @@ def origin(node: Node) -> tuple[int | None, ...]:
             moves = [None if m is None or m == axis else m - (m > axis) for m in moves]
         elif order := _permutation(node):
             moves = [None if m is None else order[m] for m in moves]
+        elif added := _axes_merged(node):
+            moves = [m + added if m else m for m in moves]
         elif not is_call(node, *_KEEPS_AXES) or _changes_rank(node):
             return tuple(moves)
         operand = node.args[0]
@@ -92,6 +94,15 @@ def _permutation(node: Node) -> list[int] | None:
     order = list(range(rank))
     order[a], order[b] = b, a
     return order
+
+
+def _axes_merged(node: Node) -> int:
+    """How many batch axes a view into ``[N, R, C]`` has merged with the first one, which stands for them all."""
+    if not is_call(node, aten.reshape.default, aten.view.default, aten.flatten.using_ints) or len(shape(node)) != 3:
+        return 0
+    before, after = shape(node.args[0]), shape(node)
+    keeps = len(before) > 3 and all(same_size(a, b) for a, b in zip(before[-2:], after[-2:], strict=True))
+    return len(before) - 3 if keeps else 0
 
 
 def _changes_rank(node: Node) -> bool:

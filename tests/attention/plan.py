@@ -46,7 +46,8 @@ def _spelling_conditions(position: int) -> Iterable[Condition]:
 
 
 def _near_miss_conditions(position: int) -> Iterable[Condition]:
-    return (*_ALWAYS, _rotating(position))
+    mode, shapes, dtype = _rotating(position)
+    return (*_ALWAYS, (mode, shapes, dtype), ("training", shapes, dtype))
 
 
 SPELLING_RUNS: Final[list[Run]] = runs((*SPELLINGS, *FURTHER), _spelling_conditions)

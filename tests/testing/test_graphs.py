@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxopt.ir.program import Program
 from fxopt.testing import assert_operators, count_operators
 
 
@@ -55,3 +56,7 @@ def test_counts_exported_programs() -> None:
 def test_rejects_what_has_no_graph() -> None:
     with pytest.raises(TypeError, match="not int"):
         count_operators(3)
+
+
+def test_counts_the_programs_of_fxopt(graph: torch.fx.GraphModule) -> None:
+    assert_operators(Program(graph, "dynamo"), {"aten.softmax": 1, "aten.matmul": 2})

@@ -17,6 +17,7 @@ from torch import Tensor
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward import gradients
+from fxopt.codegen.attention.config import padded
 from fxopt.codegen.attention.triton import KIND, objection, read_config, source
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
@@ -57,10 +58,21 @@ def attention_forward(
 def _cuda(
     q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    _checked(q, k, v, captures, spec)
+    meaning = _checked(q, k, v, captures, spec)
+    width = v.shape[3]
+    v = _widened(v, q.shape[3])
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
     out, lse = kernel.launch(q, k, v, captures, with_lse)
-    return out, lse
+    return (out if v.shape[3] == width else reference.lay_out(meaning, out[..., :width])), lse
+
+
+def _widened(v: Tensor, head_dim: int) -> Tensor:
+    """``v``, padded with zeros where its block would be narrower than that of the keys.
+
+    Triton 3.6.0 miscompiles the masked last block of keys then (sm_90, bfloat16: wrong sums, reads out of bounds).
+    """
+    missing = padded(head_dim) - v.shape[3]
+    return torch.nn.functional.pad(v, (0, missing)) if padded(v.shape[3]) < padded(head_dim) else v
 
 
 @lru_cache(maxsize=1024)

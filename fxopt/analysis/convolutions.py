@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -46,8 +45,9 @@ class Convolution:
 
 
 def read_convolution(node: Node) -> Convolution | None:
-    """The convolution that ``node`` computes; ``None`` for anything else, a transposed one, or one of dynamic
-    window.
+    """The convolution that ``node`` computes; ``None`` for anything else.
+
+    A transposed one, ``padding="same"`` and a window of symbolic size are not read.
     """
     if node.op != "call_function" or node.target not in CONVOLUTIONS:
         return None
@@ -55,21 +55,17 @@ def read_convolution(node: Node) -> Convolution | None:
     x, weight = given["input"], given["weight"]
     if given.get("transposed") or not is_tensor(x) or not is_tensor(weight):
         return None
-    kernel = shape(weight)[2:]
-    window = [_numbers(size, len(kernel)) for size in (list(kernel), *_movement(given))]
-    if any(numbers is None for numbers in window):
+    axes = len(shape(weight)) - 2
+    kernel, stride = _numbers(list(shape(weight)[2:]), axes), _numbers(given["stride"], axes)
+    padding = _numbers(0 if given["padding"] == "valid" else given["padding"], axes)
+    dilation, groups = _numbers(given["dilation"], axes), scalar(given["groups"])
+    if kernel is None or stride is None or padding is None or dilation is None or not isinstance(groups, int):
         return None
-    return Convolution(x, weight, given["bias"], *window, given["groups"])  # type: ignore[arg-type]
-
-
-def _movement(given: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Stride, padding (``"valid"`` is none, ``"same"`` can't be read) and dilation."""
-    padding = 0 if given["padding"] == "valid" else given["padding"]
-    return given["stride"], padding, given["dilation"]
+    return Convolution(x, weight, given["bias"], kernel, stride, padding, dilation, groups)
 
 
 def _numbers(value: Any, count: int) -> tuple[int, ...] | None:
-    """One integer an axis: a single one stands for all."""
+    """One integer an axis, a single one standing for all; ``None`` for what is no integer (``"same"``, a symbol)."""
     values = [scalar(v) for v in (value if isinstance(value, list | tuple) else [value])]
     values = values * count if len(values) == 1 else values
     return tuple(v for v in values if isinstance(v, int)) if all(isinstance(v, int) for v in values) else None

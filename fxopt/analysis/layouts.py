@@ -73,12 +73,12 @@ def _follow(reader: Node, changed: dict[Node, Any]) -> bool:
 
 
 def _evaluate(reader: Node, changed: dict[Node, Any]) -> Any:
-    """What ``reader`` computes; ``None`` when it doesn't run, whatever it raises."""
+    """What ``reader`` computes; ``None`` when it doesn't run on these strides."""
     assert callable(reader.target)
     args, kwargs = fx.node.map_arg((reader.args, reader.kwargs), lambda n: changed.get(n, n.meta.get("val")))
     try:
         return reader.target(*args, **kwargs)
-    except Exception:
+    except (RuntimeError, ValueError):
         return None
 
 

@@ -34,7 +34,7 @@ def check_patches(match: Match) -> Convolution | Rejection | None:
 
 def _obstacle(found: Convolution) -> str:
     if found.stride != found.kernel:
-        return f"the stride {found.stride} is not the kernel size {found.kernel}; a linear layer needs windows side by side"
+        return f"the stride {found.stride} is not the kernel size {found.kernel}; windows must lie side by side"
     if any(found.padding):
         return f"the padding {found.padding} shifts the patches; pad the image before a convolution without padding"
     if any(step != 1 for step in found.dilation):

@@ -15,7 +15,7 @@ from fxopt.passes.linear.patch_embedding import PatchEmbedding
 from fxopt.report.sites import collect_sites
 from tests.canonical.support import DTYPES, Dynamic, assert_fires, assert_kept, assert_same, random, rewrite
 
-B, C, O, P = 2, 3, 8, 4
+B, C, OUT, P = 2, 3, 8, 4
 LINEAR = {"aten.linear": 1, "aten.conv1d": 0, "aten.conv2d": 0, "aten.conv3d": 0, "aten.convolution": 0}
 IN_PLACE = LINEAR | {"aten.clone": 0}
 COPIED = LINEAR | {"aten.clone": 1}
@@ -24,19 +24,19 @@ COPIED = LINEAR | {"aten.clone": 1}
 def _args(*sizes: int, kernel: tuple[int, ...] = (P, P), dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     return (
         random(*(sizes or (B, C, 4 * P, 5 * P)), dtype=dtype),
-        random(O, C, *kernel, dtype=dtype, seed=1, scale=0.2),
-        random(O, dtype=dtype, seed=2),
+        random(OUT, C, *kernel, dtype=dtype, seed=1, scale=0.2),
+        random(OUT, dtype=dtype, seed=2),
     )
 
 
 def _tokens(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What ViT does with its patches."""
-    return F.layer_norm(F.conv2d(image, weight, bias, stride=P).flatten(2).transpose(1, 2), (O,))
+    return F.layer_norm(F.conv2d(image, weight, bias, stride=P).flatten(2).transpose(1, 2), (OUT,))
 
 
 def _normalised(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The convolution, and a norm over channels, whose result is laid out alike whatever the strides of its operand."""
-    return lambda *args: F.layer_norm(convolve(*args).movedim(1, -1), (O,))
+    return lambda *args: F.layer_norm(convolve(*args).movedim(1, -1), (OUT,))
 
 
 SPELLINGS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
@@ -174,7 +174,7 @@ def test_patch_embedding_fires_on_a_chain() -> None:
     def function(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
         return F.layer_norm(F.conv2d(F.gelu(F.conv2d(x, w, b, stride=P)), v, stride=2).movedim(1, -1), (5,))
 
-    args = (*_args(B, C, 4 * P, 6 * P), random(5, O, 2, 2, seed=3, scale=0.2))
+    args = (*_args(B, C, 4 * P, 6 * P), random(5, OUT, 2, 2, seed=3, scale=0.2))
     assert_fires(function, args, PatchEmbedding(), {"aten.linear": 2, "aten.conv2d": 0, "aten.clone": 0})
 
 
@@ -242,7 +242,7 @@ def test_patch_embedding_ignores_a_transposed_convolution_of_patches() -> None:
     def function(x: Tensor, w: Tensor) -> Tensor:
         return torch.convolution(x, w, None, [P, P], [0, 0], [1, 1], True, [0, 0], 1)
 
-    result = rewrite(function, (random(B, O, 3, 3), random(O, C, P, P)), PatchEmbedding())
+    result = rewrite(function, (random(B, OUT, 3, 3), random(OUT, C, P, P)), PatchEmbedding())
     assert not result.replacements and not result.near_misses and collect_sites(result) == ()
 
 

@@ -37,6 +37,26 @@ def _by_hand(q: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True) @ q
 
 
+def _plus_one(q: Tensor) -> Tensor:
+    weights = (q @ q.transpose(-2, -1)).exp()
+    return weights / (1 + weights.sum(-1, keepdim=True)) @ q
+
+
+def _column_overwritten(q: Tensor) -> Tensor:
+    scores = q @ q.mT
+    return scores.select_scatter(torch.zeros(2, 3, 5), -1, 0).softmax(-1) @ q
+
+
+def _largest(q: Tensor) -> Tensor:
+    values, index = (q @ q.mT).softmax(-1).topk(2, -1)
+    return torch.zeros(2, 3, 5, 5).scatter(-1, index, values) @ q
+
+
+def _thresholded(q: Tensor) -> Tensor:
+    weights = (q @ q.mT).softmax(-1)
+    return torch.where(weights > 0.05, weights, 0.0) @ q
+
+
 def _rms(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
 
@@ -68,6 +88,10 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
     "logarithms": lambda q: (q @ q.mT).log_softmax(-1) @ q,
     "sink": lambda q: torch.cat([q @ q.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ q,
     "written out": _by_hand,
+    "plus one": _plus_one,
+    "column overwritten": _column_overwritten,
+    "largest weights": _largest,
+    "thresholded": _thresholded,
     "one operator": lambda q: F.scaled_dot_product_attention(q, q, q),
     "linear": lambda q: F.linear(F.linear(q[0, 0], q[0, 1]).softmax(-1), q[0, 2].T),
 }
@@ -153,20 +177,66 @@ def test_sites_stand_in_graph_order_with_their_modules() -> None:
 
 
 def test_sites_are_found_in_dynamo_graphs_too() -> None:
+    (program,) = _dynamo_programs(Block())
+    assert kinds(collect_sites(run(program))) == ["norm", "attention", "norm", "mlp"]
+
+
+def test_modules_of_dynamo_graphs_are_named_from_the_root_whatever_it_is_called() -> None:
+    (program,) = _dynamo_programs(_ShortSelf())
+    assert [site.source.module for site in collect_sites(run(program))][:3] == ["inner.norm", "inner", "inner.other"]
+
+
+def _dynamo_programs(model: nn.Module) -> list[Program]:
     programs: list[Program] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         programs.append(from_dynamo(module, inputs))
         return module.forward
 
-    torch.compile(Block().eval(), backend=backend)(x)
-    assert kinds(collect_sites(run(programs[0]))) == ["norm", "attention", "norm", "mlp"]
+    torch.compile(model.eval(), backend=backend)(x)
+    return programs
 
 
 def test_column_softmax_says_which_axis() -> None:
     (found,) = sites(ATTENTIONS["over queries"], q)
     assert "axis -2 of 4" in found.reason
     assert "q @ k.transpose(-2, -1)" in found.reason
+
+
+def test_a_hint_names_what_is_done_to_the_weights() -> None:
+    hints = {name: sites(ATTENTIONS[name], q)[0].reason for name in ("plus one", "largest weights", "logarithms")}
+    assert "divided by more than the sum of their exponentials" in hints["plus one"]
+    assert "topk, scatter between the softmax and the values" in hints["largest weights"]
+    assert "the weights are logarithms" in hints["logarithms"]
+
+
+class _Router(nn.Module):
+    """Experts chosen by a softmax over a projection, weights of the model on both sides: no attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, index = self.router(x).softmax(-1).topk(2, -1)
+        result: Tensor = self.experts(torch.zeros(2, 5, 4).scatter(-1, index, values))
+        return result
+
+
+def test_a_router_is_no_attention() -> None:
+    assert sites(_Router(), x) == ()
+
+
+class _ShortSelf(nn.Module):
+    """A module whose ``forward`` calls itself something else than ``self``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Block()
+
+    def forward(s, x: Tensor) -> Tensor:  # noqa: N805 - that name is what is tested
+        result: Tensor = s.inner(x)
+        return result
 
 
 def test_whole_norm_is_left_to_the_base_compiler() -> None:

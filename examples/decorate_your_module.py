@@ -47,14 +47,17 @@ class FastDecoder(Decoder):
     """The same module, compiled at its first call. ``@fxopt.optimize`` may as well stand on `Decoder` itself."""
 
 
+def example(length: int = 96) -> tuple[Decoder, tuple[Tensor]]:
+    """The plain module and its arguments: ``python -m fxopt explain examples/decorate_your_module.py:example``."""
+    torch.manual_seed(0)
+    return Decoder().eval(), (torch.randn(2, length, 128),)
+
+
 def main(length: int = 96) -> float:
     """Show that parameters, signature and results stay; return the largest difference between the two modules."""
-    torch.manual_seed(0)
-    plain = Decoder().eval()
+    plain, (x_BSC,) = example(length)
     fast = FastDecoder().eval()
     fast.load_state_dict(plain.state_dict())
-
-    x_BSC = torch.randn(2, length, 128)
     with torch.no_grad():
         difference = float((fast(x_BSC) - plain(x_BSC)).abs().max())
         print(fxopt.explain(plain, x_BSC))

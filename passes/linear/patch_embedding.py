@@ -133,9 +133,9 @@ class PatchEmbedding:
 
     ``x [B, C, H, W]`` is seen as ``[B, H / h, W / w, C·h·w]``, one row a patch, and the result ``[B, H / h, W / w, O]``
     as ``[B, O, H / h, W / w]``, so that ``flatten(2).transpose(1, 2)`` gives the rows back without moving a number.
-    One,
-    two or three spatial axes, any batch; rows and columns that fill no patch are cropped, as the convolution ignores
-    them. It needs no padding, dilation 1 and one group. Where the weight is stored channels-last, so are the patches.
+    One, two or three spatial axes, any batch; rows and columns that fill no patch are cropped, as the convolution
+    ignores them. It needs no padding, dilation 1 and one group. Where the weight is stored channels-last, so are the
+    patches.
 
     The result's strides are those of a channels-last tensor. Where something downstream needs the convolution's own (a
     ``view``, an operator outside ATen, an output of the program), the result is copied into row-major order.

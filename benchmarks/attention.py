@@ -1,11 +1,12 @@
 """Attention forward on one GPU: the generated Triton kernel beside SDPA and FlexAttention.
 
     python -m benchmarks.attention [--quick] [--case TEXT] [--output results.json]
-    python -m benchmarks.attention --configs 128x64w8s3 128x64w4s3 128x128w8s2
+    python -m benchmarks.attention --configs 128x64w8s3 128x64w4s3 128x128w8s2r128 --loads pointer tma
 
 bfloat16, 16k tokens, H = 2048/D. Every candidate is checked against float64 on a slice before it is timed, and timed in
 turn with the others. With ``--configs`` (or ``--configs all`` for fxopt's own list) the kernel's configurations are
-candidates too. A candidate that fails is a row with its error; the others go on.
+candidates too; ``--loads`` runs each of them with these kinds of loads instead of its own. A candidate that fails is a
+row with its error; the others go on.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ from torch import Tensor
 from benchmarks.attention_cases import HEAD_DIMS, KINDS, LENGTHS, Case, peers
 from benchmarks.environment import environment
 from benchmarks.timing import Timing, interleave
+from fxopt.codegen.attention.config import Loads
 from fxopt.codegen.attention.operator import attention_forward
-from fxopt.codegen.attention.triton import candidates
+from fxopt.codegen.attention.triton import candidates, read_config
 
 _ROWS: Final = 128
 #: Largest error of a bfloat16 attention of standard normal values: a few roundings of values up to about 4.
@@ -53,13 +55,13 @@ class Result:
         return min(names, key=lambda name: self.timings[name].median_ms, default=None)
 
 
-def measure(case: Case, configs: Sequence[str], rounds: int) -> Result:
+def measure(case: Case, configs: Sequence[str], loads: Sequence[Loads], rounds: int) -> Result:
     """Build, check and time every candidate of one case."""
     torch.manual_seed(0)
     result = Result(str(case), case.flops)
     q, k, v = case.tensors()
     captures = case.captures()
-    runs = {f"fxopt {c}": _own(case, q, k, v, captures, c) for c in _chosen(case, configs)}
+    runs = {f"fxopt {c}": _own(case, q, k, v, captures, c) for c in _chosen(case, configs, loads)}
     try:
         runs |= peers(case, q, k, v, captures)
     except Exception as error:
@@ -75,12 +77,12 @@ def _own(case: Case, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor], co
     return lambda: attention_forward(q, k, v, captures, spec, config, False)[0]
 
 
-def _chosen(case: Case, configs: Sequence[str]) -> list[str]:
+def _chosen(case: Case, configs: Sequence[str], loads: Sequence[Loads]) -> list[str]:
     capability = torch.cuda.get_device_capability()
-    own = [str(c) for c in candidates(case.spec, case.head_dim, case.head_dim, torch.bfloat16, capability)]
-    if list(configs) == ["all"]:
-        return own
-    return list(dict.fromkeys(configs)) or own[:1]
+    own = candidates(case.spec, case.head_dim, case.head_dim, torch.bfloat16, capability, case.length)
+    chosen = own if list(configs) == ["all"] else [read_config(c) for c in configs] or own[:1]
+    kinds = [[replace(c, loads=how) for how in loads or (c.loads,)] for c in chosen]
+    return list(dict.fromkeys(str(c) for group in kinds for c in group))
 
 
 def _is_sound(
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only N = 2048, fewer rounds")
     parser.add_argument("--case", default="", help="only cases whose name contains this, such as 'causal D64'")
     parser.add_argument("--configs", nargs="*", default=[], help="configurations to time, or 'all' of fxopt's own")
+    parser.add_argument("--loads", nargs="*", default=[], choices=get_args(Loads), help="read keys and values so")
     parser.add_argument("--rounds", type=int, default=0, help="samples per candidate (default 30, quick 10)")
     parser.add_argument("--output", type=Path, help="where to write the results as JSON")
     options = parser.parse_args()
@@ -147,10 +150,11 @@ def main() -> None:
         raise SystemExit("benchmarks.attention needs an NVIDIA GPU; torch sees none")
     facts = environment("cuda")
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    rounds = options.rounds or (10 if options.quick else 30)
     results: list[Result] = []
     for case in select(options.quick, options.case):
         try:
-            results.append(measure(case, options.configs, options.rounds or (10 if options.quick else 30)))
+            results.append(measure(case, options.configs, options.loads, rounds))
         except Exception as error:
             results.append(Result(str(case), case.flops, failures={"case": _sentence(error)}))
         show(results[-1])

@@ -22,8 +22,8 @@ Loads = Literal["pointer", "tma"]
 class Config:
     """``block_m`` query rows against ``block_n`` keys at a time, by ``num_warps`` warps, ``num_stages`` loads deep.
 
-    ``registers`` caps those of a thread, so that more blocks share a multiprocessor (0: no cap). ``loads`` says how keys
-    and values are read: by pointers, or by tensor descriptors, for compute capability 9.0 and later.
+    ``registers`` caps those of a thread, so that more blocks share a multiprocessor (0: no cap). ``loads`` says how
+    keys and values are read: by pointers, or by tensor descriptors, for compute capability 9.0 and later.
     Prints as ``128x64w8s3``, with its cap ``128x64w8s2r128``, by descriptors ``128x64w8s3tma``; `read_config` is the
     inverse.
     """
@@ -56,11 +56,24 @@ def read_config(text: str) -> Config:
     return Config(*(int(n or 0) for n in match.groups()[:5]), "tma" if match[6] else "pointer")
 
 
-#: Best first, by padded head dimension; from what FlexAttention uses on Hopper, and smaller blocks for short sequences.
-_HALF: Final[dict[int, tuple[str, ...]]] = {
+#: Best first, by padded head dimension. Caps on registers let two blocks of eight warps, or four of four, share a
+#: multiprocessor, whose tensor cores would idle through the softmax of a single one. The last ones are for few rows.
+_HOPPER: Final[dict[int, tuple[str, ...]]] = {
     16: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
     32: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
-    64: ("128x128w8s3", "128x64w4s3", "128x128w4s3", "64x64w4s3"),
+    64: ("64x64w4s3r128", "128x64w8s3r128", "64x128w4s2r168tma", "128x64w4s3", "16x64w4s3"),
+    128: ("64x64w4s3", "128x128w8s2tma", "128x64w8s2r128tma", "128x64w8s3", "16x64w4s3"),
+    256: ("128x64w8s2", "128x64w8s2tma", "128x32w8s2", "64x32w4s3", "16x32w4s2"),
+}
+#: The same where a captured tensor varies with both row and key: its blocks take shared memory too.
+_HOPPER_TILES: Final[dict[int, tuple[str, ...]]] = {
+    64: ("128x64w8s2r128", "64x64w4s2r128", "128x64w8s3", "128x64w4s3", "16x64w4s3"),
+    128: ("64x64w4s2", "128x64w8s3", "128x32w8s2r128", "64x32w4s3", "16x64w4s3"),
+}
+_BLACKWELL: Final[dict[int, tuple[str, ...]]] = {
+    16: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
+    32: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
+    64: ("128x128w8s3", "128x64w4s3", "128x128w4s3", "64x64w4s3", "16x64w4s3"),
     128: ("128x64w8s3", "64x64w4s3", "64x32w4s3", "16x64w4s3"),
     256: ("128x64w8s2", "128x32w8s2", "64x32w4s3", "32x64w4s3"),
 }
@@ -92,11 +105,33 @@ def shared_bytes(config: Config, head_dim: int, value_dim: int, dtype: torch.dty
     return (rows + keys) * dtype.itemsize
 
 
-def fitting(head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Config, ...]:
-    """The configurations for these sizes that fit the device, best first, at most four; none for other dtypes."""
+def fitting(
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    tiles: bool = False,
+    rows: int | None = None,
+) -> tuple[Config, ...]:
+    """The configurations for these sizes that fit the device, best first, at most four; none for other dtypes.
+
+    ``tiles`` says that a captured tensor varies with both row and key. Blocks that ``rows`` queries leave mostly idle
+    come last.
+    """
     width = max(padded(head_dim), padded(value_dim))
-    half = _HALF if capability >= (9, 0) else _HALF_SM80
+    half = _half(capability, tiles)
     table = {torch.bfloat16: half, torch.float16: half, torch.float32: _SINGLE}.get(dtype, {})
     limit = _SHARED.get(capability, _SHARED_DEFAULT)
     configs = (read_config(text) for text in table.get(width, ()))
-    return tuple(c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit)[:CANDIDATES]
+    fit = [c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit]
+    if rows is not None:
+        fit.sort(key=lambda c: -(-rows // c.block_m) * c.block_m > 2 * max(rows, 16))
+    return tuple(fit[:CANDIDATES])
+
+
+def _half(capability: tuple[int, int], tiles: bool) -> dict[int, tuple[str, ...]]:
+    if capability < (9, 0):
+        return _HALF_SM80
+    if capability[0] > 9:
+        return _BLACKWELL
+    return _HOPPER | _HOPPER_TILES if tiles else _HOPPER

@@ -46,7 +46,7 @@ class KeyRange:
 
 
 @dataclass(frozen=True, slots=True)
-class _Linear:
+class Linear:
     """``row·i + key·j + rest``."""
 
     row: int
@@ -78,7 +78,7 @@ def _bound(term: Expr, captures: Sequence[Capture]) -> Bound | None:
     if comparison.op not in _FLIPPED:
         return None
     op = _NEGATED[comparison.op] if negated else comparison.op
-    left, right = (_linear(a, captures) for a in comparison.args)
+    left, right = (linear(a, captures) for a in comparison.args)
     if left is None or right is None:
         return None
     row, key = left.row - right.row, left.key - right.key
@@ -90,22 +90,23 @@ def _bound(term: Expr, captures: Sequence[Capture]) -> Bound | None:
     return Bound(side, -row * key, simplify(call("add", offset, const(_SHIFT[op]))))
 
 
-def _linear(expr: Expr, captures: Sequence[Capture]) -> _Linear | None:
+def linear(expr: Expr, captures: Sequence[Capture]) -> Linear | None:
+    """``expr`` as a sum of the row, the key and what is the same for all of both, or ``None`` where it is none."""
     if expr.op == "symbol" and expr.value in ("i", "j"):
-        return _Linear(int(expr.value == "i"), int(expr.value == "j"), const(0))
+        return Linear(int(expr.value == "i"), int(expr.value == "j"), const(0))
     if _is_integer_offset(expr, captures):
-        return _Linear(0, 0, expr)
+        return Linear(0, 0, expr)
     if expr.op not in ("add", "sub", "neg"):
         return None
-    parts = [_linear(a, captures) for a in expr.args]
+    parts = [linear(a, captures) for a in expr.args]
     first, last = parts[0], parts[-1]
     if first is None or last is None:
         return None
     if expr.op == "neg":
-        return _Linear(-first.row, -first.key, simplify(call("neg", first.rest)))
+        return Linear(-first.row, -first.key, simplify(call("neg", first.rest)))
     sign = 1 if expr.op == "add" else -1
     rest = simplify(call(expr.op, first.rest, last.rest))
-    return _Linear(first.row + sign * last.row, first.key + sign * last.key, rest)
+    return Linear(first.row + sign * last.row, first.key + sign * last.key, rest)
 
 
 def _is_integer_offset(expr: Expr, captures: Sequence[Capture]) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.config import Config, padded
+from fxopt.codegen.attention.distance import split_distances
 from fxopt.codegen.attention.interval import KeyRange, key_range
 from fxopt.codegen.attention.loops import Span, key_range_text, loop_spans
 from fxopt.codegen.attention.script import script_holes
@@ -22,7 +23,7 @@ from fxopt.codegen.attention.template import ATTEND, HEADER, KERNEL, LAST, LAUNC
 from fxopt.codegen.attention.tiles import DESCRIBABLE, IMPORT, Tiles, wide
 from fxopt.codegen.printing import emit, helpers
 from fxopt.ir.attention import NAME_OF, AttentionSpec
-from fxopt.ir.expression import Expr, S, conjunction, conjuncts
+from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts
 
 _KV_HEAD: Final = {"group": "h // (heads // kv_heads)", "tile": "h % kv_heads"}
 _KV_HEAD_MATHS: Final = {"group": "h // (H/G)", "tile": "h mod G"}
@@ -103,13 +104,32 @@ class KernelText:
             "load_k": self._tiles.load("k"),
             "load_v": self._tiles.load("v"),
             "load_captures": "\n".join(c.load_in_loop for c in in_loop),
-            "score": self._emit(self._exponent.inner),
+            "score": self._score,
             "widen": "" if self._exponent.inner.reads(S) else "x = tl.zeros_like(s) + x",
             "masks": self._masks,
+            "block_max": self._block_max,
             "unit": self._exponent.unit,
             "exponent": self._exponent.text,
             "scale": self._exponent.scale,
         }
+
+    @property
+    def _score(self) -> str:
+        inner, captures = self._exponent.inner, self.spec.captures
+        if self.dtype is torch.float32:
+            return self._emit(inner)
+        # Two names beyond those of the captured tensors, which the emitter treats alike.
+        column, start = capture(len(captures)), capture(len(captures) + 1)
+        names = {str(column): "n[None, :].to(tl.float32)", str(start): "start"}
+        return emit(split_distances(inner, captures, column, start), names, (*self.spec.capture_kinds, "float", "int"))
+
+    @property
+    def _block_max(self) -> str:
+        """The largest logit of each row, by several chains of comparisons where one thread compares many."""
+        chains = min(4, self.config.block_n // 8)
+        if self.dtype is torch.float32 or self.config.block_m < 16 * self.config.num_warps:
+            return "tl.max(x, 1)"
+        return f"tl.max(tl.max(tl.reshape(x, [x.shape[0], {chains}, BLOCK_N // {chains}]), 1), 1)"
 
     @property
     def _masks(self) -> str:
@@ -159,11 +179,13 @@ class KernelText:
         }
 
     def _loop(self, span: Span) -> str:
-        start = "start" if span.loops else span.first
+        # A block peeled off a loop of float32 products spills.
+        loops = span.loops or self.dtype is torch.float32
+        start = "start" if loops else span.first
         names = (start if name == "start" else name for name in self._attend_names)
         arguments = (*names, *(f"{name}={name}" for name in self._constants), f"BOUNDED={span.bounded}")
         holes = {"first": span.first, "last": span.last, "arguments": listing(arguments)}
-        text = fill(LOOP if span.loops else LAST, holes).rstrip("\n")
+        text = fill(LOOP if loops else LAST, holes).rstrip("\n")
         return f"if not EVEN:\n{textwrap.indent(text, '    ')}" if span.beyond else text
 
     @property
@@ -209,7 +231,8 @@ class KernelText:
     def _reaches(self) -> list[tuple[int, str]]:
         """How far each axis of a block reaches: its extent and the stride, as the launcher writes it."""
         rows, keys = self.config.block_m, self.config.block_n
-        tiles = [(keys, "k.stride(2)"), (padded(self.head_dim), "k.stride(3)")]
+        tiles = [(rows, "q.stride(2)"), (padded(self.head_dim), "q.stride(3)")]
+        tiles += [(keys, "k.stride(2)"), (padded(self.head_dim), "k.stride(3)")]
         tiles += [(keys, "v.stride(2)"), (padded(self.value_dim), "v.stride(3)")]
         return tiles + [reach for c in self._captures for reach in c.reaches(rows, keys)]
 

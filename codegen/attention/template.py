@@ -50,7 +50,7 @@ def attend(
     x = $score
     $widen
     $masks
-    highest = tl.maximum(peak, tl.max(x, 1))
+    highest = tl.maximum(peak, $block_max)
     # A row without keys so far has no maximum to subtract.
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     $unit
@@ -85,8 +85,9 @@ def attention_kernel(
     if WIDE:
         n, d, e = n.to(tl.int64), d.to(tl.int64), e.to(tl.int64)
 
-    q_base = q_ptr + b_wide * q_stride_b + h_wide * q_stride_h
-    q = tl.load(q_base + i.to(tl.int64) * q_stride_i + d[None, :].to(tl.int64) * q_stride_d$q_mask)
+    q_base = q_ptr + b_wide * q_stride_b + h_wide * q_stride_h + first.to(tl.int64) * q_stride_i
+    q_tile = (i - first).to(n.dtype) * q_stride_i + d[None, :] * q_stride_d
+    q = tl.load(q_base + q_tile$q_mask)
     $tiles
     $capture_bases
 

@@ -33,7 +33,12 @@ def objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.d
 
 
 def candidates(
-    spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    spec: AttentionSpec,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    rows: int | None = None,
 ) -> tuple[Config, ...]:
     """The configurations worth measuring, best guess first, at most four; none where no kernel can be generated.
 
@@ -43,10 +48,12 @@ def candidates(
         value_dim: ``E``, of values.
         dtype: of ``q``, ``k`` and ``v``.
         capability: of the device, as ``torch.cuda.get_device_capability`` gives it.
+        rows: the number of queries, where that is known: few of them want small blocks.
     """
     if objection(spec, head_dim, value_dim, dtype) is not None:
         return ()
-    return fitting(head_dim, value_dim, dtype, capability)
+    tiles = any({"i", "j"} <= set(c.dims) for c in spec.captures)
+    return fitting(head_dim, value_dim, dtype, capability, tiles, rows)
 
 
 def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: Config) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention.config import padded
-from fxopt.codegen.attention.triton import KIND, Config, candidates, source
+from fxopt.codegen.attention.triton import KIND, Config, candidates, read_config, source
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 
@@ -48,7 +48,13 @@ CASES = [
 
 
 def compiled(
-    spec: AttentionSpec, width: int, dtype: torch.dtype, config: Config, architecture: int, even: bool = False, wide: bool = False
+    spec: AttentionSpec,
+    width: int,
+    dtype: torch.dtype,
+    config: Config,
+    architecture: int,
+    even: bool = False,
+    wide: bool = False,
 ) -> Any:
     """The kernel as Triton would specialise it for aligned, contiguous operands."""
     from triton.backends.compiler import GPUTarget
@@ -113,11 +119,40 @@ def test_first_candidate_compiles_without_spills(
     assert re.search(r"mul(\.lo|\.wide)\.[su]\d+\s+%rd", ptx), "addresses are not computed in 64 bits"
 
 
-def test_no_32_bit_product_feeds_a_batch_offset() -> None:
-    """In Triton's own code every stride of a batch, head or row multiplies a 64-bit index."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_offsets_of_batches_heads_and_blocks_take_64_bits(wide: bool) -> None:
+    """In Triton's own code only offsets within a block may take 32 bits, and none where strides are ``wide``."""
     config = candidates(SPECS["tile-bias"], 64, 64, HALF, (9, 0))[0]
-    text = compiled(SPECS["tile-bias"], 64, HALF, config, 90).asm["ttir"]
+    text = compiled(SPECS["tile-bias"], 64, HALF, config, 90, wide=wide).asm["ttir"]
     products = [line for line in text.splitlines() if "arith.muli" in line]
-    wide = [line for line in products if re.search(r"(: |x)i64", line)]
-    assert len(wide) >= 12  # batch and head of q, k, v, out, bias; rows of q, out, bias; steps of k, v
-    assert not [line for line in products if "_stride_" in line and line not in wide]
+    scalars = [line for line in products if ": i64" in line]
+    assert len(scalars) >= 12  # batch and head of q, k, v, out, bias; first row of q, bias; steps of k, v, bias
+    narrow = [line for line in products if "xi32>" in line]
+    assert bool(narrow) != wide
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "softcap-window"])
+def test_descriptors_load_by_tma_and_masks_nothing(name: str, tmp_path: Path) -> None:
+    config = read_config("128x64w8s2tma")
+    kernel = compiled(SPECS[name], 128, HALF, config, 90)
+    ptx = kernel.asm["ptx"]
+    assert "cp.async.bulk.tensor" in ptx and "cp.async.cg" not in ptx
+    assert "wgmma.mma_async" in ptx
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ["plain", "causal", "tile-bias"])
+def test_capped_candidates_do_not_spill(name: str, width: int, tmp_path: Path) -> None:
+    found = [c for c in candidates(SPECS[name], width, width, HALF, (9, 0)) if c.registers]
+    assert found
+    for config in found:
+        kernel = compiled(SPECS[name], width, HALF, config, 90, even=True)
+        assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0, config
+        assert f".maxnreg {config.registers}" in kernel.asm["ptx"]
+
+
+def test_even_keys_need_no_tail() -> None:
+    config = read_config("64x64w4s3")
+    even, odd = (compiled(SPECS["plain"], 64, HALF, config, 90, even=even).asm["ptx"] for even in (True, False))
+    assert even.count("wgmma.mma_async") * 2 == odd.count("wgmma.mma_async")

@@ -7,14 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
+from fxopt.cache import import_source
 from fxopt.codegen.attention.interval import Bound, key_range
-from fxopt.codegen.attention.triton import Config, candidates, read_config, source
+from fxopt.codegen.attention.triton import KIND, Config, candidates, read_config, source
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
@@ -108,8 +110,47 @@ def test_candidates(width: int, dtype: torch.dtype, capability: tuple[int, int])
     assert len(set(found)) == len(found)
 
 
-def test_configurations_print_and_read_back() -> None:
-    assert read_config(str(Config(128, 64, 8, 3))) == Config(128, 64, 8, 3)
+@pytest.mark.parametrize(
+    "config", [Config(128, 64, 8, 3), Config(64, 64, 4, 3, 128), Config(64, 128, 4, 2, 168, "tma")]
+)
+def test_configurations_print_and_read_back(config: Config) -> None:
+    assert read_config(str(config)) == config
+
+
+def test_few_rows_get_small_blocks_first() -> None:
+    assert candidates(SPEC, 64, 64, torch.bfloat16, (9, 0), rows=1)[0].block_m == 16
+    assert candidates(SPEC, 64, 64, torch.bfloat16, (9, 0), rows=4096)[0].block_m >= 64
+
+
+@pytest.mark.parametrize(("score", "expected"), [
+    ("s + c0 * float(j - i)", "(c0 * n[None, :].to(tl.float32)) + (c0 * (start - i).to(tl.float32))"),
+    ("s + float(i - j) * 0.5", "(0.5 * (-n[None, :].to(tl.float32))) + (0.5 * ((0 - start) + i).to(tl.float32))"),
+    ("s + float(j - i) * float(i)", None),
+    ("s + c0 * float((j - i) // 2)", None),
+])  # fmt: skip
+def test_products_with_the_distance_are_split(score: str, expected: str | None) -> None:
+    spec = AttentionSpec(parse(score), None, (Capture("-h--", torch.float32),))
+    text = source(spec, 64, 64, torch.bfloat16, CONFIG)
+    assert (expected in text) if expected else ("n[None, :].to" not in text)
+    assert "n[None, :].to" not in source(spec, 64, 64, torch.float32, CONFIG)
+
+
+def test_long_strides_take_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *_, **options: seen.append(options)
+
+    spec = AttentionSpec(parse("s"), out_dtype=torch.bfloat16)
+    module = import_source(KIND, source(spec, 64, 64, torch.bfloat16, CONFIG))
+    monkeypatch.setattr(module, "attention_kernel", Recorder())
+    near = torch.empty((1, 2, 96, 64), dtype=torch.bfloat16, device="meta")
+    far = torch.empty_strided((1, 2, 96, 64), (64, 64, 2**24, 1), dtype=torch.bfloat16, device="meta")
+    module.launch(near, near, near)
+    module.launch(near, near, far)
+    assert [options["WIDE"] for options in seen] == [False, True]
+    assert [options["EVEN"] for options in seen] == [False, False]
     for text in ("128x64", "100x64w4s3", "128x8w4s3", "128x64w3s3", "128x64w4s0"):
         with pytest.raises(LoweringError, match="configuration"):
             read_config(text)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
-from fxopt.codegen.attention.triton import KIND, read_config, source
+from fxopt.codegen.attention.triton import KIND, Config, read_config, source
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import ARITY, Expr, call, capture, const, parse
 from fxopt.testing import assert_within_budget
@@ -32,9 +32,15 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 def launch(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], with_lse: bool = False
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    with_lse: bool = False,
+    config: Config = CONFIG,
 ) -> tuple[Tensor, Tensor]:
-    text = source(spec, q.shape[3], v.shape[3], q.dtype, CONFIG)
+    text = source(spec, q.shape[3], v.shape[3], q.dtype, config)
     out, lse = import_source(KIND, text).launch(q, k, v, captures, with_lse)
     return out, lse
 
@@ -61,6 +67,24 @@ def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str)
     out, _ = launch(spec, q, k, v, captures)
     eager = reference.attention(q, k, v, captures, str(spec))
     assert out.stride() == eager.stride()
+    assert_within_budget(out, eager, exact(spec, q, k, v, captures))
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("keys", [64, 37])
+@pytest.mark.parametrize("name", ["plain", "window", "alibi", "tile-bias"])
+def test_descriptors_where_the_operands_allow(name: str, keys: int, aligned: bool) -> None:
+    """By descriptors or, misaligned, by pointers; one warp per 16 rows, so that maxima are taken in several chains."""
+    sizes = Shape(24, 40, 35, keys, 2, heads=4)
+    spec = specification(name, sizes, torch.bfloat16, "zero")
+    q, k, v = operands(sizes, torch.bfloat16)
+    k, v = (x.contiguous() if aligned else x for x in (k, v))
+    captures = captured(name, sizes, spec)
+    config = read_config("16x32w1s2tma")
+    module = import_source(KIND, source(spec, 24, 40, torch.bfloat16, config))
+    assert (module.describable(k), module.describable(v)) == (aligned, aligned)
+    out, _ = launch(spec, q, k, v, captures, config=config)
+    eager = reference.attention(q, k, v, captures, str(spec))
     assert_within_budget(out, eager, exact(spec, q, k, v, captures))
 
 

@@ -1,0 +1,56 @@
+"""Products with the distance of key and query, such as ALiBi's, split into a part per column and a part per row.
+
+    c·float(j − i) = c·float(n) + c·float(start − i)        for the key j = start + n of the block that starts at start
+
+The left side subtracts, converts and multiplies for every logit, the right side adds. Neither part is longer than the
+distance and a block, so neither rounds worse than the left side does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxopt.codegen.attention.interval import is_uniform, linear
+from fxopt.codegen.expression import simplify
+from fxopt.ir.attention import Capture
+from fxopt.ir.expression import Expr, I, call
+
+_FIXED = ("b", "h", "Sq", "Sk")
+
+
+def split_distances(score: Expr, captures: Sequence[Capture], column: Expr, start: Expr) -> Expr:
+    """``score`` with such products split; ``column`` stands for ``float(n)`` and ``start`` for the block's first key.
+
+    The factor ``c`` must be the same for all keys and rows of a head.
+    """
+
+    def change(node: Expr) -> Expr:
+        if node.op != "mul":
+            return node
+        for factor, distance in (node.args, node.args[::-1]):
+            parts = _parts(distance, captures, column, start)
+            if parts is not None and _is_uniform(factor, captures):
+                return call("add", call("mul", factor, parts[0]), call("mul", factor, parts[1]))
+        return node
+
+    return score.replace(change)
+
+
+def _parts(distance: Expr, captures: Sequence[Capture], column: Expr, start: Expr) -> tuple[Expr, Expr] | None:
+    found = linear(distance.args[0], captures) if distance.op == "float" else None
+    if found is None or found.key not in (1, -1) or found.row not in (0, 1, -1):
+        return None
+    rest = call("add", found.rest, start) if found.key == 1 else call("sub", found.rest, start)
+    if found.row:
+        rest = call("add" if found.row == 1 else "sub", rest, I)
+    return column if found.key == 1 else call("neg", column), call("float", simplify(rest))
+
+
+def _is_uniform(factor: Expr, captures: Sequence[Capture]) -> bool:
+    leaves = [node for node in factor.walk() if not node.args]
+    return all(
+        leaf.op == "const"
+        or (leaf.op == "symbol" and leaf.value in _FIXED)
+        or (leaf.op == "capture" and is_uniform(captures[int(leaf.value or 0)]))
+        for leaf in leaves
+    )

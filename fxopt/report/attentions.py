@@ -90,7 +90,8 @@ def _unlike_softmax(softmax: Node) -> str:
 
 def _unlike_weights(after: tuple[Node, ...]) -> str:
     """What is done to the weights before they meet the values, views, casts and dropout aside."""
-    names = dict.fromkeys(packet(node) for node in after if not (is_view_or_cast(node) or packet(node) in _KEPT_WEIGHTS))
+    edits = (node for node in after if not (is_view_or_cast(node) or packet(node) in _KEPT_WEIGHTS))
+    names = dict.fromkeys(packet(node) for node in edits)
     return f"{', '.join(names)} between the softmax and the values" if names else ""
 
 

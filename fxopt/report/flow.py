@@ -20,14 +20,15 @@ _TRANSPARENT: Final = frozenset(
     {
         "to", "_to_copy", "type_as", "dropout", "native_dropout", "feature_dropout", "contiguous", "masked_fill", "cat",
         "tril", "triu", "repeat", "repeat_interleave", "index", "split", "split_with_sizes", "chunk", "unbind", "stack",
-        "flatten", "unflatten", "reshape", "constant_pad_nd", "pad", "hardswish", "glu", "flip", "roll", "clamp", "where",
+        "flatten", "unflatten", "reshape", "constant_pad_nd", "pad", "hardswish", "glu", "flip", "roll", "clamp",
+        "where",
     }
 )  # fmt: skip
 #: Operators that overwrite some elements of a tensor, or pick some by value or position.
 _EDITS: Final = frozenset(
     {
-        "fill", "copy", "select_scatter", "slice_scatter", "diagonal_scatter", "scatter", "scatter_add", "masked_scatter",
-        "index_put", "index_fill", "index_copy", "topk", "sort", "gather",
+        "fill", "copy", "select_scatter", "slice_scatter", "diagonal_scatter", "scatter", "scatter_add",
+        "masked_scatter", "index_put", "index_fill", "index_copy", "topk", "sort", "gather",
     }
 )  # fmt: skip
 _SHAPE_ONLY: Final = frozenset({"to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "reshape"})

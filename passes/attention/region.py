@@ -7,7 +7,6 @@ constants, tensors as captures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,9 +14,10 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
-from fxopt.ir.expression import Expr, S, call, capture, const
-from fxopt.ir.nodes import Size, arguments, is_call, is_tensor, same_size, scalar, shape, tensor
+from fxopt.ir.expression import Expr, S, capture, const
+from fxopt.ir.nodes import Size, is_call, is_tensor, same_size, scalar, shape, tensor
 from fxopt.passes.attention.axes import round_trip
+from fxopt.passes.attention.pointwise import BITWISE, LIFTED, POINTWISE, Obstacle, schema_name
 from fxopt.passes.attention.space import Operand
 from fxopt.rewriter.rule import Rejection
 
@@ -62,7 +62,7 @@ class _Lift:
         return any(self.carries(operand) for operand in node.all_input_nodes)
 
     def lift(self, node: Node) -> Expr:
-        """The expression of a node that carries scores; raises `_Obstacle`."""
+        """The expression of a node that carries scores; raises `Obstacle`."""
         if is_call(node, CONTRACTION):
             return self._root(node)
         if there_and_back := round_trip(node):
@@ -74,7 +74,7 @@ class _Lift:
         if is_call(node, *CASTS):
             return self._through_cast(node)
         if not is_call(node, *POINTWISE):
-            raise _Obstacle(f"{_name(node)} is not a pointwise operation on the scores", node)
+            raise Obstacle(f"{schema_name(node)} is not a pointwise operation on the scores", node)
         return POINTWISE[node.target](self, node)
 
     def operand(self, value: Any, stage: Node) -> Expr:
@@ -85,9 +85,9 @@ class _Lift:
         if number is not None:
             return const(number)
         if not is_tensor(value):
-            raise _Obstacle(f"{value} is neither a number nor a tensor", stage)
+            raise Obstacle(f"{value} is neither a number nor a tensor", stage)
         if tensor(value).dtype.is_complex:
-            raise _Obstacle(f"{value} is complex", stage)
+            raise Obstacle(f"{value} is complex", stage)
         if self._unfolds(value):
             return self._unfold(value, stage)
         operand = Operand(value, self.stage or shape(stage))
@@ -103,7 +103,7 @@ class _Lift:
         """
         if not is_call(value, *LIFTED) or self.constants.is_constant(value):
             return False
-        if value.target in _BITWISE and tensor(value).dtype is not torch.bool:
+        if value.target in BITWISE and tensor(value).dtype is not torch.bool:
             return False
         parts = [node for node in value.all_input_nodes if is_tensor(node) and not self.constants.is_constant(node)]
         constant = len(parts) < len(value.all_input_nodes)
@@ -132,12 +132,12 @@ class _Lift:
     def _through_view(self, node: Node) -> Expr:
         before, after = shape(node.args[0]), shape(node)
         if len(after) < 2 or not (same_size(before[-1], after[-1]) and same_size(before[-2], after[-2])):
-            raise _Obstacle(f"{_name(node)} rearranges the scores from {before} to {after}", node)
+            raise Obstacle(f"{schema_name(node)} rearranges the scores from {before} to {after}", node)
         return self.lift(_first(node))
 
     def _through_cast(self, node: Node) -> Expr:
         if not tensor(node).dtype.is_floating_point:
-            raise _Obstacle(f"the scores are converted to {tensor(node).dtype}", node)
+            raise Obstacle(f"the scores are converted to {tensor(node).dtype}", node)
         return self.lift(_first(node))
 
 
@@ -145,139 +145,6 @@ def _first(node: Node) -> Node:
     operand = node.args[0]
     assert isinstance(operand, Node)
     return operand
-
-
-def _name(node: Node) -> str:
-    target = node.target
-    return target._schema.name if isinstance(target, torch._ops.OpOverload) else str(target)
-
-
-class _Obstacle(Exception):
-    """The region can't be lifted: why, and at which node."""
-
-    def __init__(self, reason: str, node: Node) -> None:
-        super().__init__(reason)
-        self.node = node
-
-
-_Handler = Callable[[_Lift, Node], Expr]
-
-
-def _plain(op: str, *names: str) -> _Handler:
-    """A handler for an operator whose arguments ``names`` are the operands of the expression ``op``."""
-
-    def handle(lift: _Lift, node: Node) -> Expr:
-        given = arguments(node)
-        return call(op, *_in_carrier_order(lift, node, [given[name] for name in names]))
-
-    return handle
-
-
-def _in_carrier_order(lift: _Lift, node: Node, values: list[Any]) -> list[Expr]:
-    """Operands lifted with the score-carrying ones first, so that a second contraction becomes a capture."""
-    order = sorted(range(len(values)), key=lambda index: not _is_full(lift, values[index], node))
-    lifted = {index: lift.operand(values[index], node) for index in order}
-    return [lifted[index] for index in range(len(values))]
-
-
-def _is_full(lift: _Lift, value: Any, stage: Node) -> bool:
-    return lift.carries(value) and len(shape(value)) == len(shape(stage))
-
-
-def _scaled(op: str) -> _Handler:
-    """``self ± alpha·other``."""
-
-    def handle(lift: _Lift, node: Node) -> Expr:
-        given = arguments(node)
-        left, right = _in_carrier_order(lift, node, [given["self"], given["other"]])
-        alpha = given.get("alpha", 1)
-        factor = scalar(alpha)
-        if factor is None:
-            raise _Obstacle("alpha is not a number", node)
-        return call(op, left, right if factor == 1 else call("mul", right, const(factor)))
-
-    return handle
-
-
-def _reversed_subtraction(lift: _Lift, node: Node) -> Expr:
-    difference = _scaled("sub")(lift, node)
-    return call("neg", difference) if scalar(arguments(node).get("alpha", 1)) == 1 else _refuse(node)
-
-
-def _division(lift: _Lift, node: Node) -> Expr:
-    if arguments(node).get("rounding_mode") is not None:
-        _refuse(node)
-    return _plain("div", "self", "other")(lift, node)
-
-
-def _masked_fill(lift: _Lift, node: Node) -> Expr:
-    given = arguments(node)
-    scores, condition = _in_carrier_order(lift, node, [given["self"], given["mask"]])
-    return call("where", condition, lift.operand(given["value"], node), scores)
-
-
-def _clamp(lift: _Lift, node: Node) -> Expr:
-    given = arguments(node)
-    result = lift.operand(given["self"], node)
-    if given["min"] is not None:
-        result = call("maximum", result, lift.operand(given["min"], node))
-    if given["max"] is not None:
-        result = call("minimum", result, lift.operand(given["max"], node))
-    return result
-
-
-def _relu(lift: _Lift, node: Node) -> Expr:
-    return call("maximum", lift.operand(arguments(node)["self"], node), const(0.0))
-
-
-def _refuse(node: Node) -> Expr:
-    raise _Obstacle(f"this form of {_name(node)} is not lifted", node)
-
-
-POINTWISE: Final[dict[Any, _Handler]] = {
-    aten.add.Tensor: _scaled("add"),
-    aten.add.Scalar: _scaled("add"),
-    aten.sub.Tensor: _scaled("sub"),
-    aten.sub.Scalar: _scaled("sub"),
-    aten.rsub.Scalar: _reversed_subtraction,
-    aten.rsub.Tensor: _reversed_subtraction,
-    aten.mul.Tensor: _plain("mul", "self", "other"),
-    aten.mul.Scalar: _plain("mul", "self", "other"),
-    aten.div.Tensor: _division,
-    aten.div.Scalar: _division,
-    aten.div.Tensor_mode: _division,
-    aten.neg.default: _plain("neg", "self"),
-    aten.abs.default: _plain("abs", "self"),
-    aten.tanh.default: _plain("tanh", "self"),
-    aten.sigmoid.default: _plain("sigmoid", "self"),
-    aten.exp.default: _plain("exp", "self"),
-    aten.log.default: _plain("log", "self"),
-    aten.relu.default: _relu,
-    aten.clamp.default: _clamp,
-    aten.maximum.default: _plain("maximum", "self", "other"),
-    aten.minimum.default: _plain("minimum", "self", "other"),
-    aten.where.self: _plain("where", "condition", "self", "other"),
-    aten.where.ScalarOther: _plain("where", "condition", "self", "other"),
-    aten.where.ScalarSelf: _plain("where", "condition", "self", "other"),
-    aten.masked_fill.Scalar: _masked_fill,
-    aten.masked_fill.Tensor: _masked_fill,
-}
-
-
-_BITWISE: Final = (
-    aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_not.default,
-)  # fmt: skip
-#: Operators through which the operands of a mask or bias are lifted where that makes what is captured smaller.
-LIFTED: Final[dict[Any, _Handler]] = POINTWISE | {
-    aten.__and__.Tensor: _plain("and", "self", "other"),
-    aten.__or__.Tensor: _plain("or", "self", "other"),
-    aten.bitwise_and.Tensor: _plain("and", "self", "other"),
-    aten.bitwise_or.Tensor: _plain("or", "self", "other"),
-    aten.logical_and.default: _plain("and", "self", "other"),
-    aten.logical_or.default: _plain("or", "self", "other"),
-    aten.bitwise_not.default: _plain("not", "self"),
-    aten.logical_not.default: _plain("not", "self"),
-}
 
 
 def _spreads(part: Node, whole: Node) -> bool:
@@ -307,7 +174,7 @@ def lift_region(logits: Node, constants: Constants) -> Region | Rejection:
         )
     try:
         expression = lift.lift(logits)
-    except _Obstacle as obstacle:
+    except Obstacle as obstacle:
         return Rejection(str(obstacle), (obstacle.node,))
     assert lift.contraction is not None
     nodes = (*lift.nodes, lift.contraction)
@@ -323,9 +190,9 @@ def lift_mask(
     lift.stage = sizes
     try:
         return lift.operand(mask, mask), tuple(lift.operands)
-    except _Obstacle as obstacle:
+    except Obstacle as obstacle:
         return Rejection(str(obstacle), (obstacle.node,))
 
 
 def _blame(node: Node) -> str:
-    return _name(node) if node.op == "call_function" else node.name
+    return schema_name(node) if node.op == "call_function" else node.name

@@ -12,11 +12,13 @@ from tests.attention.generated import RECIPES, SIZES, Composed, Recipe, inputs
 
 EXAMPLES = 40
 AS_SEEN = Recipe("matmul", "twice", "both", "bias and causal", "log", "expand", "sbhd", "transpose", torch.float32)
+MERGED = Recipe("bmm", "mT", "after", "bias", "float", "expand", "bshd", "contiguous", torch.float32)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(recipe=RECIPES, sizes=SIZES)
 @example(recipe=AS_SEEN, sizes=Sizes(B=2, H=2, G=2, S=2, T=2, D=2, E=2))
+@example(recipe=MERGED, sizes=Sizes(B=2, H=6, G=3, S=4, T=4, D=4, E=4))
 def test_a_composed_spelling_is_one_attention_with_the_same_numbers(recipe: Recipe, sizes: Sizes) -> None:
     torch._dynamo.reset()
     module, args = Composed(recipe), inputs(recipe, sizes)

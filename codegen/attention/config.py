@@ -53,7 +53,8 @@ def read_config(text: str) -> Config:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise LoweringError(f"not a kernel configuration: {text!r}; an example is '128x64w8s3'")
-    return Config(*(int(n or 0) for n in match.groups()[:5]), "tma" if match[6] else "pointer")
+    block_m, block_n, num_warps, num_stages, registers = (int(n or 0) for n in match.groups()[:5])
+    return Config(block_m, block_n, num_warps, num_stages, registers, "tma" if match[6] else "pointer")
 
 
 #: Best first, by padded head dimension. Caps on registers let two blocks of eight warps, or four of four, share a

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxopt.ir.nodes import is_call, same_size, shape
+from fxopt.ir.nodes import is_call, is_tensor, same_size, shape
 
 aten = torch.ops.aten
 
@@ -82,7 +82,7 @@ def axis_list(axes: Any, rank: int) -> list[int]:
 
 
 def _permutation(node: Node) -> list[int] | None:
-    rank = len(shape(node)) if node.op == "call_function" and "val" in node.meta else 0
+    rank = len(shape(node)) if node.op == "call_function" and is_tensor(node) else 0
     if is_call(node, aten.permute.default):
         return axis_list(node.args[1], rank)
     if is_call(node, aten.transpose.int):

@@ -234,7 +234,7 @@ class _ShortSelf(nn.Module):
         super().__init__()
         self.inner = Block()
 
-    def forward(s, x: Tensor) -> Tensor:  # noqa: N805 - that name is what is tested
+    def forward(s, x: Tensor) -> Tensor:
         result: Tensor = s.inner(x)
         return result
 

@@ -80,7 +80,7 @@ def _own(case: Case, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor], co
 def _chosen(case: Case, configs: Sequence[str], loads: Sequence[Loads]) -> list[str]:
     capability = torch.cuda.get_device_capability()
     own = candidates(case.spec, case.head_dim, case.head_dim, torch.bfloat16, capability, case.length)
-    chosen = own if list(configs) == ["all"] else [read_config(c) for c in configs] or own[:1]
+    chosen = own if list(configs) == ["all"] else [read_config(c) for c in configs] or own[:2]
     kinds = [[replace(c, loads=how) for how in loads or (c.loads,)] for c in chosen]
     return list(dict.fromkeys(str(c) for group in kinds for c in group))
 

@@ -66,5 +66,5 @@ def run(program: Program, options: Options, *, training: bool) -> Outcome:
     """Run the pipeline on ``program`` and lower the result."""
     steps: list[tuple[PassRecord, Program]] = []
     result = rewrite(program, options, lambda before, after, record: steps.append((record, after)))
-    lowered, decisions = lower(result.program, training=training, option=options.lower)
+    lowered, decisions = lower(result.program, training=training, option=options.lower, strict=options.strict)
     return Outcome(program, result, lowered, decisions, steps)

@@ -57,19 +57,20 @@ def read_config(text: str) -> Config:
     return Config(block_m, block_n, num_warps, num_stages, registers, "tma" if match[6] else "pointer")
 
 
-#: Best first, by padded head dimension. Caps on registers let two blocks of eight warps, or four of four, share a
-#: multiprocessor, whose tensor cores would idle through the softmax of a single one. The last ones are for few rows.
+#: Best first as measured on an H100, by padded head dimension. Caps on registers let two blocks of eight warps, or four
+#: of four, share a multiprocessor, whose tensor cores would idle through the softmax of a single one. The last ones are
+#: for few rows.
 _HOPPER: Final[dict[int, tuple[str, ...]]] = {
     16: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
     32: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
-    64: ("64x64w4s3r128", "128x64w8s3r128", "64x128w4s2r168tma", "128x64w4s3", "16x64w4s3"),
-    128: ("64x64w4s3", "128x128w8s2tma", "128x64w8s2r128tma", "128x64w8s3", "16x64w4s3"),
-    256: ("128x64w8s2", "128x64w8s2tma", "128x32w8s2", "64x32w4s3", "16x32w4s2"),
+    64: ("64x64w4s3r128", "64x128w4s2r168tma", "128x64w4s3", "128x64w8s3r128", "16x64w4s3"),
+    128: ("64x64w4s3", "128x64w8s2r128tma", "128x64w8s3", "128x128w8s2tma", "16x64w4s3"),
+    256: ("128x64w8s2tma", "128x64w8s2", "64x32w4s3", "128x32w8s2", "16x32w4s2"),
 }
 #: The same where a captured tensor varies with both row and key: its blocks take shared memory too.
 _HOPPER_TILES: Final[dict[int, tuple[str, ...]]] = {
-    64: ("128x64w8s2r128", "64x64w4s2r128", "128x64w8s3", "128x64w4s3", "16x64w4s3"),
-    128: ("64x64w4s2", "128x64w8s3", "128x32w8s2r128", "64x32w4s3", "16x64w4s3"),
+    64: ("128x64w8s3", "128x64w4s3", "64x64w4s2r128", "128x64w8s2r128", "16x64w4s3"),
+    128: ("128x64w8s3", "64x32w4s3", "128x32w8s2r128", "64x64w4s2", "16x64w4s3"),
 }
 _BLACKWELL: Final[dict[int, tuple[str, ...]]] = {
     16: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),

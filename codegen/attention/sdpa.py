@@ -85,11 +85,18 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], 
     causal = meaning.mask is not None and bias_BHST is None
     if q.shape[1] != k.shape[1] and backend in ("cpu", "efficient"):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    q, k, v = (_adjacent(x) for x in (q, k, v))
+    bias_BHST = None if bias_BHST is None else _adjacent(bias_BHST)
     out = _KERNELS[backend](q, k, v, bias_BHST, causal, form[0])
     if bias_BHST is not None and reference.may_be_empty(meaning):
         empty_BHS1 = (bias_BHST == -math.inf).all(-1, keepdim=True)
         out = torch.where(empty_BHS1, math.nan if meaning.empty_rows == "nan" else 0.0, out)
     return reference.lay_out(meaning, out)
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """``x``, copied unless its last axis is adjacent in memory: called by name, the kernels take that for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _bias(spec: AttentionSpec, bias: Expr, q: Tensor, k: Tensor, captures: Sequence[Tensor]) -> Tensor:

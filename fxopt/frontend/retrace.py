@@ -37,6 +37,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
 
     traced = _trace(interpret, inputs, fake_mode)
     if any(_mutates(node) for node in traced.graph.nodes):
+        _reject_vmap(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
     traced.graph.eliminate_dead_code()
     traced.recompile()
@@ -84,6 +85,12 @@ def _edited(value: object) -> torch.Tensor | None:
     if not torch._functionalize_has_data_mutation(value.elem):  # type: ignore[attr-defined]
         return None
     return _plain(value)
+
+
+def _reject_vmap(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if "vmap" in getattr(node.target, "__name__", ""):
+            raise CaptureError("the graph edits tensors in place inside vmap, which a retrace can't make functional")
 
 
 def _reject_opaque(module: fx.GraphModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,8 +16,10 @@ from torch.fx import Node
 from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
 from fxopt.codegen.attention import operator, sdpa, triton
+from fxopt.errors import FxoptWarning, LoweringError
 from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.decision import Decision
+from fxopt.ir.nodes import source
 from fxopt.ir.operators import overload
 from fxopt.lowering.measure import materialise, median_seconds
 from fxopt.lowering.versions import fingerprint
@@ -97,12 +100,13 @@ def _generated(
         refused["triton"] = reason or f"operands of several dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
         return []
     capability = torch.cuda.get_device_capability(q.device)
-    configs = triton.candidates(spec, q.shape[3], v.shape[3], q.dtype, capability)[:_CONFIGS_TRIED]
+    rows = _hint(q.shape[2]) if _has_hint(q.shape[2]) else None
+    configs = triton.candidates(spec, q.shape[3], v.shape[3], q.dtype, capability, rows)[:_CONFIGS_TRIED]
     target = torch.ops.fxopt.attention_forward.default
     return [Candidate(f"triton-{c}", "triton", target, (str(c), training), first=True) for c in configs]
 
 
-def choose(site: Node, training: bool, lower: str) -> tuple[Candidate, Decision]:
+def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tuple[Candidate, Decision]:
     """The candidate to run ``site``: forced by ``lower``, or the fastest on operands of the site's sizes and strides.
 
     Measured decisions are kept in the cache by specification, sizes (dynamic ones rounded up to a power of two),
@@ -110,7 +114,7 @@ def choose(site: Node, training: bool, lower: str) -> tuple[Candidate, Decision]
     """
     found, refused = candidates(site, training)
     if lower != "auto":
-        return _forced(site, found, refused, lower)
+        return _forced(site, found, refused, lower, strict)
     if len(found) == 1:
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         return found[0], Decision((site.name,), found[0].name, f"the only one that can serve ({why})")
@@ -129,12 +133,18 @@ def choose(site: Node, training: bool, lower: str) -> tuple[Candidate, Decision]
     return by_name[best], Decision((site.name,), best, source, seconds)
 
 
-def _forced(site: Node, found: list[Candidate], refused: dict[str, str], lower: str) -> tuple[Candidate, Decision]:
+def _forced(
+    site: Node, found: list[Candidate], refused: dict[str, str], lower: str, strict: bool
+) -> tuple[Candidate, Decision]:
     for candidate in found:
         if candidate.family == lower:
             return candidate, Decision((site.name,), candidate.name, f"forced by lower={lower!r}")
     why = "; ".join(f"{name}: {reason}" for name, reason in refused.items() if name.startswith(lower))
-    return found[-1], Decision((site.name,), found[-1].name, f"lower={lower!r} can't serve this site: {why}")
+    reason = f"lower={lower!r} can't serve this site: {why}"
+    if strict:
+        raise LoweringError(f"{reason} ({source(site)}); use lower='auto'")
+    warnings.warn(f"{reason}; it runs as {found[-1].name} ({source(site)})", FxoptWarning, stacklevel=4)
+    return found[-1], Decision((site.name,), found[-1].name, reason)
 
 
 def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
@@ -182,8 +192,11 @@ def _capture_nodes(site: Node) -> list[Node]:
 
 
 def _has_hints(site: Node) -> bool:
-    sizes = [size for x in _flat(site) for size in (*x.shape, *x.stride()) if isinstance(size, torch.SymInt)]
-    return all(size.node.has_hint() for size in sizes)
+    return all(_has_hint(size) for x in _flat(site) for size in (*x.shape, *x.stride()))
+
+
+def _has_hint(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or bool(size.node.has_hint())
 
 
 def _flat(site: Node) -> list[Tensor]:

@@ -17,21 +17,23 @@ from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
 
 
-def lower(program: Program, *, training: bool, option: str = "auto") -> tuple[Program, tuple[Decision, ...]]:
+def lower(
+    program: Program, *, training: bool, option: str = "auto", strict: bool = False
+) -> tuple[Program, tuple[Decision, ...]]:
     """A copy of ``program`` in which every site runs as decided, and the decisions.
 
     Canonical operators other than attention decompose into their reference, which the base compiler fuses.
     """
     lowered = program.copy()
     sites = lowered.graph.find_nodes(op="call_function", target=overload("attention"))
-    decisions = tuple(_lower_site(lowered, site, training, option) for site in sites)
+    decisions = tuple(_lower_site(lowered, site, training, option, strict) for site in sites)
     lowered.graph.lint()
     lowered.module.recompile()
     return lowered, decisions
 
 
-def _lower_site(program: Program, site: Node, training: bool, option: str) -> Decision:
-    candidate, decision = choose(site, training, option)
+def _lower_site(program: Program, site: Node, training: bool, option: str, strict: bool) -> Decision:
+    candidate, decision = choose(site, training, option, strict)
     if candidate.family == "aten":
         return decision
     new = _write(Builder(program, site, f"lower-{candidate.family}"), site, candidate)

@@ -152,12 +152,19 @@ def _replace(program: Program, node: Node, rule: Rule, spelling: str, bindings: 
         trace.miss(_rejected(rule, spelling, Rejection(f"the replacement would have {flaw}"), node, 0))
         return False
     covered = (node.name, *(n.name for n in builder.created))
-    name = operator_name(new) if new.op == "call_function" else new.name
+    name = _chief_operator(new, builder)
     site = Site(rule.kind, "rewritten", rule.name, f"{spelling} -> {name}", source(node), covered)
     node.replace_all_uses_with(new)
     erase_unused(program, node)
     trace.replacements.append(Replacement(rule.name, spelling, site, name))
     return True
+
+
+def _chief_operator(new: Node, builder: Builder) -> str:
+    """What a site became: the canonical operator among the new nodes, or else the last of them."""
+    names = [operator_name(node) for node in builder.created]
+    canonical = [name for name in names if name.startswith("fxopt.")]
+    return canonical[-1] if canonical else operator_name(new) if new.op == "call_function" else new.name
 
 
 def erase_unused(program: Program, node: Node) -> None:

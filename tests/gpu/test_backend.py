@@ -32,7 +32,8 @@ class SelfAttention(nn.Module):
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         scores = q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5 + self.bias
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        return self.out((weights @ v).transpose(1, 2).reshape(batch, length, width))
+        result: Tensor = self.out((weights @ v).transpose(1, 2).reshape(batch, length, width))
+        return result
 
 
 def build(dtype: torch.dtype) -> tuple[SelfAttention, Tensor]:

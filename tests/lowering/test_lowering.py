@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
 from fxopt import cache, driver
+from fxopt.errors import FxoptWarning, LoweringError
 from fxopt.frontend.export import from_export
 from fxopt.ir.program import Program
 from fxopt.lowering.attention import candidates
@@ -65,10 +66,14 @@ def test_a_score_that_is_not_linear_has_no_sdpa_and_says_why() -> None:
 
 
 def test_a_forced_lowering_that_cannot_serve_says_why() -> None:
-    _, (decision,) = lower(rewritten(plain, *operands(width=10)), training=False, option="sdpa")
+    narrow = rewritten(plain, *operands(width=10))
+    with pytest.warns(FxoptWarning, match="head dimensions 16 and 10"):
+        _, (decision,) = lower(narrow, training=False, option="sdpa")
     assert decision.chosen == "aten" and "head dimensions 16 and 10" in decision.reason
-    _, (decision,) = lower(rewritten(plain, *operands()), training=False, option="triton")
-    assert decision.chosen == "aten" and "CUDA" in decision.reason
+    with pytest.warns(FxoptWarning, match=r"CUDA.*runs as aten"):
+        lower(rewritten(plain, *operands()), training=False, option="triton")
+    with pytest.raises(LoweringError, match="use lower='auto'"):
+        lower(narrow, training=False, option="sdpa", strict=True)
 
 
 def test_decisions_are_cached_and_damage_is_ignored() -> None:

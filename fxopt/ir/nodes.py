@@ -102,11 +102,6 @@ def _readable(path: str) -> str:
     return ".".join(part for part in path.split(".") if part)
 
 
-def users(node: Node) -> tuple[Node, ...]:
-    """The nodes that read ``node``."""
-    return tuple(node.users)
-
-
 def has_effect(node: Node) -> bool:
     """Whether ``node`` does more than compute its value: mutation, mode switches, run-time assertions.
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from benchmarks.attention_cases import HEAD_DIMS, KINDS, LENGTHS, Case, peers
 from benchmarks.environment import environment
 from benchmarks.timing import Timing, interleave
-from fxopt.codegen.attention.config import Loads
 from fxopt.codegen.attention.operator import attention_forward
-from fxopt.codegen.attention.triton import candidates, read_config
+from fxopt.codegen.attention.portable.config import Loads
+from fxopt.codegen.attention.portable.kernel import candidates, read_config
 
 _ROWS: Final = 128
 #: Largest error of a bfloat16 attention of standard normal values: a few roundings of values up to about 4.

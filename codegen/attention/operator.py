@@ -17,8 +17,9 @@ from torch import Tensor
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward import gradients
-from fxopt.codegen.attention.config import padded
-from fxopt.codegen.attention.triton import KIND, objection, read_config, source
+from fxopt.codegen.attention.kernels import family, source
+from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.kernel import KIND, objection
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -60,7 +61,7 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     meaning = _checked(q, k, v, captures, spec)
     width = v.shape[3]
-    v = _widened(v, q.shape[3])
+    v = _widened(v, q.shape[3]) if family(config).pads_values else v
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
     out, lse = kernel.launch(q, k, v, captures, with_lse)
     return (out if v.shape[3] == width else reference.lay_out(meaning, out[..., :width])), lse
@@ -83,7 +84,7 @@ def module(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config:
 
 def source_of(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:
     """The source that ``attention_forward`` runs for printed ``spec`` and ``config``."""
-    return source(reference.specification(spec), head_dim, value_dim, dtype, read_config(config))
+    return source(reference.specification(spec), head_dim, value_dim, dtype, config)
 
 
 @attention_forward.register_fake

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from fxopt.codegen.expression import evaluate
@@ -160,8 +161,21 @@ def lay_out(spec: AttentionSpec, out_BHSE: Tensor) -> Tensor:
     out_BHSE = out_BHSE.to(spec.out_dtype)
     if spec.out_layout == "bhsd":
         return out_BHSE.contiguous()
+    out_BSHE = out_BHSE.transpose(1, 2)
+    if _is_dense(out_BSHE):
+        return out_BHSE
     # A clone, because a tensor with one row or head is contiguous whatever its strides are.
-    return out_BHSE.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return out_BSHE.clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the strides of ``x`` are, axis by axis, those of a new tensor of its shape."""
+    expected: int | torch.SymInt = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
 
 
 def empty_result(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> Tensor:

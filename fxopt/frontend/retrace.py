@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CaptureError
 
 _OPAQUE = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
+_IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow"})
 
 
 def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode | None) -> fx.GraphModule:
@@ -35,8 +36,9 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
         with preserve_node_meta():
             return fx.Interpreter(module).run(*args)
 
-    traced = _trace(interpret, inputs, fake_mode)
-    if any(_mutates(node) for node in traced.graph.nodes):
+    edits = any(_edits(node) for node in module.graph.nodes)
+    traced = None if edits else _trace(interpret, inputs, fake_mode)
+    if traced is None or any(_mutates(node) for node in traced.graph.nodes):
         _reject_vmap(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
     traced.graph.eliminate_dead_code()
@@ -47,6 +49,14 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
 def _trace(function: Callable[..., Any], inputs: Sequence[Any], fake_mode: FakeTensorMode | None) -> fx.GraphModule:
     with fake_mode or nullcontext(), enable_python_dispatcher():
         return make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+
+
+def _edits(node: fx.Node) -> bool:
+    """Whether a node of an untraced graph writes into a tensor, as far as its name tells; that saves a trace."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__")
+    return node.op == "call_function" and (name in _IN_PLACE or "out" in node.kwargs)
 
 
 def _mutates(node: fx.Node) -> bool:

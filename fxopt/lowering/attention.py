@@ -15,7 +15,8 @@ from torch.fx import Node
 
 from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
-from fxopt.codegen.attention import operator, sdpa, triton
+from fxopt.codegen.attention import kernels, operator, sdpa
+from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import FxoptWarning, LoweringError
 from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.decision import Decision
@@ -26,7 +27,6 @@ from fxopt.lowering.versions import fingerprint
 
 __all__ = ["Candidate", "candidates", "choose", "operator"]
 
-_CONFIGS_TRIED = 2
 #: Seconds this process spent building and timing candidates.
 MEASUREMENT_SECONDS = {"total": 0.0}
 
@@ -95,15 +95,22 @@ def _generated(
     if not all(isinstance(width, int) for width in widths):
         refused["triton"] = "the head dimension is dynamic"
         return []
-    reason = triton.objection(spec, q.shape[3], v.shape[3], q.dtype)
-    if reason is not None or not q.dtype == k.dtype == v.dtype:
-        refused["triton"] = reason or f"operands of several dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
+    if not q.dtype == k.dtype == v.dtype:
+        refused["triton"] = f"operands of several dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
         return []
-    capability = torch.cuda.get_device_capability(q.device)
-    rows = _hint(q.shape[2]) if _has_hint(q.shape[2]) else None
-    configs = triton.candidates(spec, q.shape[3], v.shape[3], q.dtype, capability, rows)[:_CONFIGS_TRIED]
+    configs, reasons = kernels.candidates(_problem(spec, q, k, v, training))
+    for prefix, reason in reasons.items():
+        refused[f"triton-{prefix}" if prefix else "triton"] = reason
     target = torch.ops.fxopt.attention_forward.default
-    return [Candidate(f"triton-{c}", "triton", target, (str(c), training), first=True) for c in configs]
+    return [Candidate(f"triton-{c}", "triton", target, (c, training), first=True) for c in configs]
+
+
+def _problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Problem:
+    batch, heads, rows = (_hint(size) if _has_hint(size) else None for size in q.shape[:3])
+    kv_heads, keys = (_hint(size) if _has_hint(size) else None for size in k.shape[1:3])
+    capability = torch.cuda.get_device_capability(q.device)
+    sizes = (batch, heads, kv_heads, rows, keys)
+    return Problem(spec, q.shape[3], v.shape[3], q.dtype, capability, *sizes, with_lse=training)
 
 
 def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tuple[Candidate, Decision]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fxopt.cache import import_source
-from fxopt.codegen.attention.config import padded
-from fxopt.codegen.attention.triton import KIND, Config, candidates, read_config, source
+from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.kernel import KIND, Config, candidates, read_config, source
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 

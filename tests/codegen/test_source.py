@@ -16,7 +16,7 @@ import torch
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention.interval import Bound, key_range
-from fxopt.codegen.attention.triton import KIND, Config, candidates, read_config, source
+from fxopt.codegen.attention.portable.kernel import KIND, Config, candidates, read_config, source
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.operator import attention_forward
-from fxopt.codegen.attention.triton import candidates
+from fxopt.codegen.attention.portable.kernel import candidates
 from fxopt.ir.attention import AttentionSpec
 from fxopt.testing import assert_within_budget, evaluate, oracle_gradients
 from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
-from fxopt.codegen.attention.triton import KIND, Config, read_config, source
+from fxopt.codegen.attention.portable.kernel import KIND, Config, read_config, source
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import ARITY, Expr, call, capture, const, parse
 from fxopt.testing import assert_within_budget

@@ -13,15 +13,16 @@ from typing import Final
 import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
-from fxopt.codegen.attention.config import Config, padded
 from fxopt.codegen.attention.distance import split_distances
 from fxopt.codegen.attention.interval import KeyRange, key_range
-from fxopt.codegen.attention.loops import Span, key_range_text, loop_spans
+from fxopt.codegen.attention.portable.config import Config, padded
+from fxopt.codegen.attention.portable.loops import Span, key_range_text, loop_spans
+from fxopt.codegen.attention.portable.template import ATTEND, HEADER, KERNEL, LAST, LAUNCH, LOOP, MAIN
+from fxopt.codegen.attention.portable.tiles import DESCRIBABLE, IMPORT, Tiles, wide
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.softmax import Exponent, exponent
-from fxopt.codegen.attention.template import ATTEND, HEADER, KERNEL, LAST, LAUNCH, LOOP, MAIN, fill, listing
-from fxopt.codegen.attention.tiles import DESCRIBABLE, IMPORT, Tiles, wide
 from fxopt.codegen.printing import emit, helpers
+from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import NAME_OF, AttentionSpec
 from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts
 

@@ -6,15 +6,20 @@ from typing import Final
 
 import torch
 
-from fxopt.codegen.attention.config import Config, fitting, read_config
-from fxopt.codegen.attention.source import KernelText
+from fxopt.codegen.attention.portable.config import Config, fitting, read_config
+from fxopt.codegen.attention.portable.source import KernelText
+from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
-__all__ = ["KIND", "Config", "candidates", "objection", "read_config", "source"]
+__all__ = [
+    "KIND", "Config", "candidates", "candidates_for", "objection", "objection_to", "read_config", "source",
+]  # fmt: skip
 
 #: The kind under which generated attention sources are kept in the cache.
 KIND: Final = "attention_triton"
+#: Configurations measured for a site.
+_TRIED: Final = 2
 _LARGEST_HEAD: Final = 256
 
 
@@ -30,6 +35,17 @@ def objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.d
     if wide or spec.out_dtype is torch.float64:
         return "float64 captures and results need float64 arithmetic, which the kernel does not have"
     return None
+
+
+def objection_to(problem: Problem) -> str | None:
+    """`objection` to a whole problem."""
+    return objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
+
+
+def candidates_for(problem: Problem) -> tuple[str, ...]:
+    """The printed configurations to measure for a problem."""
+    sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype, problem.capability, problem.rows)
+    return tuple(map(str, candidates(*sizes)[:_TRIED]))
 
 
 def candidates(

@@ -29,6 +29,12 @@ def tanh(x, FAST: tl.constexpr):
         y = tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
     return y
 ''',
+    "sigmoid": '''\
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), where the language has none of its own."""
+    return 1 / (1 + tl.exp(-x))
+''',
     "power": '''\
 @triton.jit
 def power(x, y):

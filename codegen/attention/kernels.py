@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from fxopt.codegen.attention.hopper import kernel as hopper
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
@@ -42,6 +43,7 @@ def _portable_source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: 
 
 #: By the prefix of their configurations, the most general one last.
 FAMILIES: Final[dict[str, Family]] = {
+    "hopper": Family(hopper.objection, hopper.candidates, hopper.source),
     "": Family(portable.objection_to, portable.candidates_for, _portable_source, pads_values=True),
 }
 

@@ -26,10 +26,10 @@ from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import NAME_OF, AttentionSpec
 from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts
 
-_KV_HEAD: Final = {"group": "h // (heads // kv_heads)", "tile": "h % kv_heads"}
-_KV_HEAD_MATHS: Final = {"group": "h // (H/G)", "tile": "h mod G"}
-_ORDER: Final = {"bhsd": "[B, H, S, E]", "bshd": "[B, S, H, E]"}
-_ALLOCATE: Final = {
+KV_HEAD: Final = {"group": "h // (heads // kv_heads)", "tile": "h % kv_heads"}
+KV_HEAD_MATHS: Final = {"group": "h // (H/G)", "tile": "h mod G"}
+ORDER: Final = {"bhsd": "[B, H, S, E]", "bshd": "[B, S, H, E]"}
+ALLOCATE: Final = {
     "bhsd": "torch.empty((batch, heads, rows, {width}), dtype={dtype}, device=q.device)",
     "bshd": "torch.empty((batch, rows, heads, {width}), dtype={dtype}, device=q.device).transpose(1, 2)",
 }
@@ -87,13 +87,13 @@ class KernelText:
             "config": str(self.config),
             "head_dim": str(self.head_dim),
             "value_dim": str(self.value_dim),
-            "kv_head_maths": _KV_HEAD_MATHS[spec.kv_map],
+            "kv_head_maths": KV_HEAD_MATHS[spec.kv_map],
             "score_maths": str(spec.score),
             "captures": "\n".join(c.description for c in self._captures),
             "kept": "" if spec.mask is None else f" with {spec.mask}",
             "empty": "NaN" if spec.empty_rows == "nan" else "0",
             "out_dtype": NAME_OF[spec.out_dtype],
-            "out_order": _ORDER[spec.out_layout],
+            "out_order": ORDER[spec.out_layout],
         }
 
     @property
@@ -168,7 +168,7 @@ class KernelText:
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in sizes) + "]",
             "kernel_parameters": listing((*self._pointers, *self._strides, *sizes, *constants), annotate=True),
             "row_block": "blocks - 1 - program % blocks" if ranged else "program % blocks",
-            "kv_head": _KV_HEAD[self.spec.kv_map],
+            "kv_head": KV_HEAD[self.spec.kv_map],
             "q_mask": f", mask={d_inside}, other=0.0" if d_inside else "",
             "tiles": self._tiles.bases,
             "capture_bases": "\n".join(c.base for c in self._captures),
@@ -214,8 +214,8 @@ class KernelText:
         tensors = ("q", *self._tiles.arguments, *names, "out", "lse")
         arguments = (*tensors, *strides, *captured, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
         return {
-            "allocate": _ALLOCATE[self.spec.out_layout].format(width=self.value_dim, dtype=self.spec.out_dtype),
-            "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else _unpacked(names),
+            "allocate": ALLOCATE[self.spec.out_layout].format(width=self.value_dim, dtype=self.spec.out_dtype),
+            "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else unpacked(names),
             "describe": self._tiles.describe(self.config.block_n, padded(self.head_dim), padded(self.value_dim)),
             "wide": wide(self._reaches),
             "block_m": str(self.config.block_m),
@@ -248,7 +248,8 @@ class KernelText:
         return f"{index} < {width}" if self._is_padded(width) else ""
 
 
-def _unpacked(names: Sequence[str]) -> str:
+def unpacked(names: Sequence[str]) -> str:
+    """The launcher's line that names several captured tensors; none where there are none."""
     return f"{', '.join(names)} = captures" if names else ""
 
 

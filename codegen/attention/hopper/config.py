@@ -1,0 +1,62 @@
+"""How a Hopper attention kernel is cut into blocks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from fxopt.errors import LoweringError
+
+PREFIX: Final = "hopper"
+_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)q(\d+)")
+#: Registers of a thread that multiplies, by the number of its groups; the loading group keeps 24.
+_REGISTERS: Final = {1: 240, 2: 240, 3: 160}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """``rows`` queries, 64 to a group of four warps, against ``keys`` keys at a time.
+
+    ``stages`` blocks of keys and of values are in flight, and ``queries`` tiles of queries (2: the next tile is loaded
+    while the result of the last one leaves). Prints as ``hopper:128x128s2q2``; `read_config` is the inverse.
+    """
+
+    rows: int
+    keys: int
+    stages: int
+    queries: int
+
+    def __post_init__(self) -> None:
+        if self.rows % 64 or self.groups not in _REGISTERS or self.keys not in (64, 128) or self.queries not in (1, 2):
+            raise LoweringError(
+                f"{self} is not a Hopper configuration: 64, 128 or 192 rows, 64 or 128 keys, 1 or 2 tiles"
+            )
+        if self.stages < 2:
+            raise LoweringError(f"{self} is not a Hopper configuration: it needs two stages or more")
+
+    def __str__(self) -> str:
+        return f"{PREFIX}:{self.rows}x{self.keys}s{self.stages}q{self.queries}"
+
+    @property
+    def groups(self) -> int:
+        """Groups of four warps that multiply."""
+        return self.rows // 64
+
+    @property
+    def registers(self) -> int:
+        """Registers of each of their threads."""
+        return _REGISTERS[self.groups]
+
+    def shared_bytes(self, width: int) -> int:
+        """Shared memory of tiles of two bytes an element with padded head dimension ``width``."""
+        return 2 * width * (self.queries * self.rows + 2 * self.stages * self.keys)
+
+
+def read_config(text: str) -> Config:
+    """Read what ``str(Config)`` printed; raises `LoweringError` on anything else."""
+    match = _TEXT.fullmatch(text)
+    if match is None:
+        raise LoweringError(f"not a Hopper configuration: {text!r}; an example is 'hopper:128x128s2q2'")
+    rows, keys, stages, queries = map(int, match.groups())
+    return Config(rows, keys, stages, queries)

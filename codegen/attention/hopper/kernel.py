@@ -1,0 +1,82 @@
+"""The Hopper kernel of an attention: TMA, wgmma and divided warps (Gluon); when it can serve, and its source.
+
+Shah et al., FlashAttention-3 (arXiv 2407.08608) describes the schedule: products of one block overlap the softmax of
+another.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Final
+
+import torch
+
+from fxopt.codegen.attention.hopper.config import Config, read_config
+from fxopt.codegen.attention.hopper.source import HopperText
+from fxopt.codegen.attention.portable import kernel as portable
+from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.problem import Problem
+from fxopt.errors import LoweringError
+from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.expression import J
+
+#: By padded head dimension, best first as measured on an H100.
+_CONFIGS: Final[dict[int, tuple[Config, ...]]] = {
+    64: (Config(128, 128, 3, 2), Config(192, 64, 4, 2)),
+    128: (Config(128, 128, 2, 2),),
+    256: (Config(128, 64, 2, 1),),
+}
+#: The same where each key has a number of its own beside its product, which takes registers: fewer keys at a time.
+_CONFIGS_BY_KEY: Final[dict[int, tuple[Config, ...]]] = {
+    64: (Config(128, 64, 4, 2),),
+    128: (Config(128, 64, 4, 2),),
+    256: (Config(128, 64, 2, 1),),
+}
+#: Fewer rows than this leave most of a tile idle.
+_FEWEST_ROWS: Final = 64
+_HALF: Final = (torch.bfloat16, torch.float16)
+
+
+def objection(problem: Problem) -> str | None:
+    """Why the kernel can't serve, as a sentence, or ``None`` when it can."""
+    if problem.capability != (9, 0):
+        return f"it needs compute capability 9.0, not {problem.capability[0]}.{problem.capability[1]}"
+    if find_spec("triton.experimental.gluon") is None:
+        return "this Triton has no Gluon"
+    if problem.rows is not None and problem.rows < _FEWEST_ROWS:
+        return f"it takes {_FEWEST_ROWS} rows at a time, and there are {problem.rows}"
+    return _objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
+
+
+def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
+    general = portable.objection(spec, head_dim, value_dim, dtype)
+    if general is not None:
+        return general
+    if dtype not in _HALF or spec.out_dtype is not dtype:
+        return f"inputs and results must be bfloat16 or float16 alike, not {dtype} and {spec.out_dtype}"
+    if head_dim % 8 or value_dim % 8 or padded(head_dim) != padded(value_dim) or padded(head_dim) not in _CONFIGS:
+        return f"head dimensions must be multiples of 8 from 40 that pad alike, not {head_dim} and {value_dim}"
+    planes = [n for n, c in enumerate(spec.captures) if c.dims[2] != "-" and c.dims[3] != "-"]
+    if planes:
+        return "a captured tensor varies with both row and key, which the portable kernel reads better"
+    return None
+
+
+def candidates(problem: Problem) -> tuple[str, ...]:
+    """The printed configurations to measure."""
+    spec = problem.spec
+    by_key = spec.score.reads(J) or any(c.dims[3] != "-" for c in spec.captures)
+    table = _CONFIGS_BY_KEY if by_key else _CONFIGS
+    return tuple(map(str, table[padded(problem.head_dim)]))
+
+
+def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:
+    """The source of the forward kernel: a module that defines ``launch(q, k, v, captures, with_lse)`` and runs alone.
+
+    Raises:
+        LoweringError: no kernel can be generated.
+    """
+    reason = _objection(spec, head_dim, value_dim, dtype)
+    if reason is not None:
+        raise LoweringError(f"no Hopper kernel for this attention: {reason} ({spec})")
+    return str(HopperText(spec, head_dim, value_dim, dtype, read_config(config)))

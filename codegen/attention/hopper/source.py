@@ -1,0 +1,254 @@
+"""From an attention specification to the source of its Hopper kernel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Final
+
+import torch
+
+from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.distance import split_distances
+from fxopt.codegen.attention.hopper.config import Config
+from fxopt.codegen.attention.hopper.template import (
+    ATTEND,
+    CONSUMER,
+    GROUP,
+    HEADER,
+    KERNEL,
+    LAUNCH,
+    LOOP,
+    PRODUCER,
+)
+from fxopt.codegen.attention.interval import KeyRange, is_uniform, key_range
+from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.loops import key_range_text
+from fxopt.codegen.attention.portable.source import ALLOCATE, KV_HEAD, KV_HEAD_MATHS, ORDER, unpacked
+from fxopt.codegen.attention.portable.template import MAIN
+from fxopt.codegen.attention.script import script_holes
+from fxopt.codegen.attention.softmax import Exponent, exponent
+from fxopt.codegen.printing import emit, helpers
+from fxopt.codegen.template import fill, listing
+from fxopt.ir.attention import NAME_OF, AttentionSpec
+from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts
+
+_ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)"}
+#: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
+_L2: Final = "32 * 2**20"
+_SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "group", "pairs", "tiles")
+_BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
+_TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
+_CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
+
+
+@dataclass(frozen=True)
+class HopperText:
+    """The source for one specification, pair of head dimensions, input dtype and configuration."""
+
+    spec: AttentionSpec
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    config: Config
+
+    def __str__(self) -> str:
+        holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
+        body = "".join(fill(part, holes) for part in (PRODUCER, ATTEND, CONSUMER, KERNEL))
+        devices = "".join(f"\n{_as_gluon(text)}\n" for text in helpers(body))
+        script = fill(MAIN, {**holes, **script_holes(self.spec, self.dtype)})
+        return fill(HEADER, holes) + devices + body + fill(LAUNCH, holes) + script
+
+    @cached_property
+    def _range(self) -> KeyRange:
+        return key_range(self.spec)
+
+    @cached_property
+    def _captures(self) -> tuple[CapturedTensor, ...]:
+        return captured_tensors(self.spec)
+
+    @cached_property
+    def _exponent(self) -> Exponent:
+        return exponent(self.spec, exact=False)
+
+    @property
+    def _ranged(self) -> bool:
+        """Whether late rows need more keys than early ones."""
+        return any(b.slope for b in self._range.side("upper"))
+
+    @cached_property
+    def _range_names(self) -> tuple[str, ...]:
+        """What the range of keys of a tile depends on."""
+        read = {str(leaf) for bound in self._range.bounds for leaf in bound.offset.walk() if not leaf.args}
+        captured = (c.name for c in self._captures if c.name in read)
+        return ("first", "last", *(name for name in ("b", "h", "Sq") if name in read), "Sk", *captured)
+
+    @property
+    def _description(self) -> dict[str, str]:
+        spec = self.spec
+        lower = bool(self._range.side("lower"))
+        return {
+            "version": version("fxopt"),
+            "spec": "\n".join(f"    {field}" for field in str(spec).split("; ")),
+            "config": str(self.config),
+            "consumers": str(self.config.groups),
+            "head_dim": str(self.head_dim),
+            "value_dim": str(self.value_dim),
+            "kv_head_maths": KV_HEAD_MATHS[spec.kv_map],
+            "score_maths": str(spec.score),
+            "captures": "\n".join(c.description for c in self._captures),
+            "kept": "" if spec.mask is None else f" with {spec.mask}",
+            "empty": "NaN" if spec.empty_rows == "nan" else "0",
+            "out_dtype": NAME_OF[spec.out_dtype],
+            "out_order": ORDER[spec.out_layout],
+            "row_block": "blocks - 1 - within // size" if self._ranged else "within // size",
+            "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
+            "key_range": _as_gluon(key_range_text(self._range, self._emit)),
+            "start_block": "start_block" if lower else "0",
+            "full_start": "full_start" if lower else "0",
+        }
+
+    @property
+    def _pointers(self) -> tuple[str, ...]:
+        """The captured tensors as the kernel takes them: addresses, strides, periods."""
+        found = [f"{c.name}_ptr" for c in self._captures]
+        found += [name for c in self._captures for name in (*c.strides, *c.period)]
+        return tuple(found)
+
+    @property
+    def _lists(self) -> dict[str, str]:
+        """Parameters and arguments of the functions."""
+        sources = ("q_source", "k_source", "v_source")
+        load = (*sources, *_TILES, *_BARRIERS, *self._pointers, *_SIZES)
+        multiply = ("out_target", "lse_ptr", *_TILES, *_BARRIERS, *self._pointers, *_SIZES)
+        kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *_CONSTANTS, "REGISTERS", "WITH_LSE")
+        ranged = (*self._range_names, "BLOCK_N")
+        groups = (("MEMBER", *multiply, *_CONSTANTS, "WITH_LSE"), (*multiply, *_CONSTANTS, "WITH_LSE"))
+        members = (
+            fill(GROUP, {"arguments": listing((str(n), *groups[1]))}).rstrip("\n") for n in range(self.config.groups)
+        )
+        unspecialized = (*_SIZES, *(p for c in self._captures for p in c.period))
+        return {
+            "load_parameters": _parameters((*load, *_CONSTANTS)),
+            "load_arguments": listing((*load, *_CONSTANTS)),
+            "multiply_parameters": _parameters(groups[0]),
+            "kernel_parameters": _parameters(kernel),
+            "range_arguments": listing(ranged),
+            "groups": "\n".join(members),
+            "unspecialized": "[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
+        }
+
+    @property
+    def _attend_names(self) -> tuple[str, ...]:
+        captures = (name for c in self._captures for name in c.attend_names)
+        expressions = [e for e in (self.spec.score, self.spec.mask) if e is not None]
+        read = {str(leaf.value) for e in expressions for leaf in e.walk() if leaf.op == "symbol"}
+        symbols = (name for name in ("b", "h", "i", "Sq") if name in read)
+        return ("total", "peak", *captures, *symbols, "Sk")
+
+    @property
+    def _attend(self) -> dict[str, str]:
+        """The holes of the block update."""
+        in_loop = "\n".join(c.load_in_loop for c in self._captures if c.in_loop)
+        shared = (*self._attend_names, "start")
+        state = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
+        constants = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS", "BOUNDED")
+        attend = ("s", *shared, "BLOCK_N", "BOUNDED", "SCORES")
+        return {
+            "attend_parameters": _parameters(attend),
+            "attend_arguments": listing(attend),
+            "advance_parameters": _parameters((*state, *shared, *constants)),
+            "first_arguments": listing(("s", *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES")),
+            "load_captures": _as_gluon(in_loop.replace("BOUNDED and not EVEN", "BOUNDED")),
+            "score": _as_gluon(self._score),
+            "widen": "" if self._exponent.inner.reads(S) else "x = gl.zeros_like(s) + x",
+            "masks": _as_gluon(self._masks),
+            "unit": _as_gluon(self._exponent.unit),
+            "exponent": self._exponent.text,
+            "scale": self._exponent.scale,
+        }
+
+    @property
+    def _score(self) -> str:
+        inner, captures = self._exponent.inner, self.spec.captures
+        # Two names beyond those of the captured tensors, which the emitter treats alike.
+        column, start = capture(len(captures)), capture(len(captures) + 1)
+        names = {str(column): "n[None, :].to(tl.float32)", str(start): "start"}
+        return emit(split_distances(inner, captures, column, start), names, (*self.spec.capture_kinds, "float", "int"))
+
+    @property
+    def _masks(self) -> str:
+        """The lines that set the logits outside the mask; full blocks leave out what bounds the keys."""
+        bounded = [f"    kept &= {self._emit(term)}" for term in conjuncts(self.spec.mask)]
+        lines = ["if BOUNDED:", "    kept = j < Sk", *bounded, '    x = tl.where(kept, x, float("-inf"))']
+        if self._range.rest:
+            lines += ["else:", f'    x = tl.where({self._emit(conjunction(self._range.rest))}, x, float("-inf"))']
+        return "\n".join(lines)
+
+    @property
+    def _consumer(self) -> dict[str, str]:
+        """The holes of the multiplying groups."""
+        factor = self._exponent.factor
+        spans = [("gl.maximum(full_stop, start)", True), ("gl.maximum(full_start, start)", False)]
+        spans += [("start", True)] * bool(self._range.side("lower"))
+        uniform = [c for c in self._captures if c.name in self._range_names and is_uniform(c.capture)]
+        wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
+        return {
+            "kv_head": KV_HEAD[self.spec.kv_map],
+            "range_captures": wide + _as_gluon("\n".join(c.base for c in uniform)),
+            "capture_bases": _as_gluon("\n".join(c.base for c in self._captures)),
+            "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
+            "inverse": _INVERSE[self.spec.empty_rows],
+            "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
+        }
+
+    def _loop(self, last: str, bounded: bool) -> str:
+        state = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
+        constants = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS", str(bounded))
+        arguments = listing((*state, *self._attend_names, "block * BLOCK_N", *constants))
+        return fill(LOOP, {"last": last, "arguments": arguments}).rstrip("\n")
+
+    @property
+    def _launch(self) -> dict[str, str]:
+        """The holes of the host side."""
+        names = [c.name for c in self._captures]
+        config, width = self.config, padded(self.head_dim)
+        values = [v for c in self._captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period))]
+        tensors = ("described(q, 64)", f"described(k, {config.keys})", f"described(v, {config.keys})")
+        sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "group", "pairs", "tiles")
+        constants = (config.rows, config.keys, width, config.stages, config.queries, config.groups, config.registers)
+        switches = [f"{n}={v}" for n, v in zip((*_CONSTANTS, "REGISTERS"), constants, strict=True)]
+        captured = (*names, *values)
+        arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *switches, "WITH_LSE=with_lse")
+        fitting = f"min(pairs, max(1, {_L2} // ({4 * width} * keys)))"
+        return {
+            "allocate": ALLOCATE[self.spec.out_layout].format(width=self.value_dim, dtype=self.spec.out_dtype),
+            "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else unpacked(names),
+            "width": str(width),
+            "element": _ELEMENT[self.dtype],
+            "rows": str(config.rows),
+            "group": fitting if self._ranged else "1",
+            "launch_arguments": listing((*arguments, "num_warps=4")),
+        }
+
+    def _emit(self, expr: Expr | None, names: Mapping[str, str] = MappingProxyType({})) -> str:
+        return "" if expr is None else emit(expr, names, self.spec.capture_kinds)
+
+
+def _parameters(names: Iterable[str]) -> str:
+    return listing(names, annotate=True).replace("tl.constexpr", "gl.constexpr")
+
+
+def _as_gluon(text: str) -> str:
+    """Text of Triton as text of Gluon, whose language module repeats most of its functions.
+
+    Inputs are of half precision, for which the hardware's tanh is accurate enough.
+    """
+    text = text.replace("FAST_TANH", "True")
+    text = re.sub(r"\btl\.(?!PropagateNan)", "gl.", text)
+    return text.replace("@triton.jit", "@gluon.jit").replace("gl.sigmoid(", "sigmoid(")

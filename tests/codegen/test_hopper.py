@@ -1,0 +1,150 @@
+"""Hopper kernels compiled for a GPU that need not be there: spills, shared memory, asynchronous products; refusals."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxopt.cache import import_source
+from fxopt.codegen.attention.hopper.config import Config, read_config
+from fxopt.codegen.attention.hopper.kernel import candidates, objection, source
+from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.problem import Problem
+from fxopt.errors import LoweringError
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import parse
+from tests.codegen.cases import EXPRESSIONS, SHAPES, specification
+from tests.codegen.test_compiled import stack_bytes
+
+triton = pytest.importorskip("triton")
+
+HALF = torch.bfloat16
+SHARED = 232_448
+POINTER = {torch.bool: "*i1", torch.int64: "*i64", torch.float32: "*fp32", HALF: "*bf16"}
+SPECS = {
+    "plain": AttentionSpec(parse("s * 0.125"), out_dtype=HALF),
+    "causal": AttentionSpec(parse("s * 0.125"), parse("j <= i"), out_dtype=HALF, out_layout="bshd"),
+    "softcap-window": AttentionSpec(
+        parse("50.0 * tanh(s * 0.125 / 50.0)"), parse("(j <= i) & (j > i - 1024)"), out_dtype=HALF
+    ),
+    "padding": AttentionSpec(
+        parse("s * 0.125"), parse("c0"), (Capture("b--j", torch.bool),), empty_rows="zero", out_dtype=HALF
+    ),
+    "alibi": AttentionSpec(
+        parse("s * 0.125 + c0 * float(j - i)"), parse("j <= i"), (Capture("-h--", torch.float32),), out_dtype=HALF
+    ),
+}
+CASES = [
+    ("plain", 64), ("plain", 128), ("plain", 256), ("causal", 64), ("causal", 80), ("causal", 128),
+    ("softcap-window", 128), ("padding", 128), ("alibi", 64), ("alibi", 128),
+]  # fmt: skip
+
+
+def problem(spec: AttentionSpec, width: int, **sizes: Any) -> Problem:
+    return dataclasses.replace(Problem(spec, width, width, HALF, (9, 0)), **sizes)
+
+
+def descriptor(rows: int, width: int) -> str:
+    from triton.experimental.gluon import language as gl
+
+    block = [1, 1, rows, width]
+    return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
+
+
+def compiled(spec: AttentionSpec, width: int, config: Config) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    text = source(spec, width, width, HALF, str(config))
+    kernel = import_source("attention_triton", text).attention_kernel
+    sizes = {"ROWS": config.rows, "BLOCK_N": config.keys, "WIDTH": padded(width), "STAGES": config.stages}
+    sizes |= {"QUERIES": config.queries, "GROUPS": config.groups, "REGISTERS": config.registers, "WITH_LSE": True}
+    rows = {"q_source": 64, "out_target": 64, "k_source": config.keys, "v_source": config.keys}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in rows:
+            signature[name] = descriptor(rows[name], padded(width))
+        elif name in sizes:
+            signature[name] = "constexpr"
+            constants[position,] = sizes[name]
+        else:
+            signature[name] = _type(name, spec)
+    text = GluonASTSource(kernel, signature, constants)
+    return triton.compile(text, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def _type(name: str, spec: AttentionSpec) -> str:
+    if not name.endswith("_ptr"):
+        return "i32"
+    return "*fp32" if name == "lse_ptr" else POINTER[spec.captures[int(name[1])].dtype]
+
+
+def disassembled(cubin: bytes, folder: Path) -> str:
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("name", "width"), CASES)
+def test_first_candidate_neither_spills_nor_waits_for_each_product(name: str, width: int, tmp_path: Path) -> None:
+    spec = SPECS[name]
+    config = read_config(candidates(problem(spec, width))[0])
+    kernel = compiled(spec, width, config)
+    assert kernel.metadata.shared <= SHARED
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+    text = disassembled(kernel.asm["cubin"], tmp_path)
+    # Where the assembler gives up overlapping products it waits after every one of them.
+    waits, products = len(re.findall(r"DEPBAR\.LE gsb", text)), len(re.findall("HGMMA", text))
+    assert products >= 3 * waits, (waits, products)
+    assert "UTMALDG" in text and "UTMASTG" in text
+    assert "setmaxnreg" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_source_is_deterministic_valid_python_or_refused_with_a_reason(name: str) -> None:
+    spec = specification(name, SHAPES["packed"], HALF)
+    asked = problem(spec, 80)
+    reason = objection(asked)
+    if reason is not None:
+        assert "row and key" in reason
+        with pytest.raises(LoweringError, match="row and key"):
+            source(spec, 80, 80, HALF, "hopper:128x128s2q2")
+        return
+    config = candidates(asked)[0]
+    text = source(spec, 80, 80, HALF, config)
+    assert text == source(specification(name, SHAPES["packed"], HALF), 80, 80, HALF, config)
+    assert str(spec.score) in (ast.get_docstring(ast.parse(text)) or "")
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_objections_say_why() -> None:
+    plain = SPECS["plain"]
+    assert "9.0" in str(objection(problem(plain, 128, capability=(8, 0))))
+    assert "rows at a time" in str(objection(problem(plain, 128, rows=1)))
+    assert "multiples of 8" in str(objection(problem(plain, 100)))
+    assert "pad alike" in str(objection(problem(plain, 128, value_dim=64)))
+    assert "alike" in str(objection(problem(plain, 128, dtype=torch.float32)))
+    wide = dataclasses.replace(plain, out_dtype=torch.float32)
+    assert "alike" in str(objection(problem(wide, 128)))
+    assert objection(problem(plain, 128)) is None
+
+
+@pytest.mark.parametrize("text", ["hopper:128x128", "hopper:100x128s2q2", "hopper:128x32s2q2", "hopper:128x128s1q2"])
+def test_bad_configurations_are_refused(text: str) -> None:
+    with pytest.raises(LoweringError):
+        read_config(text)
+
+
+def test_configurations_print_what_is_read() -> None:
+    assert str(read_config("hopper:192x128s3q2")) == "hopper:192x128s3q2"

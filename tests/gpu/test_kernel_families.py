@@ -1,0 +1,59 @@
+"""Every family of generated attention kernels on the GPU: each expression, shape and configuration it would try."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.kernels import FAMILIES
+from fxopt.codegen.attention.operator import attention_forward
+from fxopt.codegen.attention.problem import Problem
+from fxopt.ir.attention import AttentionSpec
+from fxopt.testing import assert_within_budget
+from tests.codegen.cases import EXPRESSIONS, Shape, specification
+from tests.gpu.test_attention_kernels import DTYPES, on_gpu
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "D64": Shape(64, 64, 200, 200, 2, "group", "bshd", heads=4),
+    "D64 packed": Shape(64, 64, 513, 513, 4, "group", "bshd", packed=True, heads=4),
+    "D128": Shape(128, 128, 300, 300, 1, "tile", "bhsd", heads=2),
+    "D128 cross": Shape(128, 128, 130, 333, 1, "group", "bhsd", heads=2),
+    "D80": Shape(80, 80, 129, 129, 2, "tile", "bshd", packed=True),
+    "D256": Shape(256, 256, 200, 200, 2, "group", "bshd"),
+}
+
+
+def problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Problem:
+    capability = torch.cuda.get_device_capability()
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2])
+    return Problem(spec, q.shape[3], v.shape[3], q.dtype, capability, *sizes)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", EXPRESSIONS)
+@pytest.mark.parametrize("prefix", [prefix for prefix in FAMILIES if prefix])
+def test_kernel_is_within_the_budget_of_eager(prefix: str, name: str, shape: str, dtype: str) -> None:
+    sizes = SHAPES[shape]
+    spec = specification(name, sizes, DTYPES[dtype])
+    (q, k, v), captures = on_gpu(name, sizes, spec, DTYPES[dtype])
+    asked = problem(spec, q, k, v)
+    reason = FAMILIES[prefix].objection(asked)
+    if reason is not None:
+        pytest.skip(reason)
+    wide = [c.double() if c.is_floating_point() else c for c in captures]
+    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
+    exact = reference.attention(q.double(), k.double(), v.double(), wide, wide_spec)
+    eager = reference.attention(q, k, v, captures, str(spec))
+    lse = torch.logsumexp(reference.logits(spec, q.double(), k.double(), wide), -1)
+    for config in FAMILIES[prefix].candidates(asked):
+        out, found = attention_forward(q, k, v, captures, str(spec), config, True)
+        assert_within_budget(out, eager, exact)
+        assert out.stride() == eager.stride()
+        torch.testing.assert_close(found.double(), lse, rtol=2e-2, atol=2e-2)

@@ -156,16 +156,16 @@ def _kept_scores(kind: Kind, operands: Operands, sizes: Sizes) -> tuple[float, f
 def exact_logits(kind: Kind, data: Data, scaled_ST: Tensor, b: int, h: int, rows: slice) -> tuple[Tensor, Tensor]:
     """Logits of some rows of one head in the dtype of ``scaled_ST``, and where a key is kept."""
     device = scaled_ST.device
-    index = [torch.tensor(n, device=device) for n in (b, h)]
+    batch, head = torch.tensor(b, device=device), torch.tensor(h, device=device)
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(scaled_ST.shape[1], device=device)
     # Vectors are widened, since products with them would round; larger tables are only added, which promotes them.
     wide = tuple(x.to(scaled_ST.dtype) if x.is_floating_point() and x.ndim == 1 else x for x in data)
     kept = torch.ones_like(scaled_ST, dtype=torch.bool)
     if kind.mask_mod is not None:
-        kept = kind.mask_mod(wide)(*index, i, j).expand_as(scaled_ST)
+        kept = kind.mask_mod(wide)(batch, head, i, j).expand_as(scaled_ST)
     if kind.score_mod is not None:
-        scaled_ST = kind.score_mod(wide)(scaled_ST, *index, i, j)
+        scaled_ST = kind.score_mod(wide)(scaled_ST, batch, head, i, j)
     return scaled_ST.masked_fill(~kept, -math.inf), kept
 
 

@@ -31,7 +31,7 @@ class Peer:
         if not self.backend:
             return _call(model)
         options: dict[str, Any] = dict(fxopt_options) if self.backend == "fxopt" else {}
-        if self.mode and options:
+        if self.backend == "fxopt" and self.mode:
             # torch.compile takes a mode or options, not both.
             return _call(torch.compile(model, backend=partial(fxopt_compile, mode=self.mode, options=options)))
         return _call(torch.compile(model, backend=self.backend, mode=self.mode, options=options or None))

@@ -50,10 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         print(*cases, sep="\n")
         return []
     settings, progress = _settings(options), Progress(options.time_limit)
-    publish = partial(_write, options.output, environment(settings.device), options)
+    facts = environment(settings.device)
+    publish = partial(_write, options.output, facts, options)
+    if not options.worker:
+        print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     if options.isolate and not options.worker:
         given = list(sys.argv[1:] if arguments is None else arguments)
-        results = supervise(given, cases, options.case_limit, progress, publish)
+        results = supervise(given, cases[options.start :], options.case_limit, progress, publish, start=options.start)
     else:
         results = _run(cases[options.start :], settings, progress, publish)
     if options.worker:

@@ -106,7 +106,7 @@ def _cap(data: Data) -> ScoreMod:
     return lambda s, b, h, i, j: CAP * torch.tanh(s / CAP)
 
 
-SOFTCAP: Final = Kind("softcap", score=f"{CAP} * tanh({{s}} / {CAP})", score_mod=_cap, query_scale=8.0)
+SOFTCAP: Final = Kind("softcap", score=f"{CAP} * tanh({{s}} / {CAP})", score_mod=_cap, query_scale=4.0)
 
 
 def _slopes(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Data:

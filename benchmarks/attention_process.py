@@ -37,15 +37,22 @@ def is_lost(device: torch.device) -> bool:
 
 
 def supervise(
-    arguments: Sequence[str], cases: Sequence[Case], case_limit: float, progress: Progress, publish: Publish
+    arguments: Sequence[str],
+    cases: Sequence[Case],
+    case_limit: float,
+    progress: Progress,
+    publish: Publish,
+    start: int = 0,
 ) -> list[Result]:
     """Run ``cases`` in workers called with ``arguments`` and return one result for each, in order.
 
-    ``publish`` is given all results whenever there are more.
+    ``start`` is the number of cases that ``arguments`` names before these. ``publish`` is given all results whenever
+    there are more.
     """
     results: list[Result] = []
     while len(results) < len(cases):
-        reason = _work(arguments, results, case_limit, progress, publish)
+        from_here = [*arguments, "--worker", "--start", str(start + len(results))]
+        reason = _work(from_here, results, case_limit, progress, publish)
         if reason and len(results) < len(cases):
             case = cases[len(results)]
             results.append(Result(str(case), case.group, case.unit, failures={"case": reason}))
@@ -61,8 +68,7 @@ def _work(
     first = len(results)
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "results.json"
-        command = [sys.executable, "-m", "benchmarks.attention", *arguments, "--worker", "--start", str(first)]
-        command += ["--output", str(output)]
+        command = [sys.executable, "-m", "benchmarks.attention", *arguments, "--output", str(output)]
         command += [] if progress.remaining is None else ["--time-limit", f"{progress.remaining:.1f}"]
         worker = subprocess.Popen(command)
         deadline = time.monotonic() + _START_SECONDS + case_limit

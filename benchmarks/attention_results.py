@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -108,7 +109,8 @@ def show(result: Result) -> None:
     for note, value in result.notes.items():
         print(f"  {note}: {value:.4g}")
     for name, reason in result.failures.items():
-        print(f"  {name:34} {reason}", flush=True)
+        print(f"  {name:34} {reason}")
+    sys.stdout.flush()
 
 
 def table(results: Iterable[Result]) -> Table:

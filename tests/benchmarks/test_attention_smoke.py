@@ -15,12 +15,13 @@ from benchmarks.attention_cases import Case, Probe
 from benchmarks.attention_goals import GOALS, judge
 from benchmarks.attention_groups import GROUPS
 from benchmarks.attention_kinds import PLAIN, Kind, Sizes, window
-from benchmarks.attention_measure import Settings, _error, measure
+from benchmarks.attention_measure import Settings, _configs, _error, measure
 from benchmarks.attention_peers import PEERS
 from benchmarks.attention_process import supervise
 from benchmarks.attention_results import Result, Verdict
 from benchmarks.progress import Progress
 from benchmarks.timing import Timing
+from fxopt.codegen.attention.kernels import source
 
 _CPU = torch.device("cpu")
 _SETTINGS = Settings(_CPU, torch.float32, rounds=1)
@@ -47,6 +48,16 @@ def test_attention_agrees_with_float64_for_every_candidate_of(case: Case) -> Non
     assert any(name.startswith("base ") for name in result.timings) == (case.baseline is not None)
     assert all(error < 1e-5 for error in result.errors.values())
     assert result.verdicts
+
+
+@pytest.mark.parametrize("case", _OF_EACH_KIND.values(), ids=list(_OF_EACH_KIND))
+def test_attention_has_a_kernel_to_time_for(case: Case) -> None:
+    operands = case.operands(_CPU, torch.bfloat16)
+    configs = _configs(case, replace(_SETTINGS, dtype=torch.bfloat16), operands)
+    for config in configs:
+        text = source(operands.spec, case.sizes.width, case.sizes.width, torch.bfloat16, config)
+        compile(text, config, "exec")
+    assert configs
 
 
 #: For every kind a specification that is wrong by a little.

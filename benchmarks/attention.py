@@ -4,7 +4,7 @@
     python -m benchmarks.attention --group forward --configs 128x64w8s3 128x64w4s3 --loads pointer tma
     python -m benchmarks.attention --device cpu --tiny --rounds 1
 
-bfloat16. Every candidate is checked against float64 on two heads before it is timed, and timed in turn with the others;
+bfloat16. Every candidate is checked against float64 on some heads, then timed in turn with the others;
 a candidate that fails is a row with its reason, and the others go on. Where the fastest takes less than 0.1 ms, CUDA
 graphs of all candidates are replayed. TFLOP/s count the scores that a mask keeps; "per computed FLOP" counts whole
 blocks of 64×64 scores. On a CPU nothing but right or wrong means anything: fxopt's specifications and the peers' masks

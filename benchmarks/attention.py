@@ -1,169 +1,138 @@
-"""Attention forward on one GPU: the generated Triton kernel beside SDPA and FlexAttention.
+"""Attention on one GPU: fxopt's generated kernels beside SDPA and FlexAttention, and the goals they are to reach.
 
-    python -m benchmarks.attention [--quick] [--case TEXT] [--output results.json]
-    python -m benchmarks.attention --configs 128x64w8s3 128x64w4s3 128x128w8s2r128 --loads pointer tma
+    python -m benchmarks.attention [--quick] [--isolate] [--group forward decode] [--case TEXT] [--output results.json]
+    python -m benchmarks.attention --group forward --configs 128x64w8s3 128x64w4s3 --loads pointer tma
+    python -m benchmarks.attention --device cpu --tiny --rounds 1
 
-bfloat16, 16k tokens, H = 2048/D. Every candidate is checked against float64 on a slice before it is timed, and timed in
-turn with the others. With ``--configs`` (or ``--configs all`` for fxopt's own list) the kernel's configurations are
-candidates too; ``--loads`` runs each of them with these kinds of loads instead of its own. A candidate that fails is a
-row with its error; the others go on.
+bfloat16. Every candidate is checked against float64 on some heads, then timed in turn with the others;
+a candidate that fails is a row with its reason, and the others go on. Where the fastest takes less than 0.1 ms, CUDA
+graphs of all candidates are replayed. TFLOP/s count the scores that a mask keeps; "per computed FLOP" counts whole
+blocks of 64×64 scores. On a CPU nothing but right or wrong means anything: fxopt's specifications and the peers' masks
+(FlexAttention and every kernel of SDPA are their unfused forms there).
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from rich.console import Console
 
-from benchmarks.attention_cases import HEAD_DIMS, KINDS, LENGTHS, Case, peers
+from benchmarks.attention_cases import Case
+from benchmarks.attention_groups import GROUPS
+from benchmarks.attention_measure import Settings, measure
+from benchmarks.attention_process import DEVICE_LOST, Publish, is_lost, supervise
+from benchmarks.attention_results import Result, show, table
 from benchmarks.environment import environment
-from benchmarks.timing import Timing, interleave
-from fxopt.codegen.attention.operator import attention_forward
+from benchmarks.progress import Progress
 from fxopt.codegen.attention.portable.config import Loads
-from fxopt.codegen.attention.portable.kernel import candidates, read_config
 
-_ROWS: Final = 128
-#: Largest error of a bfloat16 attention of standard normal values: a few roundings of values up to about 4.
-_TOLERANCE: Final = 4e-2
-Candidate = Callable[[], Tensor]
+_WIDTH = 170  # of the table where output goes to a file
 
 
-@dataclass
-class Result:
-    """One case: milliseconds and errors by candidate, and why the missing ones are missing."""
-
-    case: str
-    flops: float
-    timings: dict[str, Timing] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def teraflops(self, name: str) -> float:
-        """Rate of one candidate."""
-        return self.flops / self.timings[name].median_ms * 1e-9
-
-    def best(self, ours: bool) -> str | None:
-        """The fastest candidate among fxopt's own, or among its peers."""
-        names = [name for name in self.timings if name.startswith("fxopt") == ours]
-        return min(names, key=lambda name: self.timings[name].median_ms, default=None)
+def select(groups: Sequence[str], text: str = "", *, quick: bool = False, tiny: bool = False) -> list[Case]:
+    """The cases of ``groups`` whose name contains ``text``; with ``quick`` one size of each kind, and ``tiny`` ones."""
+    cases = (case for name, make in GROUPS.items() if name in groups for case in make(tiny))
+    return [case for case in cases if text in str(case) and (tiny or case.quick or not quick)]
 
 
-def measure(case: Case, configs: Sequence[str], loads: Sequence[Loads], rounds: int) -> Result:
-    """Build, check and time every candidate of one case."""
-    torch.manual_seed(0)
-    result = Result(str(case), case.flops)
-    q, k, v = case.tensors()
-    captures = case.captures()
-    runs = {f"fxopt {c}": _own(case, q, k, v, captures, c) for c in _chosen(case, configs, loads)}
-    try:
-        runs |= peers(case, q, k, v, captures)
-    except Exception as error:
-        result.failures["peers"] = _sentence(error)
-    sound = {name: run for name, run in runs.items() if _is_sound(name, run, case, (q, k, v, captures), result)}
-    if sound:
-        result.timings = interleave(sound, "cuda", rounds=rounds)
-    return result
+def main(arguments: Sequence[str] | None = None) -> list[Result]:
+    """Run the benchmark named by ``arguments`` (the command line's by default)."""
+    options = _parser().parse_args(arguments)
+    cases = select(options.group, options.case, quick=options.quick, tiny=options.tiny)
+    if options.list:
+        print(*cases, sep="\n")
+        return []
+    settings, progress = _settings(options), Progress(options.time_limit)
+    facts = environment(settings.device)
+    publish = partial(_write, options.output, facts, options)
+    if not options.worker:
+        print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    if options.isolate and not options.worker:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        results = supervise(given, cases[options.start :], options.case_limit, progress, publish, start=options.start)
+    else:
+        results = _run(cases[options.start :], settings, progress, publish)
+    if options.worker:
+        return results
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+    console.print(table(results), highlight=False)
+    progress.say(f"{len(results)} cases")
+    return results
 
 
-def _own(case: Case, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor], config: str) -> Candidate:
-    spec = str(case.spec)
-    return lambda: attention_forward(q, k, v, captures, spec, config, False)[0]
-
-
-def _chosen(case: Case, configs: Sequence[str], loads: Sequence[Loads]) -> list[str]:
-    capability = torch.cuda.get_device_capability()
-    own = candidates(case.spec, case.head_dim, case.head_dim, torch.bfloat16, capability, case.length)
-    chosen = own if list(configs) == ["all"] else [read_config(c) for c in configs] or own[:2]
-    kinds = [[replace(c, loads=how) for how in loads or (c.loads,)] for c in chosen]
-    return list(dict.fromkeys(str(c) for group in kinds for c in group))
-
-
-def _is_sound(
-    name: str, run: Candidate, case: Case, inputs: tuple[Tensor, Tensor, Tensor, list[Tensor]], result: Result
-) -> bool:
-    """Run once; the first and the last rows must agree with float64."""
-    try:
-        out = run()
-        errors = [
-            (out[0, -1, rows].double() - case.exact(*inputs, rows)).abs().max().item()
-            for rows in (slice(0, _ROWS), slice(case.length - _ROWS, case.length))
-        ]
-    except Exception as error:
-        result.failures[name] = _sentence(error)
-        return False
-    result.errors[name] = max(errors)
-    # A NaN compares false.
-    if max(errors) < _TOLERANCE and not any(e != e for e in errors):  # noqa: PLR0124
-        return True
-    result.failures[name] = f"wrong: error {max(errors):.3g}"
-    return False
-
-
-def _sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
-
-
-def show(result: Result) -> None:
-    """Print one case: TFLOP/s of every candidate, and the ratio of fxopt's best to the best peer."""
-    ours, peer = result.best(ours=True), result.best(ours=False)
-    ratio = f"{result.teraflops(ours) / result.teraflops(peer):.2f}x {peer}" if ours and peer else "no comparison"
-    flex = (
-        f", {result.teraflops(ours) / result.teraflops('flex'):.2f}x flex" if ours and "flex" in result.timings else ""
-    )
-    print(f"\n{result.case}: {ratio}{flex}")
-    for name in sorted(result.timings, key=lambda n: result.timings[n].median_ms):
-        timing = result.timings[name]
-        print(
-            f"  {name:22} {result.teraflops(name):7.1f} TFLOP/s  {timing.median_ms:8.4f} ms"
-            f"  ±{timing.spread:4.0%}  error {result.errors[name]:.1e}"
-        )
-    for name, reason in result.failures.items():
-        print(f"  {name:22} {reason}", flush=True)
-
-
-def select(quick: bool, text: str) -> list[Case]:
-    """The cases to run: all, those of N = 2048 when ``quick``, only those whose name contains ``text``."""
-    lengths = (2048,) if quick else LENGTHS
-    cases = [Case(kind, d, n) for d in HEAD_DIMS for n in lengths for kind in KINDS]
-    return [case for case in cases if text in str(case)]
-
-
-def main() -> None:
-    """Parse the command line, run the cases, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only N = 2048, fewer rounds")
-    parser.add_argument("--case", default="", help="only cases whose name contains this, such as 'causal D64'")
-    parser.add_argument("--configs", nargs="*", default=[], help="configurations to time, or 'all' of fxopt's own")
-    parser.add_argument("--loads", nargs="*", default=[], choices=get_args(Loads), help="read keys and values so")
-    parser.add_argument("--rounds", type=int, default=0, help="samples per candidate (default 30, quick 10)")
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.attention needs an NVIDIA GPU; torch sees none")
-    facts = environment("cuda")
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    rounds = options.rounds or (10 if options.quick else 30)
+def _run(cases: list[Case], settings: Settings, progress: Progress, publish: Publish) -> list[Result]:
     results: list[Result] = []
-    for case in select(options.quick, options.case):
-        try:
-            results.append(measure(case, options.configs, options.loads, rounds))
-        except Exception as error:
-            results.append(Result(str(case), case.flops, failures={"case": _sentence(error)}))
+    for case in cases:
+        skipped = Result(str(case), case.group, case.unit, failures={"case": "skipped: the time limit is reached"})
+        results.append(skipped if progress.expired else measure(case, settings))
         show(results[-1])
-        gc.collect()
-        torch.cuda.empty_cache()
-        if options.output:
-            options.output.write_text(
-                json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1)
-            )
+        publish(results)
+        if is_lost(settings.device):
+            progress.say("the device is lost to this process; nothing more can run in it (--isolate goes on)")
+            sys.exit(DEVICE_LOST)
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--list", action="store_true", help="print the cases and stop")
+    add("--group", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    add("--case", default="", help="only cases whose name contains this, such as 'causal D64'")
+    add("--quick", action="store_true", help="one size of each kind, fewer rounds")
+    add("--tiny", action="store_true", help="tiny sizes, to check every case")
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="the CPU has tiny cases only")
+    add("--configs", nargs="*", default=[], help="configurations to time, or 'all' of fxopt's own")
+    add("--loads", nargs="*", default=[], choices=get_args(Loads), help="portable kernels read keys and values so")
+    add("--rounds", type=int, default=0, help="samples per candidate (default 30, quick 10)")
+    add("--kernels", action="store_true", help="record the longest GPU kernels of every candidate")
+    add("--time-limit", type=float, metavar="SECONDS", help="start no further case after this time")
+    add("--isolate", action="store_true", help="in a process that is replaced when a case crashes it or hangs")
+    add(
+        "--case-limit",
+        type=float,
+        default=150.0,
+        metavar="SECONDS",
+        help="with --isolate: a case hangs after this time",
+    )
+    add("--start", type=int, default=0, metavar="N", help="leave the first N cases out")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--output", type=Path, help="where to write the results as JSON, after every case")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks.attention needs an NVIDIA GPU (torch sees none), or --device cpu --tiny")
+    if device.type == "cpu" and not options.tiny:
+        raise SystemExit("--device cpu checks tiny cases only; add --tiny")
+    return Settings(
+        device=device,
+        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        rounds=options.rounds or (10 if options.quick else 30),
+        configs=options.configs,
+        loads=options.loads,
+        kernels=options.kernels and device.type == "cuda",
+    )
+
+
+def _write(path: Path | None, facts: dict[str, str], options: argparse.Namespace, results: list[Result]) -> None:
+    """Replace the output by what is known so far; a reader never sees half a file."""
+    if path is None:
+        return
+    asked: dict[str, Any] = {name: str(value) for name, value in vars(options).items() if value}
+    document = {"environment": facts, "options": asked, "results": [result.to_json() for result in results]}
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(document, indent=1) + "\n")
+    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Case:
         vocabulary = self._configuration(quick)["vocab_size"]
         tokens = {"input_ids": torch.randint(2, vocabulary, (batch, length), generator=generator)}
         if self.inputs == "padded":
-            tokens["attention_mask"] = _padding_mask(batch, length, generator)
+            tokens["attention_mask"] = padding_mask(batch, length, generator)
         return {name: tensor.to(device) for name, tensor in tokens.items()}
 
     def _configuration(self, quick: bool) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Case:
         return timm.create_model(self.timm, pretrained=False, **self.timm_settings)
 
 
-def _padding_mask(batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+def padding_mask(batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
     """Right padding ``[B, N]`` of 0/1: log-normal lengths as sentences have them, the longest filling its row."""
     lengths_B = (torch.randn(batch, generator=generator) * 0.6 + math.log(0.55 * length)).exp().round().long()
     lengths_B = lengths_B.clamp(min=min(8, length), max=length)

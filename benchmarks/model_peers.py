@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import torch
+
+from fxopt.backend import compile as fxopt_compile
 
 Forward = Callable[..., Any]
 
@@ -28,6 +31,9 @@ class Peer:
         if not self.backend:
             return _call(model)
         options: dict[str, Any] = dict(fxopt_options) if self.backend == "fxopt" else {}
+        if self.backend == "fxopt" and self.mode:
+            # torch.compile takes a mode or options, not both.
+            return _call(torch.compile(model, backend=partial(fxopt_compile, mode=self.mode, options=options)))
         return _call(torch.compile(model, backend=self.backend, mode=self.mode, options=options or None))
 
 
@@ -40,8 +46,11 @@ PEERS: dict[str, Peer] = {
         Peer("reduce-overhead", "inductor", "reduce-overhead"),
         Peer("flex", "inductor", attention="flex_attention"),
         Peer("max-autotune", "inductor", "max-autotune"),
+        Peer("fxopt-max-autotune", "fxopt", "max-autotune"),
     )
 }
+#: The peers that compile for minutes: they run where they are asked for.
+SLOW_PEERS: Final = ("max-autotune", "fxopt-max-autotune")
 
 
 def main_output(output: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.model_accuracy import Error
+from benchmarks.model_peers import PEERS
 from benchmarks.timing import Timing
 
 _ERROR_LIMIT = 4.0  # times eager's own relative error: beyond it a peer's result counts as wrong
@@ -82,7 +83,7 @@ def judge(result: CaseResult) -> None:
         for name, peer in result.peers.items()
         if peer.timing is not None and peer.status == "ok"
     }
-    others = {name: median for name, median in medians.items() if name != "fxopt"}
+    others = {name: median for name, median in medians.items() if PEERS[name].backend != "fxopt"}
     result.best_peer = min(others, key=others.__getitem__, default="")
     if others and "fxopt" in medians:
         result.speedup = others[result.best_peer] / medians["fxopt"]

@@ -12,6 +12,9 @@ import torch
 from benchmarks import models
 from benchmarks.model_accuracy import Reference, compare
 from benchmarks.model_cases import CASES
+from benchmarks.model_peers import PEERS, SLOW_PEERS
+from benchmarks.model_results import CaseResult, PeerResult, judge
+from benchmarks.timing import Timing
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -67,6 +70,37 @@ def test_models_skips_and_says_so_after_the_time_limit(tmp_path: Path, capsys: p
     assert status == 0
     assert [result["peers"]["eager"]["status"] for result in results.values()] == ["skipped", "skipped"]
     assert "llama: skipped, the time limit is reached" in capsys.readouterr().out
+
+
+def test_models_judges_fxopt_by_the_fastest_peer_that_is_not_fxopt() -> None:
+    medians = {"eager": 4.0, "inductor": 3.0, "fxopt": 2.0, "fxopt-max-autotune": 1.0}
+    peers = {name: PeerResult(timing=Timing(ms, ms, ms, 1, 1)) for name, ms in medians.items()}
+    result = CaseResult("bert", "a model", peers=peers)
+    judge(result)
+    assert (result.best_peer, result.speedup) == ("inductor", 1.5)
+
+
+def test_models_gives_the_mode_to_fxopt_with_and_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str | None, object]] = []
+
+    def backend(module: Any, inputs: Any, *, mode: str | None = None, options: object = None) -> Any:
+        seen.append((mode, options))
+        return module.forward
+
+    monkeypatch.setattr("benchmarks.model_peers.fxopt_compile", backend)
+    peer = PEERS["fxopt-max-autotune"]
+    assert peer.mode == "max-autotune"
+    for options in ({}, {"base": "eager"}):
+        torch._dynamo.reset()
+        peer.compile(lambda x: x + 1, options)(x=torch.ones(1))
+    torch._dynamo.reset()
+    assert seen == [("max-autotune", {}), ("max-autotune", {"base": "eager"})]
+
+
+def test_models_runs_slow_peers_only_where_they_are_asked_for() -> None:
+    standard = models._parser().parse_args([]).peers
+    assert {*standard, *SLOW_PEERS} == {*PEERS}
+    assert not {*standard} & {*SLOW_PEERS}
 
 
 @pytest.mark.parametrize("name", CASES)

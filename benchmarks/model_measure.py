@@ -111,7 +111,7 @@ def _first_calls(bench: _Bench, peer: Peer, directory: Path) -> Forward | None:
         bench.progress.say(f"{bench.case.name}: {peer.name} skipped, the time limit is reached")
         return None
     try:
-        with _caches(directory / peer.name, keep=bench.settings.keep_caches or not peer.backend):
+        with _caches(directory / (peer.kernels_of or peer.name), keep=bench.settings.keep_caches or not peer.backend):
             forward = _compiled(bench, peer, outcome)
             for _ in range(_WARM_UP_CALLS):
                 forward(**bench.timed)
@@ -167,7 +167,7 @@ def _caches(directory: Path, *, keep: bool) -> Any:
         return contextlib.nullcontext()
     from torch._inductor.utils import fresh_cache
 
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     return fresh_cache(dir=str(directory), delete=False)
 
 

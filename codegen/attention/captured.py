@@ -85,7 +85,7 @@ class CapturedTensor:
         return [(extents[a][0], f"{self.name}.stride({extents[a][1]})") for a in self.axes if a in extents]
 
     def head_address(self, periodic: str = "b_wide") -> str:
-        """The address of what it holds for the batch entry ``b_wide``, of a periodic one ``periodic``, and ``h_wide``."""
+        """The address of what it holds for batch entry ``b_wide`` (``periodic`` where it is so) and head ``h_wide``."""
         terms = [f"{self.name}_ptr"]
         factors = {"b": "b_wide", "h": "h_wide", "p": f"({periodic} % {self.name}_period)"}
         for letter, axis in zip(self.capture.dims[:2], "bh", strict=True):

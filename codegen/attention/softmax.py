@@ -51,7 +51,7 @@ def exponent(spec: AttentionSpec, exact: bool) -> Exponent:
 
 
 def row_maximum(logits: str, width: str, keys: int) -> str:
-    """The largest of each row of ``logits``, ``keys`` wide (``width`` in the text), by several chains of comparisons."""
+    """The largest of each row of ``logits``, ``keys`` wide (``width`` as text), by several chains of comparisons."""
     chains = min(4, keys // 8)
     return f"tl.max(tl.max(tl.reshape({logits}, [{logits}.shape[0], {chains}, {width} // {chains}]), 1), 1)"
 

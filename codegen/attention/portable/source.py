@@ -14,8 +14,16 @@ import torch
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.distance import split_distances
 from fxopt.codegen.attention.frame import (
-    AXIS, HEADER, KV_HEAD, MAIN, STRIDES, allocation, both, description, unpacked,
-)  # fmt: skip
+    AXIS,
+    HEADER,
+    KV_HEAD,
+    MAIN,
+    STRIDES,
+    allocation,
+    both,
+    description,
+    unpacked,
+)
 from fxopt.codegen.attention.interval import KeyRange, key_range
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.codegen.attention.portable.loops import Span, key_range_text, loop_spans

@@ -31,9 +31,11 @@ _SHARED_DEFAULT: Final = 101_376
 _REGISTERS: Final = 65_536
 #: Registers of a thread besides its logits and results, and for each further piece of keys, as compiled.
 _OTHER_REGISTERS: Final = 40
-_PIECE_REGISTERS: Final = 16
+_PIECE_REGISTERS: Final = {"batch": 24, "rows": 16}
+#: Registers of addresses, where keys and values are read in each step and not ahead.
+_ADDRESS_REGISTERS: Final = 8
 #: The most expected registers that compile without spilling, by wgmma and by older instructions.
-_MOST_REGISTERS: Final = {True: 250, False: 225}
+_MOST_REGISTERS: Final = {True: 248, False: 225}
 #: Keys of float32, whose products take registers for both operands.
 _MOST_SINGLE: Final = 64
 #: Rows and warps of a block: 16 rows a warp.
@@ -133,7 +135,9 @@ def registers(config: Config, sizes: Sizes) -> int:
     logits = config.rows * config.keys // (32 * config.warps)
     results = config.rows * sizes.value_dim // (32 * config.warps)
     kept = logits if config.walk == "batch" and sizes.tiles[0] else 0
-    others = _OTHER_REGISTERS + _PIECE_REGISTERS * (len(config.pieces) - 1)
+    others = _OTHER_REGISTERS + _PIECE_REGISTERS[config.walk] * (len(config.pieces) - 1)
+    if config.walk == "batch" and config.stages == 1:
+        others += _ADDRESS_REGISTERS
     return others + logits * 5 // 4 + results + kept
 
 

@@ -161,7 +161,7 @@ class KernelText:
         quotient = "acc / total[:, None]" if self._exact else "acc * (1.0 / total)[:, None]"
         zeroed = f"tl.where(total[:, None] == 0, 0.0, {quotient})"
         return {
-            "peak": _nested("maximum", [self._row_maximum(n) for n in self._pieces]),
+            "peak": "\n".join(self._peak(n) for n in self._pieces),
             "unit": self._exponent.unit,
             "weights": "\n".join(weights),
             "total": total,
@@ -171,11 +171,12 @@ class KernelText:
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
 
-    def _row_maximum(self, n: int) -> str:
+    def _peak(self, n: int) -> str:
+        """The largest logit of each row, up to the ``n``-th piece."""
         size = self.config.pieces[n]
-        if self._exact or self.config.rows < 16 * self.config.warps or size < 32:
-            return f"tl.max(x_{n}, 1)"
-        return row_maximum(f"x_{n}", str(size), size)
+        plain = self._exact or self.config.rows < 16 * self.config.warps or size < 32
+        largest = f"tl.max(x_{n}, 1)" if plain else row_maximum(f"x_{n}", str(size), size)
+        return f"peak = tl.maximum(peak, {largest})" if n else f"peak = {largest}"
 
     def _product(self, n: int) -> str:
         onto = ", acc" if n else ""
@@ -239,10 +240,3 @@ class KernelText:
         names = {"s": f"s_{n}", "j": f"j_{n}", str(capture(len(self._captures))): f"fixed_{n}"}
         names |= {c.name: f"{c.name}_{n}" for c in self._captures if c.in_loop}
         return emit(expr, names, (*self.spec.capture_kinds, "float"))
-
-
-def _nested(function: str, texts: Sequence[str]) -> str:
-    text = texts[0]
-    for other in texts[1:]:
-        text = f"tl.{function}({text}, {other})"
-    return text

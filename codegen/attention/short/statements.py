@@ -55,8 +55,8 @@ def queries_and_keys(config: Config, head_dim: int) -> Iterator[Statement]:
     yield Statement("b", "k_base = k_ptr + b_wide * k_stride_b + g_wide * k_stride_h")
     for n in range(len(config.pieces)):
         kept = both(f"j_{n} < Sk", inside("d[:, None]", head_dim))
-        tile = f"n_{n}[None, :] * k_stride_j + d[:, None] * k_stride_d"
-        yield Statement("b", f"k_{n} = tl.load(k_base + ({tile}), mask={kept}, other=0.0)")
+        yield Statement("", f"k_{n}_tile = n_{n}[None, :] * k_stride_j + d[:, None] * k_stride_d")
+        yield Statement("b", f"k_{n} = tl.load(k_base + k_{n}_tile, mask={kept}, other=0.0)")
 
 
 def values(config: Config, value_dim: int) -> Iterator[Statement]:
@@ -64,8 +64,8 @@ def values(config: Config, value_dim: int) -> Iterator[Statement]:
     yield Statement("b", "v_base = v_ptr + b_wide * v_stride_b + g_wide * v_stride_h")
     for n in range(len(config.pieces)):
         kept = both(f"n_{n}[:, None] < Sk", inside("e[None, :]", value_dim))
-        tile = f"n_{n}[:, None] * v_stride_j + e[None, :] * v_stride_e"
-        yield Statement("b", f"v_{n} = tl.load(v_base + ({tile}), mask={kept}, other=0.0)")
+        yield Statement("", f"v_{n}_tile = n_{n}[:, None] * v_stride_j + e[None, :] * v_stride_e")
+        yield Statement("b", f"v_{n} = tl.load(v_base + v_{n}_tile, mask={kept}, other=0.0)")
 
 
 def captured(tensor: CapturedTensor, config: Config) -> Iterator[Statement]:
@@ -77,14 +77,19 @@ def captured(tensor: CapturedTensor, config: Config) -> Iterator[Statement]:
     row = f"offset * {name}_stride_i"
     if "i" in tensor.axes:
         base += f" + first_wide * {name}_stride_i"
-    if not tensor.in_loop:
-        yield Statement(axes, f"{name} = {tensor.load(f'{base} + {row}' if 'i' in tensor.axes else base)}")
-        return
     yield Statement(axes, f"{name}_base = {base}")
+    if not tensor.in_loop:
+        yield Statement(
+            axes, f"{name} = {tensor.load(f'{name}_base + {row}' if 'i' in tensor.axes else f'{name}_base')}"
+        )
+        return
     for n in range(len(config.pieces)):
         key = f"n_{n}[None, :] * {name}_stride_j"
         tile = f"{row} + {key}" if "i" in tensor.axes else key
-        yield Statement(axes, f"{name}_{n} = {tensor.load(f'{name}_base + ({tile})', f', mask=j_{n} < Sk, other=0')}")
+        yield Statement(axes.replace("b", ""), f"{name}_{n}_tile = {tile}")
+        yield Statement(
+            axes, f"{name}_{n} = {tensor.load(f'{name}_base + {name}_{n}_tile', f', mask=j_{n} < Sk, other=0')}"
+        )
 
 
 def captured_axes(dims: str, config: Config) -> str:

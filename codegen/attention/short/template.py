@@ -54,7 +54,7 @@ b = program // parts // heads""",
 LOOP: Final = {"batch": "b in range(first_b, last_b, stride)", "rows": "first in range(begin, end, BLOCK_M)"}
 
 SOFTMAX: Final = """\
-peak = $peak
+$peak
 # A row without keys has no maximum to subtract.
 shift = tl.where(peak == float("-inf"), 0.0, peak)
 $unit

@@ -17,7 +17,7 @@ from fxopt.ir.attention import AttentionSpec
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, specification
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered.*:RuntimeWarning")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 #: Sizes and configuration; five batch entries, which neither the steps nor the period of two divide.
 CASES = {

@@ -12,7 +12,7 @@ that all multiprocessors are filled.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final
 
@@ -29,13 +29,13 @@ _MULTIPROCESSORS: Final = {(8, 0): 108, (9, 0): 132, (10, 0): 148, (10, 3): 148}
 _SHARED: Final = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448}
 _SHARED_DEFAULT: Final = 101_376
 _REGISTERS: Final = 65_536
-#: Registers of a thread besides its logits and results, and for each further piece of keys, as compiled.
-_OTHER_REGISTERS: Final = 40
+#: Registers of a thread, as compiled: besides its logits and results; for each further piece of keys; for operands that
+#: products don't take from shared memory, as wgmma does.
+_OTHER_REGISTERS: Final = 16
 _PIECE_REGISTERS: Final = {"batch": 24, "rows": 16}
-#: Registers of addresses, where keys and values are read in each step and not ahead.
-_ADDRESS_REGISTERS: Final = 8
-#: The most expected registers that compile without spilling, by wgmma and by older instructions.
-_MOST_REGISTERS: Final = {True: 248, False: 225}
+_OPERAND_REGISTERS: Final = 36
+#: The most expected registers that compile without spilling.
+_MOST_REGISTERS: Final = 239
 #: Keys of float32, whose products take registers for both operands.
 _MOST_SINGLE: Final = 64
 #: Rows and warps of a block: 16 rows a warp.
@@ -48,7 +48,7 @@ _LATENCY: Final = {1: 2200, 2: 1200}
 _PER_LOGIT: Final = 0.1
 _PER_ELEMENT: Final = 0.02
 _STEPS: Final = (1, 2, 4, 8, 16)
-_WALKS: Final[tuple[tuple[Walk, int], ...]] = (("batch", 1), ("batch", 2), ("rows", 1))
+_WALKS: Final[tuple[tuple[Walk, int], ...]] = (("batch", 1), ("batch", 2), ("rows", 1), ("rows", 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,10 @@ class Sizes:
         batch, heads, rows: as launched.
         head_dim, value_dim: padded.
         itemsize: bytes of an operand's element.
-        tiles: captured tensors that vary with both row and key: those that all batch entries of a step's lane share,
-            and the others.
+        tiles: captured tensors that vary with both row and key: those that all steps along the batch share, and the
+            others.
+        masked: whether keys are left out one by one.
+        capability: of the device.
     """
 
     batch: int
@@ -70,6 +72,8 @@ class Sizes:
     value_dim: int
     itemsize: int
     tiles: tuple[int, int]
+    masked: bool
+    capability: tuple[int, int]
 
 
 def ordered(problem: Problem) -> tuple[Config, ...]:
@@ -77,7 +81,7 @@ def ordered(problem: Problem) -> tuple[Config, ...]:
     if problem.keys is None or not 0 < problem.keys <= LONGEST:
         return ()
     sizes = _sizes(problem)
-    shapes = [(c, _cost(c, sizes, problem.capability)) for c in _shapes(problem)]
+    shapes = [(c, _cost(c, sizes)) for c in _shapes(problem)]
     shapes.sort(key=lambda pair: pair[1])
     best: dict[tuple[object, ...], Config] = {}
     for config, _ in shapes:
@@ -95,6 +99,8 @@ def _sizes(problem: Problem) -> Sizes:
         padded(problem.value_dim),
         problem.dtype.itemsize,
         (sum(letter != "b" for letter in tiles), tiles.count("b")),
+        problem.spec.mask is not None,
+        problem.capability,
     )
 
 
@@ -105,19 +111,26 @@ def _shapes(problem: Problem) -> Iterator[Config]:
     if exact and (problem.keys or 1) > _MOST_SINGLE:
         return
     pieces = cut(problem.keys or 1, 32 if exact else LONGEST)
-    blocks = _BLOCKS_SINGLE if exact else _BLOCKS
     # Reductions of larger blocks spill where the products' results lie in tensor memory.
-    blocks = tuple(b for b in blocks if b[0] <= 64 or problem.capability[0] < 10)
+    largest = 64 if problem.capability[0] >= 10 else 128
+    blocks = [block for block in (_BLOCKS_SINGLE if exact else _BLOCKS) if block[0] <= largest]
     for (rows, warps), steps, (walk, stages) in product(blocks, _STEPS, _WALKS):
         config = Config(rows, pieces, warps, walk, steps, stages)
-        if _useful(config, sizes) and _fits(config, sizes, problem.capability):
-            yield config
+        if _useful(config, sizes) and _fits(config, sizes):
+            yield _capped(config, sizes)
 
 
-def _fits(config: Config, sizes: Sizes, capability: tuple[int, int]) -> bool:
-    most = _MOST_REGISTERS[capability[0] == 9]
-    limit = _SHARED.get(capability, _SHARED_DEFAULT)
-    return registers(config, sizes) <= most and shared_bytes(config, sizes) <= limit
+def _fits(config: Config, sizes: Sizes) -> bool:
+    limit = _SHARED.get(sizes.capability, _SHARED_DEFAULT)
+    return registers(config, sizes) <= _MOST_REGISTERS and shared_bytes(config, sizes) <= limit
+
+
+def _capped(config: Config, sizes: Sizes) -> Config:
+    """Windows with a cap on registers at which no program less fits, as they may take a few more than expected."""
+    if not sizes.tiles[0] or config.walk != "batch" or not _has_wgmma(config, sizes):
+        return config
+    most = _REGISTERS // (32 * config.warps * _resident(config, sizes)) // 8 * 8
+    return replace(config, registers=most) if most < 256 else config
 
 
 def _useful(config: Config, sizes: Sizes) -> bool:
@@ -132,33 +145,47 @@ def _useful(config: Config, sizes: Sizes) -> bool:
 
 def registers(config: Config, sizes: Sizes) -> int:
     """The registers that a thread is expected to take."""
-    logits = config.rows * config.keys // (32 * config.warps)
-    results = config.rows * sizes.value_dim // (32 * config.warps)
-    kept = logits if config.walk == "batch" and sizes.tiles[0] else 0
-    others = _OTHER_REGISTERS + _PIECE_REGISTERS[config.walk] * (len(config.pieces) - 1)
-    if config.walk == "batch" and config.stages == 1:
-        others += _ADDRESS_REGISTERS
-    return others + logits * 5 // 4 + results + kept
+    threads = 32 * config.warps
+    logits = config.rows * config.keys // threads
+    results = config.rows * sizes.value_dim // threads
+    found = _OTHER_REGISTERS + _PIECE_REGISTERS[config.walk] * (len(config.pieces) - 1) + logits * 5 // 4 + results
+    if config.walk == "batch":
+        # Keys and values pass through them, and what stays lies in them.
+        found += config.keys * (sizes.head_dim + sizes.value_dim) * sizes.itemsize // (4 * threads)
+        found += logits * bool(sizes.tiles[0])
+    if sizes.masked:
+        found += logits // 4
+    return found if _has_wgmma(config, sizes) else found + _OPERAND_REGISTERS
+
+
+def _has_wgmma(config: Config, sizes: Sizes) -> bool:
+    return sizes.capability[0] == 9 and config.warps >= 4 and sizes.itemsize < 4
 
 
 def shared_bytes(config: Config, sizes: Sizes) -> int:
-    """The shared memory that queries, keys and values take."""
+    """The shared memory that queries, keys and values take, what is loaded ahead included."""
     keys = config.keys * (sizes.head_dim + sizes.value_dim)
     queries = config.rows * sizes.head_dim
-    return (keys + queries) * sizes.itemsize * config.stages
+    ahead = keys + queries if config.walk == "batch" else queries
+    return (keys + queries + ahead * (config.stages - 1)) * sizes.itemsize
 
 
-def _cost(config: Config, sizes: Sizes, capability: tuple[int, int]) -> float:
+def _cost(config: Config, sizes: Sizes) -> float:
     """Cycles of the whole problem."""
     blocks = -(-sizes.rows // config.rows)
     walked, others = (sizes.batch, blocks) if config.walk == "batch" else (blocks, sizes.batch)
     programs = sizes.heads * others * -(-walked // config.steps)
     steps = min(config.steps, walked)
-    by_registers = _REGISTERS // (32 * config.warps * registers(config, sizes))
-    resident = max(1, min(by_registers, _SHARED.get(capability, _SHARED_DEFAULT) // shared_bytes(config, sizes)))
-    filled = resident * _MULTIPROCESSORS.get(capability, 128)
+    resident = _resident(config, sizes)
+    filled = resident * _MULTIPROCESSORS.get(sizes.capability, 128)
     start, step = _work(config, sizes)
     return -(-programs // filled) * (_START + resident * start + steps * max(_LATENCY[config.stages], resident * step))
+
+
+def _resident(config: Config, sizes: Sizes) -> int:
+    """How many programs share a multiprocessor."""
+    by_registers = _REGISTERS // (32 * config.warps * registers(config, sizes))
+    return max(1, min(by_registers, _SHARED.get(sizes.capability, _SHARED_DEFAULT) // shared_bytes(config, sizes)))
 
 
 def _work(config: Config, sizes: Sizes) -> tuple[float, float]:
@@ -167,7 +194,11 @@ def _work(config: Config, sizes: Sizes) -> tuple[float, float]:
     kept, moved = sizes.tiles
     keys = config.keys * (sizes.head_dim + sizes.value_dim) * _PER_ELEMENT
     queries = config.rows * (sizes.head_dim + sizes.value_dim) * _PER_ELEMENT
-    per_logit = _PER_LOGIT if sizes.itemsize < 4 else (sizes.head_dim + sizes.value_dim) / 128
+    width = sizes.head_dim + sizes.value_dim
+    # Products by older instructions read shared memory again for every 16 rows, those of float32 go number by number.
+    per_logit = (
+        _PER_LOGIT if _has_wgmma(config, sizes) else max(_PER_LOGIT, width / (128 if sizes.itemsize == 4 else 1024))
+    )
     step = logits * per_logit + queries
     if config.walk == "rows":
         return keys, step + (kept + moved) * logits * _PER_LOGIT

@@ -221,8 +221,8 @@ class KernelText:
         sizes = (*walk, str(config.steps), "heads", "kv_heads", "rows", "keys", *periods)
         blocks = (f"BLOCK_M={config.rows}", f"BLOCK_D={padded(self.head_dim)}", f"BLOCK_E={padded(self.value_dim)}")
         switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", "FULL=full", "WIDE=wide")
-        options = (f"num_warps={config.warps}", f"num_stages={config.stages}")
-        options += (f"maxnreg={config.registers}",) if config.registers else ()
+        cap = (f"maxnreg={config.registers}",) if config.registers else ()
+        options = (f"num_warps={config.warps}", f"num_stages={config.stages}", *cap)
         tensors = ("q", "k", "v", *names, "out", "lse")
         return (*tensors, *strides, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *options)
 

@@ -80,7 +80,8 @@ def _usage(built: Any, folder: Path, package: Path) -> Compiled:
     run = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", run.stdout + run.stderr)
     assert found is not None, run.stdout + run.stderr
-    return Compiled(*map(int, found.groups()), built.metadata.shared, built.asm)
+    registers, stack, local = map(int, found.groups())
+    return Compiled(registers, stack, local, built.metadata.shared, built.asm)
 
 
 def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:

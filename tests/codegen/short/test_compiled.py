@@ -30,6 +30,8 @@ PROBLEMS = {
     "Swin's last stage": (SWIN, 32, 64, 24, 49),
     "ViT": (PLAIN, 64, 64, 12, 197),
     "BERT": (PADDING, 64, 128, 12, 128),
+    "256": (PLAIN, 64, 64, 32, 256),
+    "wide heads": (PLAIN, 128, 64, 16, 160),
 }
 
 
@@ -40,7 +42,7 @@ def problem(name: str, architecture: int, dtype: torch.dtype = HALF) -> Problem:
 
 @pytest.mark.parametrize(("name", "architecture"), [
     ("Swin", 80), ("Swin", 90), ("Swin", 100), ("Swin's last stage", 90), ("ViT", 90), ("BERT", 80), ("BERT", 90),
-    ("BERT", 100),
+    ("BERT", 100), ("256", 90), ("wide heads", 90),
 ])  # fmt: skip
 def test_candidates_compile_without_spills(name: str, architecture: int, tmp_path: Path) -> None:
     given = problem(name, architecture)

@@ -2,10 +2,10 @@
 
 A step of a program is one block of rows against all keys. In clock cycles,
 
-    time = rounds · (start + steps · max(_LATENCY[config.stages], resident · work))
+    time = rounds · (start + steps · max(latency + work, resident · work))
 
 with ``resident`` programs at a time on a multiprocessor, as their registers and shared memory allow, ``work`` the
-instructions of a step on its four schedulers, ``latency`` what a step takes alone, and ``rounds`` the number of times
+instructions of a step on its four schedulers, ``latency`` what a step waits for when alone, and ``rounds`` the times
 that all multiprocessors are filled.
 """
 
@@ -41,9 +41,9 @@ _MOST_SINGLE: Final = 64
 #: Rows and warps of a block: 16 rows a warp.
 _BLOCKS: Final = ((16, 1), (32, 2), (64, 4), (128, 8))
 _BLOCKS_SINGLE: Final = ((16, 4), (32, 4))
-#: Cycles before the first step, and of a step alone: its loads from memory and its dependent products.
+#: Cycles before the first step, and those of a step alone that wait for memory and products, by stages.
 _START: Final = 1500
-_LATENCY: Final = {1: 2200, 2: 1200}
+_LATENCY: Final = {1: 1500, 2: 800}
 #: Cycles of a step for each logit, and for each element of queries, keys, values and results that it moves.
 _PER_LOGIT: Final = 0.1
 _PER_ELEMENT: Final = 0.02
@@ -179,7 +179,9 @@ def _cost(config: Config, sizes: Sizes) -> float:
     resident = _resident(config, sizes)
     filled = resident * _MULTIPROCESSORS.get(sizes.capability, 128)
     start, step = _work(config, sizes)
-    return -(-programs // filled) * (_START + resident * start + steps * max(_LATENCY[config.stages], resident * step))
+    return -(-programs // filled) * (
+        _START + resident * start + steps * max(_LATENCY[config.stages] + step, resident * step)
+    )
 
 
 def _resident(config: Config, sizes: Sizes) -> int:

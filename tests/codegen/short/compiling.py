@@ -48,7 +48,7 @@ def compiled(
 
     kernel = import_source(KIND, source(spec, width, width, dtype, str(config))).attention_kernel
     full = sum(keys >= start + size for start, size in zip(config.starts, config.pieces, strict=True))
-    constants = {
+    constants: dict[str, Any] = {
         "BLOCK_M": config.rows,
         "BLOCK_D": padded(width),
         "BLOCK_E": padded(width),

@@ -7,7 +7,6 @@ from typing import Final
 
 from fxopt.ir.attention import NAME_OF, AttentionSpec, Capture
 
-_AXES: Final = {"b": "b_wide", "h": "h_wide", "p": "b_wide % {name}_period"}
 _DIMENSION: Final = {"b": "B", "h": "H", "i": "Sq", "j": "Sk", "-": "1", "p": "P"}
 
 
@@ -59,16 +58,11 @@ class CapturedTensor:
     def base(self) -> str:
         """The lines before the loop: its address, or its value where that is the same for all keys."""
         name = self.name
-        terms = [f"{name}_ptr"]
-        for letter, axis in zip(self.capture.dims[:2], "bh", strict=True):
-            if letter != "-":
-                factor = _AXES[letter].format(name=name)
-                factor = f"({factor})" if "%" in factor else factor
-                terms.append(f"{factor} * {name}_stride_{axis}")
+        terms = [self.head_address()]
         rows = "i" in self.axes
         if not self.in_loop:
             terms += [f"i.to(tl.int64) * {name}_stride_i"] * rows
-            return f"{name} = {self._load(' + '.join(terms))}"
+            return f"{name} = {self.load(' + '.join(terms))}"
         terms += [f"first.to(tl.int64) * {name}_stride_i"] * rows
         row = f"(i - first).to(n.dtype) * {name}_stride_i + " if rows else ""
         return f"{name}_base = {' + '.join(terms)}\n{name}_tile = {row}n[None, :] * {name}_stride_j"
@@ -80,9 +74,9 @@ class CapturedTensor:
         return "\n".join((
             f"{name}_block = {name}_base + tl.cast(start, tl.int64) * {name}_stride_j",
             "if BOUNDED and not EVEN:",
-            f"    {name} = {self._load(f'{name}_block + {name}_tile', ', mask=j < Sk, other=0')}",
+            f"    {name} = {self.load(f'{name}_block + {name}_tile', ', mask=j < Sk, other=0')}",
             "else:",
-            f"    {name} = {self._load(f'{name}_block + {name}_tile')}",
+            f"    {name} = {self.load(f'{name}_block + {name}_tile')}",
         ))  # fmt: skip
 
     def reaches(self, rows: int, keys: int) -> list[tuple[int, str]]:
@@ -90,7 +84,17 @@ class CapturedTensor:
         extents = {"i": (rows, 2), "j": (keys, 3)} if self.in_loop else {}
         return [(extents[a][0], f"{self.name}.stride({extents[a][1]})") for a in self.axes if a in extents]
 
-    def _load(self, address: str, mask: str = "") -> str:
+    def head_address(self, periodic: str = "b_wide") -> str:
+        """The address of what it holds for batch entry ``b_wide`` (``periodic`` where it is so) and head ``h_wide``."""
+        terms = [f"{self.name}_ptr"]
+        factors = {"b": "b_wide", "h": "h_wide", "p": f"({periodic} % {self.name}_period)"}
+        for letter, axis in zip(self.capture.dims[:2], "bh", strict=True):
+            if letter != "-":
+                terms.append(f"{factors[letter]} * {self.name}_stride_{axis}")
+        return " + ".join(terms)
+
+    def load(self, address: str, mask: str = "") -> str:
+        """The value at ``address``, real ones in float32; ``mask`` is the rest of the arguments of the load."""
         return f"tl.load({address}{mask}){'.to(tl.float32)' if self.capture.kind == 'float' else ''}"
 
     @property

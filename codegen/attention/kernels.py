@@ -16,6 +16,7 @@ import torch
 from fxopt.codegen.attention.hopper import kernel as hopper
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.problem import Problem
+from fxopt.codegen.attention.short import kernel as short
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -44,6 +45,7 @@ def _portable_source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: 
 #: By the prefix of their configurations, the most general one last.
 FAMILIES: Final[dict[str, Family]] = {
     "hopper": Family(hopper.objection, hopper.candidates, hopper.source),
+    "short": Family(short.objection, short.candidates, short.source, pads_values=True),
     "": Family(portable.objection_to, portable.candidates_for, _portable_source, pads_values=True),
 }
 

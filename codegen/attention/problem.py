@@ -24,6 +24,7 @@ class Problem:
         kv_heads: ``G``, of keys and values.
         rows: ``S``, the number of queries.
         keys: ``T``, the number of keys.
+        dynamic_keys: whether ``keys`` is what was seen rather than what it will always be.
         with_lse: whether the log-sum-exp is read as well, as in training.
     """
 
@@ -37,4 +38,5 @@ class Problem:
     kv_heads: int | None = None
     rows: int | None = None
     keys: int | None = None
+    dynamic_keys: bool = False
     with_lse: bool = False

@@ -24,8 +24,13 @@ _INDEX: Final = {
 }
 
 
-def script_holes(spec: AttentionSpec, dtype: torch.dtype) -> dict[str, str]:
-    """What the script template wants to know of ``spec``."""
+def script_holes(
+    spec: AttentionSpec, dtype: torch.dtype, check: int = 257, timed: tuple[int, int] = (4, 4096)
+) -> dict[str, str]:
+    """What the script template wants to know of ``spec``.
+
+    The check runs on two sequences of length ``check``, the timing on ``timed``, a batch of more than two and a length.
+    """
     expressions = [e for e in (spec.score, spec.mask) if e is not None]
     read = {str(n.value) for e in expressions for n in e.walk() if n.op == "symbol"}
     symbols = [f"{name} = {text}" for name, text in _INDEX.items() if name in read]
@@ -36,6 +41,7 @@ def script_holes(spec: AttentionSpec, dtype: torch.dtype) -> dict[str, str]:
     zero = 'torch.where((x == float("-inf")).all(-1, keepdim=True), 0.0, out)'
     drawn = [_draw(c) for c in spec.captures]
     return {
+        "cases": f"((2, {check}), {timed})",
         "served": _SERVED[spec.kv_map],
         "reference_symbols": "\n".join(symbols + captures),
         "reference_score": without_parentheses(print_torch(spec.score)),

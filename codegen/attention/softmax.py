@@ -50,6 +50,12 @@ def exponent(spec: AttentionSpec, exact: bool) -> Exponent:
     return Exponent(inner, factor, unit, "x * unit[:, None] - (shift * unit)[:, None]", scale)
 
 
+def row_maximum(logits: str, width: str, keys: int) -> str:
+    """The largest of each row of ``logits``, ``keys`` wide (``width`` as text), by several chains of comparisons."""
+    chains = min(4, keys // 8)
+    return f"tl.max(tl.max(tl.reshape({logits}, [{logits}.shape[0], {chains}, {width} // {chains}]), 1), 1)"
+
+
 def _may_be_huge(spec: AttentionSpec) -> bool:
     for leaf in spec.score.walk():
         if leaf.op == "capture" and spec.captures[int(leaf.value or 0)].kind == "float":

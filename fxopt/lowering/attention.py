@@ -110,7 +110,8 @@ def _problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: boo
     kv_heads, keys = (_hint(size) if _has_hint(size) else None for size in k.shape[1:3])
     capability = torch.cuda.get_device_capability(q.device)
     sizes = (batch, heads, kv_heads, rows, keys)
-    return Problem(spec, q.shape[3], v.shape[3], q.dtype, capability, *sizes, with_lse=training)
+    dynamic = not isinstance(k.shape[2], int)
+    return Problem(spec, q.shape[3], v.shape[3], q.dtype, capability, *sizes, dynamic_keys=dynamic, with_lse=training)
 
 
 def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tuple[Candidate, Decision]:

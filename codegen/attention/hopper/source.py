@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Final
 
@@ -14,27 +13,27 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.distance import split_distances
+from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, allocation, description, unpacked
 from fxopt.codegen.attention.hopper.config import Config
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
     CONSUMER,
     GROUP,
-    HEADER,
+    IMPORTS,
     KERNEL,
     LAUNCH,
     LOOP,
+    PLACE,
     PRODUCER,
 )
 from fxopt.codegen.attention.interval import KeyRange, is_uniform, key_range
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.loops import key_range_text
-from fxopt.codegen.attention.portable.source import ALLOCATE, KV_HEAD, KV_HEAD_MATHS, ORDER, unpacked
-from fxopt.codegen.attention.portable.template import MAIN
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.softmax import Exponent, exponent
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
-from fxopt.ir.attention import NAME_OF, AttentionSpec
+from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -59,7 +58,7 @@ class HopperText:
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
-        body = "".join(fill(part, holes) for part in (PRODUCER, ATTEND, CONSUMER, KERNEL))
+        body = "".join(fill(part, holes) for part in (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL))
         devices = "".join(f"\n{_as_gluon(text)}\n" for text in helpers(body))
         script = fill(MAIN, {**holes, **script_holes(self.spec, self.dtype)})
         return fill(HEADER, holes) + devices + body + fill(LAUNCH, holes) + script
@@ -92,20 +91,11 @@ class HopperText:
     def _description(self) -> dict[str, str]:
         spec = self.spec
         lower = bool(self._range.side("lower"))
+        config = f"{self.config} (rows x keys, stages, tiles of queries)"
         return {
-            "version": version("fxopt"),
-            "spec": "\n".join(f"    {field}" for field in str(spec).split("; ")),
-            "config": str(self.config),
-            "consumers": str(self.config.groups),
-            "head_dim": str(self.head_dim),
-            "value_dim": str(self.value_dim),
-            "kv_head_maths": KV_HEAD_MATHS[spec.kv_map],
-            "score_maths": str(spec.score),
-            "captures": "\n".join(c.description for c in self._captures),
-            "kept": "" if spec.mask is None else f" with {spec.mask}",
-            "empty": "NaN" if spec.empty_rows == "nan" else "0",
-            "out_dtype": NAME_OF[spec.out_dtype],
-            "out_order": ORDER[spec.out_layout],
+            **description(spec, self.head_dim, self.value_dim, config, self._captures),
+            "library": "",
+            "imports": IMPORTS.rstrip("\n"),
             "row_block": "blocks - 1 - within // size" if self._ranged else "within // size",
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
             "key_range": _as_gluon(key_range_text(self._range, self._emit)),
@@ -227,8 +217,8 @@ class HopperText:
         arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *switches, "WITH_LSE=with_lse")
         fitting = f"min(pairs, max(1, {_L2} // ({4 * width} * keys)))"
         return {
-            "allocate": ALLOCATE[self.spec.out_layout].format(width=self.value_dim, dtype=self.spec.out_dtype),
-            "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else unpacked(names),
+            "allocate": allocation(self.spec, self.value_dim),
+            "unpack_captures": unpacked(names),
             "width": str(width),
             "element": _ELEMENT[self.dtype],
             "rows": str(config.rows),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Final
 
@@ -14,31 +13,33 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.distance import split_distances
+from fxopt.codegen.attention.frame import (
+    AXIS,
+    HEADER,
+    KV_HEAD,
+    MAIN,
+    STRIDES,
+    allocation,
+    both,
+    description,
+    unpacked,
+)
 from fxopt.codegen.attention.interval import KeyRange, key_range
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.codegen.attention.portable.loops import Span, key_range_text, loop_spans
-from fxopt.codegen.attention.portable.template import ATTEND, HEADER, KERNEL, LAST, LAUNCH, LOOP, MAIN
+from fxopt.codegen.attention.portable.template import ATTEND, KERNEL, LAST, LAUNCH, LOOP
 from fxopt.codegen.attention.portable.tiles import DESCRIBABLE, IMPORT, Tiles, wide
 from fxopt.codegen.attention.script import script_holes
-from fxopt.codegen.attention.softmax import Exponent, exponent
+from fxopt.codegen.attention.softmax import Exponent, exponent, row_maximum
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
-from fxopt.ir.attention import NAME_OF, AttentionSpec
+from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts
 
-KV_HEAD: Final = {"group": "h // (heads // kv_heads)", "tile": "h % kv_heads"}
-KV_HEAD_MATHS: Final = {"group": "h // (H/G)", "tile": "h mod G"}
-ORDER: Final = {"bhsd": "[B, H, S, E]", "bshd": "[B, S, H, E]"}
-ALLOCATE: Final = {
-    "bhsd": "torch.empty((batch, heads, rows, {width}), dtype={dtype}, device=q.device)",
-    "bshd": "torch.empty((batch, rows, heads, {width}), dtype={dtype}, device=q.device).transpose(1, 2)",
-}
 _RESULT: Final = {
     "nan": "acc / total[:, None]",
     "zero": "tl.where(total[:, None] == 0, 0.0, acc / total[:, None])",
 }
-_STRIDES: Final = {"q": "bhid", "k": "bhjd", "v": "bhje", "out": "bhi"}
-_AXIS: Final = {"b": 0, "h": 1, "i": 2, "j": 2, "d": 3, "e": 3}
 #: Constants of a block update, besides the sizes written into it.
 _CONSTANTS: Final = ("BLOCK_N", "PRECISION", "FAST_TANH", "EVEN")
 
@@ -79,22 +80,9 @@ class KernelText:
 
     @property
     def _description(self) -> dict[str, str]:
-        spec = self.spec
-        return {
-            "imports": IMPORT if self._tiles.described else "",
-            "version": version("fxopt"),
-            "spec": "\n".join(f"    {field}" for field in str(spec).split("; ")),
-            "config": str(self.config),
-            "head_dim": str(self.head_dim),
-            "value_dim": str(self.value_dim),
-            "kv_head_maths": KV_HEAD_MATHS[spec.kv_map],
-            "score_maths": str(spec.score),
-            "captures": "\n".join(c.description for c in self._captures),
-            "kept": "" if spec.mask is None else f" with {spec.mask}",
-            "empty": "NaN" if spec.empty_rows == "nan" else "0",
-            "out_dtype": NAME_OF[spec.out_dtype],
-            "out_order": ORDER[spec.out_layout],
-        }
+        legend = f"{self.config} (rows x keys, warps, stages)"
+        imports = {"library": "", "imports": IMPORT if self._tiles.described else ""}
+        return imports | description(self.spec, self.head_dim, self.value_dim, legend, self._captures)
 
     @property
     def _attend(self) -> dict[str, str]:
@@ -126,11 +114,10 @@ class KernelText:
 
     @property
     def _block_max(self) -> str:
-        """The largest logit of each row, by several chains of comparisons where one thread compares many."""
-        chains = min(4, self.config.block_n // 8)
+        """The largest logit of each row."""
         if self.dtype is torch.float32 or self.config.block_m < 16 * self.config.num_warps:
             return "tl.max(x, 1)"
-        return f"tl.max(tl.max(tl.reshape(x, [x.shape[0], {chains}, BLOCK_N // {chains}]), 1), 1)"
+        return row_maximum("x", "BLOCK_N", self.config.block_n)
 
     @property
     def _masks(self) -> str:
@@ -175,7 +162,7 @@ class KernelText:
             "key_range": key_range_text(self._range, self._emit),
             "loops": "\n".join(self._loop(span) for span in loop_spans(self._range)),
             "result": _RESULT[self.spec.empty_rows],
-            "out_mask": _both("rows < Sq", e_inside),
+            "out_mask": both("rows < Sq", e_inside),
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
 
@@ -195,14 +182,14 @@ class KernelText:
 
     @property
     def _strides(self) -> tuple[str, ...]:
-        named = tuple(f"{tensor}_stride_{axis}" for tensor, axes in _STRIDES.items() for axis in axes)
+        named = tuple(f"{tensor}_stride_{axis}" for tensor, axes in STRIDES.items() for axis in axes)
         return (*named, *(name for c in self._captures for name in c.strides))
 
     @property
     def _launch(self) -> dict[str, str]:
         """The holes of the host side."""
         names = [c.name for c in self._captures]
-        strides = [f"{t}.stride({_AXIS[axis]})" for t, axes in _STRIDES.items() for axis in axes]
+        strides = [f"{t}.stride({AXIS[axis]})" for t, axes in STRIDES.items() for axis in axes]
         captured = [value for c in self._captures for value in c.stride_values]
         periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
         pads = (f"BLOCK_D={padded(self.head_dim)}", f"BLOCK_E={padded(self.value_dim)}")
@@ -214,8 +201,8 @@ class KernelText:
         tensors = ("q", *self._tiles.arguments, *names, "out", "lse")
         arguments = (*tensors, *strides, *captured, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
         return {
-            "allocate": ALLOCATE[self.spec.out_layout].format(width=self.value_dim, dtype=self.spec.out_dtype),
-            "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else unpacked(names),
+            "allocate": allocation(self.spec, self.value_dim),
+            "unpack_captures": unpacked(names),
             "describe": self._tiles.describe(self.config.block_n, padded(self.head_dim), padded(self.value_dim)),
             "wide": wide(self._reaches),
             "block_m": str(self.config.block_m),
@@ -246,12 +233,3 @@ class KernelText:
 
     def _inside(self, index: str, width: int) -> str:
         return f"{index} < {width}" if self._is_padded(width) else ""
-
-
-def unpacked(names: Sequence[str]) -> str:
-    """The launcher's line that names several captured tensors; none where there are none."""
-    return f"{', '.join(names)} = captures" if names else ""
-
-
-def _both(first: str, second: str) -> str:
-    return " & ".join(f"({text})" for text in (first, second)) if first and second else first or second

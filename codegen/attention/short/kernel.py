@@ -1,0 +1,61 @@
+"""The kernel for few keys: all keys of a head at once, one softmax. Whether it serves, what to try, its source."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from fxopt.codegen.attention.portable import kernel as portable
+from fxopt.codegen.attention.problem import Problem
+from fxopt.codegen.attention.short.config import LONGEST, read_config
+from fxopt.codegen.attention.short.order import ordered
+from fxopt.codegen.attention.short.source import KernelText
+from fxopt.errors import LoweringError
+from fxopt.ir.attention import AttentionSpec
+
+__all__ = ["candidates", "objection", "source"]
+
+_LARGEST_HEAD: Final = 128
+
+
+def objection(problem: Problem) -> str | None:
+    """Why it can't serve ``problem``, as a sentence, or ``None`` when it can."""
+    reason = _objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
+    if reason is not None:
+        return reason
+    if problem.keys is None:
+        return "the number of keys is not known"
+    if problem.dynamic_keys:
+        return "the number of keys may change"
+    if problem.keys > LONGEST:
+        return f"it holds {LONGEST} keys at most, and here are {problem.keys}"
+    if not ordered(problem):
+        return f"the registers of a program don't hold the logits of {problem.keys} keys ({problem.dtype})"
+    return None
+
+
+def candidates(problem: Problem) -> tuple[str, ...]:
+    """The printed configurations to measure, best guess first, at most three; none where there is an objection."""
+    return () if objection(problem) is not None else tuple(map(str, ordered(problem)))
+
+
+def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
+    reason = portable.objection(spec, head_dim, value_dim, dtype)
+    if reason is None and max(head_dim, value_dim) > _LARGEST_HEAD:
+        return f"with all keys at once head dimensions are at most {_LARGEST_HEAD}, not {head_dim} and {value_dim}"
+    return reason
+
+
+def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:
+    """The source of the forward kernel: a module that defines ``launch(q, k, v, captures, with_lse)`` and runs alone.
+
+    The same arguments always give the same text.
+
+    Raises:
+        LoweringError: no kernel can be generated.
+    """
+    reason = _objection(spec, head_dim, value_dim, dtype)
+    if reason is not None:
+        raise LoweringError(f"no kernel for few keys: {reason}; use another family of kernels ({spec})")
+    return str(KernelText(spec, head_dim, value_dim, dtype, read_config(config)))

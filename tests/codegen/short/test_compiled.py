@@ -1,0 +1,86 @@
+"""Kernels for few keys compiled for GPUs that need not be there: no spills, shared memory, instructions, addresses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxopt.codegen.attention.problem import Problem
+from fxopt.codegen.attention.short.config import read_config
+from fxopt.codegen.attention.short.kernel import candidates
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import parse
+from tests.codegen.short.compiling import compiled
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+HALF = torch.bfloat16
+_TILES = (Capture("-hij", HALF), Capture("p-ij", HALF))
+SWIN = AttentionSpec(parse("s * 0.17677 + c0 + c1"), None, _TILES, out_dtype=HALF, out_layout="bshd")
+PLAIN = AttentionSpec(parse("s * 0.125"), out_dtype=HALF, out_layout="bshd")
+PADDING = AttentionSpec(parse("s * 0.125"), parse("c0"), (Capture("b--j", torch.bool),), out_dtype=HALF)
+#: specification, head dimension, batch, heads, tokens
+PROBLEMS = {
+    "Swin": (SWIN, 32, 4096, 3, 49),
+    "Swin's last stage": (SWIN, 32, 64, 24, 49),
+    "ViT": (PLAIN, 64, 64, 12, 197),
+    "BERT": (PADDING, 64, 128, 12, 128),
+    "256": (PLAIN, 64, 64, 32, 256),
+    "wide heads": (PLAIN, 128, 64, 16, 160),
+}
+
+
+def problem(name: str, architecture: int, dtype: torch.dtype = HALF) -> Problem:
+    spec, width, batch, heads, tokens = PROBLEMS[name]
+    return Problem(spec, width, width, dtype, (architecture // 10, 0), batch, heads, heads, tokens, tokens)
+
+
+@pytest.mark.parametrize(("name", "architecture"), [
+    ("Swin", 80), ("Swin", 90), ("Swin", 100), ("Swin's last stage", 90), ("ViT", 90), ("BERT", 80), ("BERT", 90),
+    ("BERT", 100), ("256", 90), ("wide heads", 90),
+])  # fmt: skip
+def test_candidates_compile_without_spills(name: str, architecture: int, tmp_path: Path) -> None:
+    given = problem(name, architecture)
+    found = candidates(given)
+    assert 1 <= len(found) <= 3
+    for text in found:
+        config = read_config(text)
+        kernel = compiled(given.spec, given.head_dim, HALF, config, architecture, given.keys or 0, tmp_path)
+        assert (kernel.stack, kernel.local) == (0, 0), text
+        assert kernel.shared <= SHARED[architecture]
+        assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (architecture == 90 and config.warps >= 4)
+
+
+def test_single_precision_windows_do_not_spill(tmp_path: Path) -> None:
+    given = problem("Swin", 90, torch.float32)
+    for text in candidates(given):
+        kernel = compiled(given.spec, 32, torch.float32, read_config(text), 90, 49, tmp_path)
+        assert kernel.stack == 0, text
+
+
+def test_what_stays_is_read_before_the_loop(tmp_path: Path) -> None:
+    """Bias and periodic mask of a window, keys and values of a head: nothing of them is loaded in the loop."""
+    windows = compiled(SWIN, 32, HALF, read_config("short:64x64w4p8"), 90, 49, tmp_path).asm["ttgir"]
+    rows = compiled(PLAIN, 64, HALF, read_config("short:64x128+64+16w4r4"), 90, 197, tmp_path).asm["ttgir"]
+    for text, loads, allocations in ((windows, 3, 3), (rows, 1, 1)):
+        body = text.split("scf.for", 1)[1]
+        assert body.count("tt.load") == loads
+        assert body.count("ttg.local_alloc") == allocations
+
+
+def test_whole_pieces_are_not_masked(tmp_path: Path) -> None:
+    config = read_config("short:64x128w4r2")
+    whole, cut = (compiled(PLAIN, 64, HALF, config, 90, keys, tmp_path).asm["ttir"] for keys in (128, 127))
+    assert cut.count("arith.select") == whole.count("arith.select") + 1
+
+
+def test_batches_and_heads_take_64_bits(tmp_path: Path) -> None:
+    """Offsets within a block may take 32 bits, those of batches, heads and first rows may not."""
+    text = compiled(SWIN, 32, HALF, read_config("short:64x64w4p8"), 90, 49, tmp_path).asm["ttir"]
+    scalars = [line for line in text.splitlines() if "arith.muli" in line and ": i64" in line]
+    assert len(scalars) >= 13  # batch and head of q, k, v, out, lse, two captures; first row of q, bias, mask

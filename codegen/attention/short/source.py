@@ -37,7 +37,7 @@ from fxopt.codegen.attention.short.statements import (
     queries_and_keys,
     values,
 )
-from fxopt.codegen.attention.short.sums import is_finite_on_padding, moves_with, split_sum
+from fxopt.codegen.attention.short.sums import is_linear, moves_with, split_sum
 from fxopt.codegen.attention.softmax import Exponent, exponent, row_maximum
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
@@ -136,7 +136,7 @@ class KernelText:
     @property
     def _fixed_ends_keys(self) -> bool:
         moving, fixed = self._sum
-        return fixed is not None and is_finite_on_padding(moving)
+        return fixed is not None and is_linear(moving)
 
     def _logits(self, n: int) -> str:
         moving, fixed = self._sum

@@ -202,13 +202,13 @@ class KernelText:
         names = [c.name for c in self._captures]
         periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
         block = {"periods": ", ".join(periods), "steps": str(self.config.steps), "block_m": str(self.config.rows)}
-        ends = [start + size for start, size in zip(self.config.starts, self.config.pieces, strict=True)]
+        ends = tuple(start + size for start, size in zip(self.config.starts, self.config.pieces, strict=True))
         return {
             "allocate": allocation(self.spec, self.value_dim),
             "longest": str(self.config.keys),
             "unpack_captures": unpacked(names),
             "grid": fill(template.GRID[self.config.walk], block).rstrip("\n"),
-            "full": " + ".join(f"(keys >= {end})" for end in ends),
+            "full": f"sum(keys >= end for end in {ends})",
             "wide": wide(self._reaches),
             "launch_arguments": listing(self._arguments(names, periods)),
         }

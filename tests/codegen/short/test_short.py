@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, SHAPES, specification
 
 pytest.importorskip("triton")
+GOLDEN = Path(__file__).parents[1] / "golden"
 HALF = torch.bfloat16
 PLAIN = AttentionSpec(parse("s * 0.125"), out_dtype=HALF)
 PROBLEM = Problem(PLAIN, 64, 64, HALF, (9, 0), 64, 12, 12, 197, 197)
@@ -133,6 +137,18 @@ def test_sums_are_split(score: str, axis: str, moving: str, fixed: str | None) -
 ])  # fmt: skip
 def test_only_what_is_linear_in_the_score_ends_the_keys_by_a_sum(moving: str, expected: bool) -> None:
     assert is_linear(parse(moving)) == expected
+
+
+@pytest.mark.parametrize(("name", "config"), [
+    ("swin", "short:64x64w4p8m128"), ("causal-padding", "short:64x128+64+16w4r4"),
+])  # fmt: skip
+def test_golden(name: str, config: str) -> None:
+    spec = specification(name, SHAPES["packed"], HALF)
+    text = source(spec, 80, 80, HALF, config).replace(f"fxopt {version('fxopt')}", "fxopt VERSION")
+    kept = GOLDEN / f"short_{name.replace('-', '_')}.py.txt"
+    if os.environ.get("FXOPT_UPDATE_GOLDEN") == "1":
+        kept.write_text(text, encoding="utf-8")
+    assert text == kept.read_text(encoding="utf-8"), "set FXOPT_UPDATE_GOLDEN=1 to accept the new source"
 
 
 @pytest.mark.parametrize("config", ["short:64x64w4p8", "short:64x128+64+16w4r4"])

@@ -12,8 +12,9 @@ import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their mean
 from fxopt import cache, driver
 from fxopt.errors import FxoptWarning, LoweringError
 from fxopt.frontend.export import from_export
+from fxopt.ir.attention import read_spec
 from fxopt.ir.program import Program
-from fxopt.lowering.attention import candidates
+from fxopt.lowering.attention import _problem, candidates
 from fxopt.lowering.lower import lower
 from fxopt.lowering.options import Options
 from fxopt.testing import assert_within_budget, oracle
@@ -74,6 +75,21 @@ def test_a_forced_lowering_that_cannot_serve_says_why() -> None:
         lower(rewritten(plain, *operands()), training=False, option="triton")
     with pytest.raises(LoweringError, match="use lower='auto'"):
         lower(narrow, training=False, option="sdpa", strict=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_kernels_are_told_whether_the_number_of_keys_may_change(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    length = torch.export.Dim("length", min=2, max=64)
+    shapes = ({2: length},) * 3 if dynamic else None
+    inputs = operands(torch.bfloat16)
+    program = driver.rewrite(
+        from_export(plain, inputs, dynamic_shapes=(shapes,) if dynamic else None), Options()
+    ).program
+    (site,) = [n for n in program.graph.nodes if "attention" in n.name]
+    q, k, v = (node.meta["val"] for node in site.args[:3])
+    problem = _problem(read_spec(str(site.args[4])), q, k, v, training=False)
+    assert (problem.keys, problem.dynamic_keys) == (12, dynamic)
 
 
 def test_decisions_are_cached_and_damage_is_ignored() -> None:

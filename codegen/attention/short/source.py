@@ -37,7 +37,7 @@ from fxopt.codegen.attention.short.statements import (
     queries_and_keys,
     values,
 )
-from fxopt.codegen.attention.short.sums import is_finite_on_padding, moves_with, split_sum
+from fxopt.codegen.attention.short.sums import is_linear, moves_with, split_sum
 from fxopt.codegen.attention.softmax import Exponent, exponent, row_maximum
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
@@ -136,7 +136,7 @@ class KernelText:
     @property
     def _fixed_ends_keys(self) -> bool:
         moving, fixed = self._sum
-        return fixed is not None and is_finite_on_padding(moving)
+        return fixed is not None and is_linear(moving)
 
     def _logits(self, n: int) -> str:
         moving, fixed = self._sum
@@ -202,13 +202,13 @@ class KernelText:
         names = [c.name for c in self._captures]
         periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
         block = {"periods": ", ".join(periods), "steps": str(self.config.steps), "block_m": str(self.config.rows)}
-        ends = [start + size for start, size in zip(self.config.starts, self.config.pieces, strict=True)]
+        ends = tuple(start + size for start, size in zip(self.config.starts, self.config.pieces, strict=True))
         return {
             "allocate": allocation(self.spec, self.value_dim),
             "longest": str(self.config.keys),
             "unpack_captures": unpacked(names),
             "grid": fill(template.GRID[self.config.walk], block).rstrip("\n"),
-            "full": " + ".join(f"(keys >= {end})" for end in ends),
+            "full": f"sum(keys >= end for end in {ends})",
             "wide": wide(self._reaches),
             "launch_arguments": listing(self._arguments(names, periods)),
         }

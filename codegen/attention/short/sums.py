@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Final
 
 from fxopt.codegen.expression import fold
 from fxopt.ir.attention import Capture
 from fxopt.ir.expression import Expr, S, call, const
+
+_LINEAR: Final = frozenset({"add", "sub", "mul", "div", "neg"})
+#: Numbers above this may be stand-ins for infinity.
+_PLAIN: Final = 1e30
 
 
 def split_sum(score: Expr, moves: Callable[[Expr], bool]) -> tuple[Expr, Expr | None]:
@@ -51,11 +56,16 @@ def moves_with(axis: str, captures: Sequence[Capture]) -> Callable[[Expr], bool]
     return moves
 
 
-def is_finite_on_padding(moving: Expr) -> bool:
-    """Whether ``moving`` is a plain number where the raw score is 0, as it is beyond the last key."""
+def is_linear(moving: Expr) -> bool:
+    """Whether ``moving`` is linear in the raw score, with plain numbers.
+
+    Then beyond the last key, where the raw score is 0, adding −∞ is as good as leaving the key out. (The raw score of a
+    query that is not finite is NaN there, but then its row is NaN by its keys alone. A soft cap could hide that.)
+    """
 
     def without_score(node: Expr) -> Expr:
         return const(0.0) if node == S else fold(node)
 
     value = moving.replace(without_score)
-    return value.op == "const" and isinstance(value.value, (int, float)) and abs(value.value) < 1e30
+    plain = value.op == "const" and isinstance(value.value, (int, float)) and abs(value.value) < _PLAIN
+    return plain and all(node.op in _LINEAR for node in moving.walk() if node.args)

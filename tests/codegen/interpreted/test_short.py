@@ -14,6 +14,7 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.portable.kernel import KIND
 from fxopt.codegen.attention.short.kernel import source
 from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.expression import parse
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, specification
 
@@ -113,18 +114,20 @@ def test_rows_of_finite_fills_give_the_mean_over_all_keys(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["causal", "tile-bias"])
+@pytest.mark.parametrize("name", ["causal", "tile-bias", "capped-bias"])
 def test_what_is_not_finite_reaches_its_rows_and_no_others(name: str, value: float) -> None:
     sizes = Shape(16, 16, 20, 20)
-    spec = specification(name, sizes, torch.float32)
+    spec = specification("tile-bias" if name == "capped-bias" else name, sizes, torch.float32)
+    if name == "capped-bias":
+        spec = dataclasses.replace(spec, score=parse("20.0 * tanh(s * 0.05) + c0"))
     q, k, v = operands(sizes, torch.float32)
-    q[0, 1, 3] = value
+    q[0, 1, 3, 5] = value
     k[1, 0, 19] = torch.nan
-    captures = captured(name, sizes, spec)
+    captures = [torch.randn(1, 2, 20, 20)] * len(spec.captures)
     out, _ = launch(spec, q, k, v, captures, "short:16x16+16w1p2")
     expected = exact(spec, q, k, v, captures)
     assert torch.equal(out.isnan(), expected.isnan())
-    assert out.isnan().any() and out.isfinite().any()
+    assert out[1, 0].isnan().any() and out.isfinite().any()
 
 
 def test_one_module_serves_all_lengths_up_to_its_pieces() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +16,14 @@ from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short.config import Config, cut, read_config
 from fxopt.codegen.attention.short.kernel import candidates, objection, source
 from fxopt.codegen.attention.short.order import ordered
-from fxopt.codegen.attention.short.sums import is_finite_on_padding, moves_with, split_sum
+from fxopt.codegen.attention.short.sums import is_linear, moves_with, split_sum
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, SHAPES, specification
 
 pytest.importorskip("triton")
+GOLDEN = Path(__file__).parents[1] / "golden"
 HALF = torch.bfloat16
 PLAIN = AttentionSpec(parse("s * 0.125"), out_dtype=HALF)
 PROBLEM = Problem(PLAIN, 64, 64, HALF, (9, 0), 64, 12, 12, 197, 197)
@@ -129,10 +133,22 @@ def test_sums_are_split(score: str, axis: str, moving: str, fixed: str | None) -
 
 @pytest.mark.parametrize(("moving", "expected"), [
     ("s * 0.125", True), ("s", True), ("s * 0.125 + 2.0", True), ("s * c0", False), ("1.0 / s", False),
-    ("s + float(j)", False), ("s * inf", False),
+    ("s + float(j)", False), ("s * inf", False), ("20.0 * tanh(s)", False), ("exp(s)", False), ("2.0 - s / 3.0", True),
 ])  # fmt: skip
-def test_only_sums_that_stay_finite_end_the_keys(moving: str, expected: bool) -> None:
-    assert is_finite_on_padding(parse(moving)) == expected
+def test_only_what_is_linear_in_the_score_ends_the_keys_by_a_sum(moving: str, expected: bool) -> None:
+    assert is_linear(parse(moving)) == expected
+
+
+@pytest.mark.parametrize(("name", "config"), [
+    ("swin", "short:64x64w4p8m128"), ("causal-padding", "short:64x128+64+16w4r4"),
+])  # fmt: skip
+def test_golden(name: str, config: str) -> None:
+    spec = specification(name, SHAPES["packed"], HALF)
+    text = source(spec, 80, 80, HALF, config).replace(f"fxopt {version('fxopt')}", "fxopt VERSION")
+    kept = GOLDEN / f"short_{name.replace('-', '_')}.py.txt"
+    if os.environ.get("FXOPT_UPDATE_GOLDEN") == "1":
+        kept.write_text(text, encoding="utf-8")
+    assert text == kept.read_text(encoding="utf-8"), "set FXOPT_UPDATE_GOLDEN=1 to accept the new source"
 
 
 @pytest.mark.parametrize("config", ["short:64x64w4p8", "short:64x128+64+16w4r4"])

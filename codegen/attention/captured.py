@@ -58,6 +58,24 @@ class CapturedTensor:
     @property
     def base(self) -> str:
         """The lines before the loop: its address, or its value where that is the same for all keys."""
+        if not self.in_loop or "i" not in self.axes:
+            return self.gathered_base
+        name = self.name
+        first = f"first.to(tl.int64) * {name}_stride_i"
+        row = f"(i - first).to(n.dtype) * {name}_stride_i"
+        return f"{name}_base = {self._address(first)}\n{name}_tile = {row} + n[None, :] * {name}_stride_j"
+
+    @property
+    def gathered_base(self) -> str:
+        """The same where the rows ``i`` do not follow one another, and may belong to several heads ``h``."""
+        name = self.name
+        rows = (f"i.to(tl.int64) * {name}_stride_i",) if "i" in self.axes else ()
+        if not self.in_loop:
+            return f"{name} = {self._load(self._address(*rows))}"
+        return f"{name}_base = {self._address(*rows)}\n{name}_tile = n[None, :] * {name}_stride_j"
+
+    def _address(self, *rows: str) -> str:
+        """Where the batch and head, and then ``rows``, begin."""
         name = self.name
         terms = [f"{name}_ptr"]
         for letter, axis in zip(self.capture.dims[:2], "bh", strict=True):
@@ -65,13 +83,7 @@ class CapturedTensor:
                 factor = _AXES[letter].format(name=name)
                 factor = f"({factor})" if "%" in factor else factor
                 terms.append(f"{factor} * {name}_stride_{axis}")
-        rows = "i" in self.axes
-        if not self.in_loop:
-            terms += [f"i.to(tl.int64) * {name}_stride_i"] * rows
-            return f"{name} = {self._load(' + '.join(terms))}"
-        terms += [f"first.to(tl.int64) * {name}_stride_i"] * rows
-        row = f"(i - first).to(n.dtype) * {name}_stride_i + " if rows else ""
-        return f"{name}_base = {' + '.join(terms)}\n{name}_tile = {row}n[None, :] * {name}_stride_j"
+        return " + ".join((*terms, *rows))
 
     @property
     def load_in_loop(self) -> str:

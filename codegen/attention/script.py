@@ -13,7 +13,7 @@ _SERVED: Final = {
     "group": "head // (q.shape[1] // k.shape[1])",
     "tile": "head % k.shape[1]",
 }
-_SIZE: Final = {"b": "batch", "h": "8", "i": "length", "j": "length", "-": "1", "p": "2"}
+_SIZE: Final = {"b": "batch", "h": "8", "i": "{rows}", "j": "length", "-": "1", "p": "2"}
 _INDEX: Final = {
     "b": "torch.arange(q.shape[0], device=q.device)[:, None, None, None]",
     "h": "head[:, None, None]",
@@ -24,8 +24,8 @@ _INDEX: Final = {
 }
 
 
-def script_holes(spec: AttentionSpec, dtype: torch.dtype) -> dict[str, str]:
-    """What the script template wants to know of ``spec``."""
+def script_holes(spec: AttentionSpec, dtype: torch.dtype, rows: str = "length") -> dict[str, str]:
+    """What the script template wants to know of ``spec``; ``rows`` is what it calls the number of queries."""
     expressions = [e for e in (spec.score, spec.mask) if e is not None]
     read = {str(n.value) for e in expressions for n in e.walk() if n.op == "symbol"}
     symbols = [f"{name} = {text}" for name, text in _INDEX.items() if name in read]
@@ -34,7 +34,7 @@ def script_holes(spec: AttentionSpec, dtype: torch.dtype) -> dict[str, str]:
     if spec.mask is not None:
         mask = f'kept = {print_torch(spec.mask)}\nx = torch.where(kept, x, float("-inf"))'
     zero = 'torch.where((x == float("-inf")).all(-1, keepdim=True), 0.0, out)'
-    drawn = [_draw(c) for c in spec.captures]
+    drawn = [_draw(c, rows) for c in spec.captures]
     return {
         "served": _SERVED[spec.kv_map],
         "reference_symbols": "\n".join(symbols + captures),
@@ -59,8 +59,8 @@ def _reading(index: int, capture: Capture) -> str:
     return f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{wide}"
 
 
-def _draw(capture: Capture) -> str:
-    shape = ", ".join(_SIZE[letter] for letter in capture.dims)
+def _draw(capture: Capture, rows: str) -> str:
+    shape = ", ".join(_SIZE[letter].format(rows=rows) for letter in capture.dims)
     if capture.kind == "bool":
         return f'torch.rand({shape}, device="cuda") < 0.8'
     if capture.kind == "int":

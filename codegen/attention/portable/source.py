@@ -17,7 +17,7 @@ from fxopt.codegen.attention.distance import split_distances
 from fxopt.codegen.attention.interval import KeyRange, key_range
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.codegen.attention.portable.loops import Span, key_range_text, loop_spans
-from fxopt.codegen.attention.portable.template import ATTEND, HEADER, KERNEL, LAST, LAUNCH, LOOP, MAIN
+from fxopt.codegen.attention.portable.template import ATTEND, HEADER, KERNEL, LAST, LAUNCH, LOOP, MAIN, REFERENCE
 from fxopt.codegen.attention.portable.tiles import DESCRIBABLE, IMPORT, Tiles, wide
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.softmax import Exponent, exponent
@@ -58,7 +58,8 @@ class KernelText:
         describable = DESCRIBABLE if self._tiles.described else ""
         body = "".join((fill(ATTEND, holes), fill(KERNEL, holes), describable, fill(LAUNCH, holes)))
         devices = "".join(f"\n{text}\n" for text in helpers(body))
-        return fill(HEADER, holes) + devices + body + fill(MAIN, {**holes, **script_holes(self.spec, self.dtype)})
+        script = {**holes, **script_holes(self.spec, self.dtype)}
+        return fill(HEADER, holes) + devices + body + fill(REFERENCE, script) + fill(MAIN, script)
 
     @cached_property
     def _range(self) -> KeyRange:
@@ -85,6 +86,7 @@ class KernelText:
             "version": version("fxopt"),
             "spec": "\n".join(f"    {field}" for field in str(spec).split("; ")),
             "config": str(self.config),
+            "config_legend": "rows x keys, warps, stages",
             "head_dim": str(self.head_dim),
             "value_dim": str(self.value_dim),
             "kv_head_maths": _KV_HEAD_MATHS[spec.kv_map],

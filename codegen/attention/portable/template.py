@@ -16,7 +16,7 @@ A row without keys gives $empty. The result is $out_dtype, $out_order in memory.
 
 Specification:
 $spec
-Configuration: $config (rows x keys, warps, stages); head dimensions $head_dim and $value_dim
+Configuration: $config ($config_legend); head dimensions $head_dim and $value_dim
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def launch(
 
 '''
 
-MAIN: Final = '''
+REFERENCE: Final = '''
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = ()) -> torch.Tensor:
     """The same in plain PyTorch, in float64."""
     q, k, v = q.double(), k.double(), v.double()
@@ -166,7 +166,9 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Seque
     out = torch.softmax(x, -1) @ v[:, served]
     return $reference_result
 
+'''
 
+MAIN: Final = '''
 def main() -> None:
     """Check against the reference on a small case, then time a large one."""
     for batch, length in ((2, 257), (4, 4096)):

@@ -15,6 +15,7 @@ import torch
 
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.problem import Problem
+from fxopt.codegen.attention.split import kernel as split
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -42,6 +43,7 @@ def _portable_source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: 
 
 #: By the prefix of their configurations, the most general one last.
 FAMILIES: Final[dict[str, Family]] = {
+    "split": Family(split.objection, split.candidates, split.source),
     "": Family(portable.objection_to, portable.candidates_for, _portable_source, pads_values=True),
 }
 

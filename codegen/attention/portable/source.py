@@ -204,8 +204,6 @@ class KernelText:
     def _launch(self) -> dict[str, str]:
         """The holes of the host side."""
         names = [c.name for c in self._captures]
-        strides = [f"{t}.stride({_AXIS[axis]})" for t, axes in _STRIDES.items() for axis in axes]
-        captured = [value for c in self._captures for value in c.stride_values]
         periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
         pads = (f"BLOCK_D={padded(self.head_dim)}", f"BLOCK_E={padded(self.value_dim)}")
         blocks = (f"BLOCK_M={self.config.block_m}", f"BLOCK_N={self.config.block_n}", *pads)
@@ -214,7 +212,7 @@ class KernelText:
         switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", even, *tma, "WIDE=wide")
         sizes = ("heads", "kv_heads", "rows", "keys", *periods)
         tensors = ("q", *self._tiles.arguments, *names, "out", "lse")
-        arguments = (*tensors, *strides, *captured, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
+        arguments = (*tensors, *self._stride_values, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
         return {
             "allocate": _ALLOCATE[self.spec.out_layout].format(width=self.value_dim, dtype=self.spec.out_dtype),
             "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else _unpacked(names),
@@ -223,6 +221,12 @@ class KernelText:
             "block_m": str(self.config.block_m),
             "launch_arguments": listing(arguments),
         }
+
+    @property
+    def _stride_values(self) -> tuple[str, ...]:
+        """What `_strides` names, as the launcher reads it off the tensors."""
+        named = tuple(f"{tensor}.stride({_AXIS[axis]})" for tensor, axes in _STRIDES.items() for axis in axes)
+        return (*named, *(value for c in self._captures for value in c.stride_values))
 
     @property
     def _options(self) -> tuple[str, ...]:

@@ -12,14 +12,19 @@ from fxopt.codegen.attention.portable.config import padded
 from fxopt.errors import LoweringError
 
 PREFIX: Final = "split"
-#: Rows (query, head) of one key/value head that are computed together, at most.
+#: Rows (query, head) that may share a key/value head: with more of them arithmetic takes the time, not memory.
 LARGEST_TILE: Final = 64
+CANDIDATES: Final = 2
 _TEXT: Final = re.compile(PREFIX + r":(\d+)w(\d+)s(\d+)(?:x(\d+))?")
 #: Shared memory of one multiprocessor in bytes, by compute capability (others: 100 KiB).
 _SHARED: Final[dict[tuple[int, int], int]] = {(8, 0): 167_936, (9, 0): 233_472, (10, 0): 233_472, (10, 3): 233_472}
 _SHARED_DEFAULT: Final = 102_400
 #: What a program takes beside the blocks in flight: one KiB of the driver's, reductions and changes of layout.
 _SHARED_BESIDE: Final = 8_192
+#: Multiples of the block, warps (0: as few as hold the tile), stages and programs per multiprocessor, best guess first.
+_SMALL: Final = ((1, 0, 3, 2), (2, 8, 3, 1), (1, 0, 3, 1), (1, 0, 2, 1), (1, 0, 1, 1))
+#: Eight warps with many registers each leave no room for a second program.
+_LARGE: Final = ((1, 0, 5, 1), (1, 0, 3, 1), (1, 0, 2, 1))
 #: Bytes of keys and values in one stage: enough of them stay in flight to fill the memory's latency.
 _STAGE: Final = 32_768
 
@@ -55,28 +60,35 @@ def read_config(text: str) -> Config:
     return Config(*(int(n) for n in match.groups(default="1")))
 
 
+def largest_tile(head_dim: int, value_dim: int) -> int:
+    """Rows (query, head) of one key/value head that are computed together, at most: what the registers hold."""
+    return LARGEST_TILE if max(padded(head_dim), padded(value_dim)) <= 128 else LARGEST_TILE // 2
+
+
 def fitting(
     head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int], rows: int
 ) -> tuple[Config, ...]:
     """The configurations to measure, best guess first, at most two: many small programs, and few with long blocks.
 
-    ``rows`` is the size of a tile. The blocks of one stage take some 32 KiB whatever the head dimensions.
+    ``rows`` share a key/value head. The blocks of one stage take some 32 KiB whatever the head dimensions, half as much
+    beside large tiles.
     """
-    width = padded(head_dim) + max(padded(head_dim), padded(value_dim))
-    bytes_of_key = width * dtype.itemsize
-    block_n = min(256, max(16, _power_below(_STAGE // bytes_of_key)))
-    # Accumulators of 64 rows by 256 columns want the registers of eight warps.
-    num_warps = 8 if max(16, rows) * width > 64 * 256 else 4
+    bytes_of_key = (padded(head_dim) + max(padded(head_dim), padded(value_dim))) * dtype.itemsize
+    tile = min(padded(rows), largest_tile(head_dim, value_dim))
+    large = tile > 32
+    block_n = min(256, max(16, _power_below((_STAGE // 2 if large else _STAGE) // bytes_of_key)))
+    # Four warps have too few registers for many rows, or for products of float32.
+    num_warps = 8 if large or dtype is torch.float32 else 4
     limit = _SHARED.get(capability, _SHARED_DEFAULT)
-    wanted = ((block_n, num_warps, 3, 2), (2 * block_n, 8, 3, 1), (block_n, num_warps, 2, 1))
-    found = (Config(*sizes) for sizes in wanted)
-    return tuple(c for c in found if _shared_bytes(c, bytes_of_key, rows) <= limit)[:2]
+    wanted = _LARGE if large else _SMALL
+    found = (Config(blocks * block_n, warps or num_warps, *rest) for blocks, warps, *rest in wanted)
+    return tuple(c for c in found if _shared_bytes(c, bytes_of_key, tile) <= limit)[:CANDIDATES]
 
 
-def _shared_bytes(config: Config, bytes_of_key: int, rows: int) -> int:
-    """Shared memory of one multiprocessor that the programs on it take."""
+def _shared_bytes(config: Config, bytes_of_key: int, tile: int) -> int:
+    """Shared memory of one multiprocessor that the programs on it take, at most."""
     blocks = config.num_stages * config.block_n * bytes_of_key
-    return config.programs * (blocks + max(16, rows) * bytes_of_key // 2 + _SHARED_BESIDE)
+    return config.programs * (blocks + tile * bytes_of_key // 2 + _SHARED_BESIDE)
 
 
 def _power_below(size: int) -> int:

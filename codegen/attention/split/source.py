@@ -16,7 +16,7 @@ from fxopt.codegen.attention.portable.template import ATTEND, HEADER, REFERENCE
 from fxopt.codegen.attention.portable.tiles import Tiles
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.split import template
-from fxopt.codegen.attention.split.config import LARGEST_TILE, Config
+from fxopt.codegen.attention.split.config import Config, largest_tile
 from fxopt.codegen.attention.split.limits import Limits
 from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
@@ -115,7 +115,7 @@ class SplitText(KernelText):
         return {
             **super()._launch,
             "programs": f"{many}multiprocessors(q.device)",
-            "largest_tile": str(LARGEST_TILE),
+            "largest_tile": str(largest_tile(self.head_dim, self.value_dim)),
             "block_n": str(self.split.block_n),
             "block_e": str(self._block_e),
             "launch_arguments": listing(arguments),

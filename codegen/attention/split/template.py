@@ -124,21 +124,24 @@ def combine(
     if parts > 8:
         width = tl.ceil(tl.sqrt(parts.to(tl.float32))).to(tl.int32)
     begin = leader + (program - leader) // width * width
-    members = tl.minimum(width, leader + parts - begin)
-    keep_part(acc, total, peak, slot_of(program, leader), slots, inside, scratch_ptr, BLOCK_M, BLOCK_E)
-    done = arrives_last(counter_ptr + slot_of(begin, leader), members)
-    if done:
-        acc, total, peak = merge_parts(begin, 1, members, leader, slots, inside, scratch_ptr, BLOCK_M, BLOCK_E)
-        groups = tl.cdiv(parts, width)
-        if groups > 1:
-            # The group's first slot has been read by all threads before it is written.
+    step = 1
+    count = tl.minimum(width, leader + parts - begin)
+    slot = slot_of(program, leader)
+    level = 0
+    levels = 1 + (parts > width).to(tl.int32)
+    done = parts == 0
+    while level < levels:
+        keep_part(acc, total, peak, slot, slots, inside, scratch_ptr, BLOCK_M, BLOCK_E)
+        slot = slot_of(begin, leader)
+        done = arrives_last(counter_ptr + level * slots + slot, count)
+        level += 1
+        if done:
+            acc, total, peak = merge_parts(begin, step, count, leader, slots, inside, scratch_ptr, BLOCK_M, BLOCK_E)
+            # All threads have read the group's first slot, which the group's result goes to.
             tl.debug_barrier()
-            keep_part(acc, total, peak, slot_of(begin, leader), slots, inside, scratch_ptr, BLOCK_M, BLOCK_E)
-            done = arrives_last(counter_ptr + slots + slot_of(leader, leader), groups)
-            if done:
-                acc, total, peak = merge_parts(
-                    leader, width, groups, leader, slots, inside, scratch_ptr, BLOCK_M, BLOCK_E
-                )
+            begin, step, count = leader, width, tl.cdiv(parts, width)
+        else:
+            levels = 0
     return acc, total, peak, done
 
 '''
@@ -164,8 +167,10 @@ def attention_kernel(
     share = tl.cdiv(all_blocks, tl.num_programs(0))
     begin = program * share
     end = tl.minimum(begin + share, all_blocks)
-
-    for tile in range($first_tile, $stop_tile):
+    first_tile = $first_tile
+    stop_tile = $stop_tile
+    # What the end of a tile wants would take registers all through it, were it computed ahead of the loop.
+    for tile in tl.range(first_tile, stop_tile, disable_licm=True):
         b = tile // tiles
         g = tile // row_blocks % kv_heads
         $place

@@ -216,7 +216,7 @@ def test_nan_in_an_input_reaches_its_rows_and_no_others(monkeypatch: pytest.Monk
 
 
 def test_caches_of_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ``[B, T, G, D]`` cache longer than its keys, a transposed one, one shared by the batches, one of two tensors."""
+    """A ``[B, T, G, D]`` cache longer than its keys, a transposed one, one shared by the batches, part of a wider one."""
     spec = AttentionSpec(parse("s * 0.25"))
     q = torch.randn(2, 8, 16, 1).transpose(2, 3)
     layouts = [

@@ -106,7 +106,7 @@ class SplitText(KernelText):
         periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
         blocks = (f"BLOCK_N={self.split.block_n}", f"BLOCK_D={padded(self.head_dim)}", f"BLOCK_E={self._block_e}")
         switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", "EVEN=False", "WIDE=wide")
-        batches = tuple(f"{name}=triton.next_power_of_2(batch)" for name in self._batches)
+        batches = tuple(f"{name}=triton.next_power_of_2(max(batch, 16))" for name in self._batches)
         sizes = ("batch", "heads", "kv_heads", "rows", "keys", *periods)
         tensors = ("q", "k", "v", *names, "out", "lse", "scratch", "counter")
         constants = ("BLOCK_M=block_m", *blocks, *switches, "WITH_LSE=with_lse", *batches)

@@ -64,7 +64,7 @@ def is_idle(found: ModuleType) -> bool:
 
 #: Every expression with every shape, and every dtype and number of programs with each of both.
 CROSS = [
-    (name, shape, list(DTYPES)[(n + m) % 3], (3, 7, 100)[(n // 2 + m) % 3])
+    (name, shape, list(DTYPES)[(n + m) % 3], (2, 7, 30)[(n // 2 + m) % 3])
     for n, name in enumerate(EXPRESSIONS)
     for m, shape in enumerate(SHAPES)
 ]
@@ -89,7 +89,7 @@ def test_kernel_is_within_the_budget_of_eager(
 
 
 @pytest.mark.parametrize("config", ["split:16w4s3", "split:64w4s3x2"])
-@pytest.mark.parametrize("programs", [1, 2, 5, 13, 34, 40, 1000])
+@pytest.mark.parametrize("programs", [1, 2, 5, 13, 34, 1000])
 @pytest.mark.parametrize("name", ["causal", "lengths"])
 def test_any_number_of_programs(name: str, programs: int, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer programs than tiles, as many as blocks, more; parts that are merged at once and in groups."""
@@ -104,7 +104,7 @@ def test_any_number_of_programs(name: str, programs: int, config: str, monkeypat
     assert is_idle(found)
 
 
-@pytest.mark.parametrize("programs", [3, 7, 100])
+@pytest.mark.parametrize("programs", [3, 7, 60])
 def test_launches_one_after_the_other_use_the_same_counters(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = Shape(16, 16, 1, 400, 2, heads=8)
     spec = specification("plain", sizes, torch.float32)
@@ -166,7 +166,7 @@ def test_rows_without_keys(length: int, empty_rows: str, expected: float, monkey
     "j < c0", "j < i + c0", "(j < c0) & (j >= c0 - 20)", "j < b * 60 + 5", "(j > h * 20) & (j < c0)", "j < c1",
     "(j < c0) & (j < c1) & ((j + i) % 3 != 0)", "j > 1000 + i", f"({CAUSAL}) & (j > i + (Sk - Sq) - 40)", "j < c2",
 ])  # fmt: skip
-@pytest.mark.parametrize("programs", [3, 50])
+@pytest.mark.parametrize("programs", [3, 24])
 def test_bounds_that_differ_by_batch_and_head(mask: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = Shape(16, 16, 3, 200, 2, heads=4, batch=5)
     captures = [
@@ -216,7 +216,7 @@ def test_nan_in_an_input_reaches_its_rows_and_no_others(monkeypatch: pytest.Monk
 
 
 def test_caches_of_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ``[B, T, G, D]`` cache longer than its keys, a transposed one, one shared by the batches, part of a wider one."""
+    """A ``[B, T, G, D]`` cache longer than its keys, a transposed one, one for all batches, part of a wider one."""
     spec = AttentionSpec(parse("s * 0.25"))
     q = torch.randn(2, 8, 16, 1).transpose(2, 3)
     layouts = [

@@ -136,7 +136,7 @@ def _exact(case: Case, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor]) 
     served = case.heads // case.kv_heads
     spec = str(replace(case.spec, out_dtype=torch.float64))
     groups = zip(q.split(served, 1), k.split(1, 1), v.split(1, 1), strict=True)
-    heads = [reference.attention(*(x.double() for x in group), captures, spec) for group in groups]
+    heads = [reference.attention(q.double(), k.double(), v.double(), captures, spec) for q, k, v in groups]
     return torch.cat(heads, 1)
 
 

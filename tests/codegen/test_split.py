@@ -80,6 +80,7 @@ CASES = [
     (90, "plain", (128, 128), HALF, 16),
     (90, "causal", (128, 128), HALF, 64),
     (90, "lengths", (128, 128), HALF, 16),
+    (90, "lengths", (128, 128), HALF, 32),
     (90, "softcap-window", (256, 256), HALF, 32),
     (90, "tile-bias", (64, 64), HALF, 16),
     (90, "padding", (80, 96), HALF, 16),

@@ -63,7 +63,8 @@ def merge_parts(
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for part in tl.range(0, count, num_stages=3):
+    # Small parts take long to come and little room.
+    for part in tl.range(0, count, num_stages=5 if BLOCK_M * BLOCK_E <= 4096 else 3):
         slot = slot_of(begin + part * step, leader)
         acc_tile = (slot * BLOCK_M + row[:, None]) * BLOCK_E + e[None, :]
         # Other multiprocessors wrote these: the cache of this one is passed by.

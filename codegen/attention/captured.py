@@ -57,15 +57,21 @@ class CapturedTensor:
     @property
     def base(self) -> str:
         """The lines before the loop: its address, or its value where that is the same for all keys."""
+        if not self.in_loop or "i" not in self.axes:
+            return self.gathered_base
         name = self.name
-        terms = [self.head_address()]
-        rows = "i" in self.axes
+        base = f"{self.head_address()} + first.to(tl.int64) * {name}_stride_i"
+        row = f"(i - first).to(n.dtype) * {name}_stride_i"
+        return f"{name}_base = {base}\n{name}_tile = {row} + n[None, :] * {name}_stride_j"
+
+    @property
+    def gathered_base(self) -> str:
+        """The same where the rows ``i`` do not follow one another, and may belong to several heads ``h``."""
+        name = self.name
+        rows = f" + i.to(tl.int64) * {name}_stride_i" if "i" in self.axes else ""
         if not self.in_loop:
-            terms += [f"i.to(tl.int64) * {name}_stride_i"] * rows
-            return f"{name} = {self.load(' + '.join(terms))}"
-        terms += [f"first.to(tl.int64) * {name}_stride_i"] * rows
-        row = f"(i - first).to(n.dtype) * {name}_stride_i + " if rows else ""
-        return f"{name}_base = {' + '.join(terms)}\n{name}_tile = {row}n[None, :] * {name}_stride_j"
+            return f"{name} = {self.load(self.head_address() + rows)}"
+        return f"{name}_base = {self.head_address()}{rows}\n{name}_tile = n[None, :] * {name}_stride_j"
 
     @property
     def load_in_loop(self) -> str:

@@ -49,7 +49,7 @@ $imports
 
 '''
 
-MAIN: Final = '''
+REFERENCE: Final = '''
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = ()) -> torch.Tensor:
     """The same in plain PyTorch, in float64."""
     q, k, v = q.double(), k.double(), v.double()
@@ -63,7 +63,9 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Seque
     out = torch.softmax(x, -1) @ v[:, served]
     return $reference_result
 
+'''
 
+MAIN: Final = '''
 def main() -> None:
     """Check against the reference on a small case, then time a large one."""
     for batch, length in $cases:

@@ -17,6 +17,7 @@ from fxopt.codegen.attention.hopper import kernel as hopper
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short import kernel as short
+from fxopt.codegen.attention.split import kernel as split
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -46,6 +47,7 @@ def _portable_source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: 
 FAMILIES: Final[dict[str, Family]] = {
     "hopper": Family(hopper.objection, hopper.candidates, hopper.source),
     "short": Family(short.objection, short.candidates, short.source, pads_values=True),
+    "split": Family(split.objection, split.candidates, split.source),
     "": Family(portable.objection_to, portable.candidates_for, _portable_source, pads_values=True),
 }
 

@@ -13,7 +13,7 @@ _SERVED: Final = {
     "group": "head // (q.shape[1] // k.shape[1])",
     "tile": "head % k.shape[1]",
 }
-_SIZE: Final = {"b": "batch", "h": "8", "i": "length", "j": "length", "-": "1", "p": "2"}
+_SIZE: Final = {"b": "batch", "h": "8", "i": "{rows}", "j": "length", "-": "1", "p": "2"}
 _INDEX: Final = {
     "b": "torch.arange(q.shape[0], device=q.device)[:, None, None, None]",
     "h": "head[:, None, None]",
@@ -25,11 +25,12 @@ _INDEX: Final = {
 
 
 def script_holes(
-    spec: AttentionSpec, dtype: torch.dtype, check: int = 257, timed: tuple[int, int] = (4, 4096)
+    spec: AttentionSpec, dtype: torch.dtype, check: int = 257, timed: tuple[int, int] = (4, 4096), rows: str = "length"
 ) -> dict[str, str]:
     """What the script template wants to know of ``spec``.
 
-    The check runs on two sequences of length ``check``, the timing on ``timed``, a batch of more than two and a length.
+    The check runs on two sequences of length ``check``, the timing on ``timed``, a batch of more than two and a length;
+    ``rows`` is what the script calls the number of queries.
     """
     expressions = [e for e in (spec.score, spec.mask) if e is not None]
     read = {str(n.value) for e in expressions for n in e.walk() if n.op == "symbol"}
@@ -39,7 +40,7 @@ def script_holes(
     if spec.mask is not None:
         mask = f'kept = {print_torch(spec.mask)}\nx = torch.where(kept, x, float("-inf"))'
     zero = 'torch.where((x == float("-inf")).all(-1, keepdim=True), 0.0, out)'
-    drawn = [_draw(c) for c in spec.captures]
+    drawn = [_draw(c, rows) for c in spec.captures]
     return {
         "cases": f"((2, {check}), {timed})",
         "served": _SERVED[spec.kv_map],
@@ -65,8 +66,8 @@ def _reading(index: int, capture: Capture) -> str:
     return f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{wide}"
 
 
-def _draw(capture: Capture) -> str:
-    shape = ", ".join(_SIZE[letter] for letter in capture.dims)
+def _draw(capture: Capture, rows: str) -> str:
+    shape = ", ".join(_SIZE[letter].format(rows=rows) for letter in capture.dims)
     if capture.kind == "bool":
         return f'torch.rand({shape}, device="cuda") < 0.8'
     if capture.kind == "int":

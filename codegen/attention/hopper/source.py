@@ -13,7 +13,7 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.distance import split_distances
-from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, allocation, description, unpacked
+from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, REFERENCE, allocation, description, unpacked
 from fxopt.codegen.attention.hopper.config import Config
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
@@ -60,8 +60,8 @@ class HopperText:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
         body = "".join(fill(part, holes) for part in (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL))
         devices = "".join(f"\n{_as_gluon(text)}\n" for text in helpers(body))
-        script = fill(MAIN, {**holes, **script_holes(self.spec, self.dtype)})
-        return fill(HEADER, holes) + devices + body + fill(LAUNCH, holes) + script
+        script = {**holes, **script_holes(self.spec, self.dtype)}
+        return fill(HEADER, holes) + devices + body + fill(LAUNCH, holes) + fill(REFERENCE, script) + fill(MAIN, script)
 
     @cached_property
     def _range(self) -> KeyRange:

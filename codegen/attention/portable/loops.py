@@ -53,16 +53,26 @@ def loop_spans(found: KeyRange) -> tuple[Span, ...]:
 def key_range_text(found: KeyRange, emit: Emitter) -> str:
     """The lines that compute the limits which `loop_spans` names."""
     upper, lower = found.side("upper"), found.side("lower")
-    lines = [f"stop = {_nested('minimum', 'Sk', (_limit(b, 'last', 1, emit) for b in upper))}"]
+    lines = [stop_text(found, emit)]
     full_stop = _nested("minimum", "Sk", (_limit(b, "first", 1, emit) for b in upper))
     lines.append(f"full_stop = {full_stop}")
     lines.append("full_stop = tl.maximum(full_stop, 0) // BLOCK_N * BLOCK_N")
     if lower:
-        start = _nested("maximum", "0", (_limit(b, "first", 0, emit) for b in lower))
         full_start = _nested("maximum", "0", (_limit(b, "last", 0, emit) for b in lower))
-        lines.append(f"start_block = {start} // BLOCK_N * BLOCK_N")
+        lines.append(start_text(found, emit))
         lines.append(f"full_start = tl.cdiv({full_start}, BLOCK_N) * BLOCK_N")
     return "\n".join(lines)
+
+
+def stop_text(found: KeyRange, emit: Emitter) -> str:
+    """The line that computes ``stop``."""
+    return f"stop = {_nested('minimum', 'Sk', (_limit(b, 'last', 1, emit) for b in found.side('upper')))}"
+
+
+def start_text(found: KeyRange, emit: Emitter) -> str:
+    """The line that computes ``start_block``, the first key of the block that holds ``start``."""
+    start = _nested("maximum", "0", (_limit(b, "first", 0, emit) for b in found.side("lower")))
+    return f"start_block = {start} // BLOCK_N * BLOCK_N"
 
 
 def _limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:

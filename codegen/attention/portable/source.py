@@ -18,6 +18,7 @@ from fxopt.codegen.attention.frame import (
     HEADER,
     KV_HEAD,
     MAIN,
+    REFERENCE,
     STRIDES,
     allocation,
     both,
@@ -59,7 +60,8 @@ class KernelText:
         describable = DESCRIBABLE if self._tiles.described else ""
         body = "".join((fill(ATTEND, holes), fill(KERNEL, holes), describable, fill(LAUNCH, holes)))
         devices = "".join(f"\n{text}\n" for text in helpers(body))
-        return fill(HEADER, holes) + devices + body + fill(MAIN, {**holes, **script_holes(self.spec, self.dtype)})
+        script = {**holes, **script_holes(self.spec, self.dtype)}
+        return fill(HEADER, holes) + devices + body + fill(REFERENCE, script) + fill(MAIN, script)
 
     @cached_property
     def _range(self) -> KeyRange:
@@ -80,9 +82,13 @@ class KernelText:
 
     @property
     def _description(self) -> dict[str, str]:
-        legend = f"{self.config} (rows x keys, warps, stages)"
         imports = {"library": "", "imports": IMPORT if self._tiles.described else ""}
-        return imports | description(self.spec, self.head_dim, self.value_dim, legend, self._captures)
+        return imports | description(self.spec, self.head_dim, self.value_dim, self._legend, self._captures)
+
+    @property
+    def _legend(self) -> str:
+        """The configuration and what its numbers mean."""
+        return f"{self.config} (rows x keys, warps, stages)"
 
     @property
     def _attend(self) -> dict[str, str]:
@@ -186,11 +192,15 @@ class KernelText:
         return (*named, *(name for c in self._captures for name in c.strides))
 
     @property
+    def _stride_values(self) -> tuple[str, ...]:
+        """What `_strides` names, as the launcher reads it off the tensors."""
+        named = tuple(f"{tensor}.stride({AXIS[axis]})" for tensor, axes in STRIDES.items() for axis in axes)
+        return (*named, *(value for c in self._captures for value in c.stride_values))
+
+    @property
     def _launch(self) -> dict[str, str]:
         """The holes of the host side."""
         names = [c.name for c in self._captures]
-        strides = [f"{t}.stride({AXIS[axis]})" for t, axes in STRIDES.items() for axis in axes]
-        captured = [value for c in self._captures for value in c.stride_values]
         periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
         pads = (f"BLOCK_D={padded(self.head_dim)}", f"BLOCK_E={padded(self.value_dim)}")
         blocks = (f"BLOCK_M={self.config.block_m}", f"BLOCK_N={self.config.block_n}", *pads)
@@ -199,7 +209,7 @@ class KernelText:
         switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", even, *tma, "WIDE=wide")
         sizes = ("heads", "kv_heads", "rows", "keys", *periods)
         tensors = ("q", *self._tiles.arguments, *names, "out", "lse")
-        arguments = (*tensors, *strides, *captured, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
+        arguments = (*tensors, *self._stride_values, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
         return {
             "allocate": allocation(self.spec, self.value_dim),
             "unpack_captures": unpacked(names),

@@ -16,6 +16,7 @@ from fxopt.codegen.attention.frame import (
     HEADER,
     KV_HEAD,
     MAIN,
+    REFERENCE,
     STRIDES,
     allocation,
     both,
@@ -67,7 +68,7 @@ class KernelText:
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         keys = self.config.keys
         holes |= script_holes(self.spec, self.dtype, check=keys * 3 // 4 + 1, timed=(2**17 // keys, keys))
-        return fill(HEADER, holes) + devices + body + fill(MAIN, holes)
+        return fill(HEADER, holes) + devices + body + fill(REFERENCE, holes) + fill(MAIN, holes)
 
     @property
     def _exact(self) -> bool:

@@ -81,7 +81,7 @@ def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str,
     spec = specification(name, sizes, DTYPES[dtype])
     (q, k, v), captures = on_gpu(name, sizes, spec, DTYPES[dtype])
     found = candidates(problem(spec, q, k, v))
-    if not found and dtype == "f32":
+    if dtype == "f32" and sizes.keys > 64:
         pytest.skip("registers don't hold these logits in float32")
     config = found[tried % len(found)]
     eager = reference.attention(q, k, v, captures, str(spec))

@@ -154,7 +154,7 @@ def registers(config: Config, sizes: Sizes) -> int:
         found += config.keys * (sizes.head_dim + sizes.value_dim) * sizes.itemsize // (4 * threads)
         found += logits * bool(sizes.tiles[0])
     if sizes.masked:
-        found += logits // 4
+        found += logits // 8
     return found if _has_wgmma(config, sizes) else found + _OPERAND_REGISTERS
 
 

@@ -24,6 +24,7 @@ _TILES = (Capture("-hij", HALF), Capture("p-ij", HALF))
 SWIN = AttentionSpec(parse("s * 0.17677 + c0 + c1"), None, _TILES, out_dtype=HALF, out_layout="bshd")
 PLAIN = AttentionSpec(parse("s * 0.125"), out_dtype=HALF, out_layout="bshd")
 PADDING = AttentionSpec(parse("s * 0.125"), parse("c0"), (Capture("b--j", torch.bool),), out_dtype=HALF)
+CAUSAL = AttentionSpec(parse("s * 0.125"), parse("j <= i"), out_dtype=HALF)
 #: specification, head dimension, batch, heads, tokens
 PROBLEMS = {
     "Swin": (SWIN, 32, 4096, 3, 49),
@@ -31,6 +32,8 @@ PROBLEMS = {
     "ViT": (PLAIN, 64, 64, 12, 197),
     "BERT": (PADDING, 64, 128, 12, 128),
     "256": (PLAIN, 64, 64, 32, 256),
+    "BERT of 256": (PADDING, 64, 64, 12, 256),
+    "causal": (CAUSAL, 64, 64, 12, 256),
     "wide heads": (PLAIN, 128, 64, 16, 160),
 }
 
@@ -43,6 +46,7 @@ def problem(name: str, architecture: int, dtype: torch.dtype = HALF) -> Problem:
 @pytest.mark.parametrize(("name", "architecture"), [
     ("Swin", 80), ("Swin", 90), ("Swin", 100), ("Swin's last stage", 90), ("ViT", 90), ("BERT", 80), ("BERT", 90),
     ("BERT", 100), ("256", 90), ("wide heads", 90),
+    ("BERT of 256", 90), ("causal", 90),
 ])  # fmt: skip
 def test_candidates_compile_without_spills(name: str, architecture: int, tmp_path: Path) -> None:
     given = problem(name, architecture)

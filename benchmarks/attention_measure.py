@@ -29,7 +29,7 @@ Run = Callable[[], tuple[Tensor, ...]]
 #: Largest error over the largest value: several roundings of inputs, weights and result.
 _TOLERANCE: Final = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 #: Where the fastest candidate takes less, launches would be timed: CUDA graphs are replayed instead.
-_SMALL_MS: Final = 0.1
+_SMALL_MS: Final = 1.0
 _COPIED: Final = {"cuda": 1 << 30, "cpu": 1 << 20}
 _KERNELS: Final = 3
 #: Where there is no GPU, candidates are those for a Hopper one; the CPU runs their specification.

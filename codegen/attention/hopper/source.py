@@ -40,7 +40,7 @@ _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
 _L2: Final = "32 * 2**20"
-_SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "group", "pairs", "tiles")
+_SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 _TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
 _CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
@@ -96,7 +96,7 @@ class HopperText:
             **description(spec, self.head_dim, self.value_dim, config, self._captures),
             "library": "",
             "imports": IMPORTS.rstrip("\n"),
-            "row_block": "blocks - 1 - within // size" if self._ranged else "within // size",
+            "order_rows": "row = gl.where(turn % halves == 0, blocks - 1 - row, row)" if self._ranged else "",
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
             "key_range": _as_gluon(key_range_text(self._range, self._emit)),
             "start_block": "start_block" if lower else "0",
@@ -210,7 +210,7 @@ class HopperText:
         config, width = self.config, padded(self.head_dim)
         values = [v for c in self._captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period))]
         tensors = ("described(q, 64)", f"described(k, {config.keys})", f"described(v, {config.keys})")
-        sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "group", "pairs", "tiles")
+        sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
         constants = (config.rows, config.keys, width, config.stages, config.queries, config.groups, config.registers)
         switches = [f"{n}={v}" for n, v in zip((*_CONSTANTS, "REGISTERS"), constants, strict=True)]
         captured = (*names, *values)
@@ -222,6 +222,7 @@ class HopperText:
             "width": str(width),
             "element": _ELEMENT[self.dtype],
             "rows": str(config.rows),
+            "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
             "group": fitting if self._ranged else "1",
             "launch_arguments": listing((*arguments, "num_warps=4")),
         }

@@ -14,12 +14,25 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 PLACE: Final = '''
 @gluon.jit
-def place(tile, blocks, group, pairs):
-    """Row block and (batch, head) pair of a tile; pairs go in groups whose keys and values fit the L2 cache."""
-    before = tile // (group * blocks) * group
-    within = tile % (group * blocks)
+def place(turn, blocks, halves, group, pairs):
+    """Row block and (batch, head) pair of a program's tile; pairs go in groups whose keys and values fit the L2 cache.
+
+    With two ``halves`` a long row block and the short one opposite to it follow each other, so that all take the same.
+    """
+    index = gl.program_id(0) + turn // halves * gl.num_programs(0)
+    spans = blocks // halves
+    before = index // (group * spans) * group
+    within = index % (group * spans)
     size = gl.minimum(group, pairs - before)
-    return $row_block, before + within % size
+    row = within // size
+    $order_rows
+    return row, before + within % size
+
+
+@gluon.jit
+def turns_of(blocks, halves, pairs):
+    """How many tiles the program takes."""
+    return gl.cdiv(pairs * (blocks // halves) - gl.program_id(0), gl.num_programs(0)) * halves
 
 
 @gluon.jit
@@ -40,9 +53,8 @@ def load(
 ):
     """Load what the other warps read: queries of each tile, then pairs of a block of keys and the values before it."""
     pair = 0
-    turn = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, head = place(tile, blocks, group, pairs)
+    for turn in range(turns_of(blocks, halves, pairs)):
+        row, head = place(turn, blocks, halves, group, pairs)
         first = row * ROWS
         last = gl.minimum(first + ROWS, Sq) - 1
         b = head // heads
@@ -60,7 +72,6 @@ def load(
             tma.async_copy_global_to_shared(
                 q_source, [b, h, first + member * 64, 0], q_ready.index(place_q), q_tiles.index(slot)
             )
-        turn += 1
         count = stop - start
         for step in range(count + 1):
             slot = pair % STAGES
@@ -142,9 +153,8 @@ def multiply(
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
     pair = 0
-    turn = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, head = place(tile, blocks, group, pairs)
+    for turn in range(turns_of(blocks, halves, pairs)):
+        row, head = place(turn, blocks, halves, group, pairs)
         first = row * ROWS
         last = gl.minimum(first + ROWS, Sq) - 1
         b = head // heads
@@ -203,7 +213,6 @@ def multiply(
         if QUERIES == 1:
             tma.store_wait(0)
             mbarrier.arrive(q_free.index(0), count=1)
-        turn += 1
     tma.store_wait(0)
 
 '''
@@ -221,7 +230,7 @@ KERNEL: Final = '''
 def attention_kernel(
     $kernel_parameters
 ):
-    """Tiles of rows, one after another, long ones first where lengths differ.
+    """Tiles of rows, one after another.
 
     One group of warps loads by TMA; each of the others holds 64 rows and multiplies by wgmma. While the tensor cores
     multiply the weights of one block of keys by its values, a group computes the softmax of the next block.
@@ -289,11 +298,11 @@ def launch(
         return out.zero_(), lse.fill_(float("-inf"))
     $unpack_captures
     blocks, pairs = triton.cdiv(rows, $rows), batch * heads
-    tiles = blocks * pairs
-    if tiles == 0:
+    if blocks * pairs == 0:
         return out, lse
+    halves = $halves
     group = $group
-    programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = min(blocks // halves * pairs, torch.cuda.get_device_properties(q.device).multi_processor_count)
     with torch.cuda.device_of(q):
         attention_kernel[(programs,)](
             $launch_arguments

@@ -59,12 +59,7 @@ class CapturedTensor:
     def base(self) -> str:
         """The lines before the loop: its address, or its value where that is the same for all keys."""
         name = self.name
-        terms = [f"{name}_ptr"]
-        for letter, axis in zip(self.capture.dims[:2], "bh", strict=True):
-            if letter != "-":
-                factor = _AXES[letter].format(name=name)
-                factor = f"({factor})" if "%" in factor else factor
-                terms.append(f"{factor} * {name}_stride_{axis}")
+        terms = self._head
         rows = "i" in self.axes
         if not self.in_loop:
             terms += [f"i.to(tl.int64) * {name}_stride_i"] * rows
@@ -72,6 +67,23 @@ class CapturedTensor:
         terms += [f"first.to(tl.int64) * {name}_stride_i"] * rows
         row = f"(i - first).to(n.dtype) * {name}_stride_i + " if rows else ""
         return f"{name}_base = {' + '.join(terms)}\n{name}_tile = {row}n[None, :] * {name}_stride_j"
+
+    @property
+    def _head(self) -> list[str]:
+        """The terms of the address at which a head's part of it starts."""
+        terms = [f"{self.name}_ptr"]
+        for letter, axis in zip(self.capture.dims[:2], "bh", strict=True):
+            if letter != "-":
+                factor = _AXES[letter].format(name=self.name)
+                factor = f"({factor})" if "%" in factor else factor
+                terms.append(f"{factor} * {self.name}_stride_{axis}")
+        return terms
+
+    @property
+    def load_keys(self) -> str:
+        """The line that reads the keys ``j`` of one that varies with no row; what lies beyond the end is zero."""
+        address = " + ".join((*self._head, f"j.to(tl.int64) * {self.name}_stride_j"))
+        return f"{self.name} = {self._load(address, ', mask=j < Sk, other=0')}"
 
     @property
     def load_in_loop(self) -> str:

@@ -73,7 +73,7 @@ def weights(spec: AttentionSpec, logits_BHST: Tensor) -> Tensor:
     empty_BHS1 = (logits_BHST == -math.inf).all(-1, keepdim=True)
     # Replaced before the softmax too: its gradient at such a row would be NaN even where nothing flows into it.
     weights_BHST = torch.softmax(torch.where(empty_BHS1, 0.0, logits_BHST), -1)
-    return torch.where(empty_BHS1, 0.0, weights_BHST)
+    return weights_BHST if spec.empty_rows == "uniform" else torch.where(empty_BHS1, 0.0, weights_BHST)
 
 
 def may_be_empty(spec: AttentionSpec) -> bool:

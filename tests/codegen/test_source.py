@@ -24,7 +24,7 @@ from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, SHAPES, specification
 
 pytest.importorskip("triton")
-GOLDEN = Path(__file__).parent / "golden" / "softcap_window_padding.py.txt"
+GOLDEN = Path(__file__).parent / "golden"
 CONFIG = read_config("128x64w8s3")
 SPEC = AttentionSpec(
     parse("50.0 * tanh(s * 0.0625 / 50.0)"),
@@ -36,11 +36,37 @@ SPEC = AttentionSpec(
 )
 
 
-def test_golden() -> None:
-    text = source(SPEC, 128, 128, torch.bfloat16, CONFIG).replace(f"fxopt {version('fxopt')}", "fxopt VERSION")
+DOCUMENTS = AttentionSpec(
+    parse("s * 0.125"),
+    parse("(j <= i) & (c0 == c1)"),
+    (Capture("b-i-", torch.int64), Capture("b--j", torch.int64)),
+    empty_rows="uniform",
+    out_dtype=torch.bfloat16,
+)
+#: By the name of the file: no captured vector limits the keys; a padding vector does; documents do, by rows.
+GOLDEN_CASES = {
+    "causal_alibi": AttentionSpec(
+        parse("s * 0.125 + c0 * float(j - i)"), parse("j <= i"), (Capture("-h--", torch.float32),),
+        out_dtype=torch.bfloat16,
+    ),
+    "softcap_window_padding": SPEC,
+    "documents_mean": DOCUMENTS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_golden(name: str) -> None:
+    spec, width, path = GOLDEN_CASES[name], 128 if name == "softcap_window_padding" else 64, GOLDEN / f"{name}.py.txt"
+    text = source(spec, width, width, torch.bfloat16, CONFIG).replace(f"fxopt {version('fxopt')}", "fxopt VERSION")
     if os.environ.get("FXOPT_UPDATE_GOLDEN") == "1":
-        GOLDEN.write_text(text, encoding="utf-8")
-    assert text == GOLDEN.read_text(encoding="utf-8"), "set FXOPT_UPDATE_GOLDEN=1 to accept the new source"
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), "set FXOPT_UPDATE_GOLDEN=1 to accept the new source"
+
+
+def test_only_captured_vectors_bring_a_kernel_in_front() -> None:
+    texts = {name: (GOLDEN / f"{name}.py.txt").read_text(encoding="utf-8") for name in GOLDEN_CASES}
+    assert [name for name, text in texts.items() if "hull" in text] == ["softcap_window_padding", "documents_mean"]
+    assert [name for name, text in texts.items() if "average(" in text] == ["documents_mean"]
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)

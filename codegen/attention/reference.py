@@ -36,6 +36,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec:
         P = softmax over { j : mask(b,h,i,j) } of x
         out[b,h,i,:] = Σ_j dropout(P)[b,h,i,j]·v[b,g(h),j,:]
 
+    A row without any key gives NaN, 0 or the mean of all values, as ``spec`` says: ``rows=nan``, ``zero``, ``uniform``.
+    The mean is what softmax makes of a row filled with one finite number, such as the lowest one.
+
     Args:
         q: ``[B, H, S, D]``.
         k: ``[B, G, T, D]``.

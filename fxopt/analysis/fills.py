@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
 from torch import fx
 
 from fxopt.analysis.constants import Constants
+from fxopt.ir.expression import const
 from fxopt.ir.nodes import is_call, is_tensor, tensor
 
 aten = torch.ops.aten
 
+_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: What masks write, or add, where they hide a key: −inf and the lowest finite numbers.
+FILLS: Final = (const(-math.inf), *(const(torch.finfo(dtype).min) for dtype in _DTYPES))
 #: What these give is content: products of activations and weights, and entries of learned tables.
 _CONTENT: Final = (
     aten.matmul.default, aten.linear.default, aten.embedding.default, aten.convolution.default,

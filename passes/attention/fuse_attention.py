@@ -147,6 +147,16 @@ class FuseAttention:
     ``f`` is any composition of pointwise operations, casts and views that keep rows and keys apart; every operand
     that is
     broadcast onto the scores is lifted into the score and mask expressions. See `fxopt.ir.attention.AttentionSpec`.
+
+    Masks that fill with the lowest finite number of a dtype, or add it, become masks as those of −inf do:
+
+        where(m, x, lowest)       -> mask m; a row without keys gives the mean of all values
+        x + where(m, 0, lowest)   -> the same
+
+    The second holds because rounding absorbs any score far smaller than a unit in the last place of the lowest number
+    (2·10³¹ for bfloat16's in float32; not so in float16, where such sums stay scores). A gradient flows through the sum
+    even in a row without keys, so where one may be needed the sum stays a score too. Masks that fill with different
+    numbers, or overflow when they are added to one another, stay scores as well.
     """
 
     name: ClassVar[str] = "fuse-attention"

@@ -151,7 +151,8 @@ class FuseSdpa:
     """``scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale) -> fxopt.attention(q, k, v, captures, spec)``.
 
     A boolean mask and ``is_causal`` (top-left) become the mask expression, an additive mask part of the score. A row
-    that keeps no key gives 0, as SDPA defines. Masks that do not depend on the inputs are evaluated and proved.
+    that keeps no key gives 0, as SDPA defines. Masks that do not depend on the inputs are evaluated and proved. An
+    additive mask of the lowest finite number becomes a mask as in ``fuse-attention``.
     """
 
     name: ClassVar[str] = "fuse-sdpa"

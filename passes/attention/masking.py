@@ -11,16 +11,13 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
-from fxopt.analysis.fills import may_hold_fill
+from fxopt.analysis.fills import FILLS, may_hold_fill
 from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_structure
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.expression import Expr, call, conjunction, conjuncts, const
 from fxopt.ir.nodes import same_size, shape
 from fxopt.passes.attention.space import Operand, Space
 
-_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: What masks write or add where they hide a key.
-_FILLS: Final = (const(-math.inf), *(const(torch.finfo(dtype).min) for dtype in _DTYPES))
 _EVERYTHING: Final = const(True)
 #: Numbers below this absorb any score that is added to them: all lowest ones but float16's.
 _ABSORBING: Final = -1e30
@@ -238,17 +235,17 @@ def _take_mask(expr: Expr, proofs: dict[int, _Proof]) -> _Taken | None:
 def _as_fill(term: Expr, rest: Expr) -> Expr | None:
     """``rest + where(m, 0, lowest)`` as ``where(m, rest, lowest)``: a finite number added to the lowest is absorbed."""
     condition, kept, masked = term.args
-    if kept in (const(0.0), const(0)) and masked in _FILLS:
+    if kept in (const(0.0), const(0)) and masked in FILLS:
         return call("where", condition, rest, masked)
-    if masked in (const(0.0), const(0)) and kept in _FILLS:
+    if masked in (const(0.0), const(0)) and kept in FILLS:
         return call("where", condition, kept, rest)
     return None
 
 
 def _take_where(expr: Expr, safe: frozenset[Expr]) -> _Taken | None:
     condition, kept, masked = expr.args
-    if kept in _FILLS:
+    if kept in FILLS:
         condition, kept, masked = simplify(call("not", condition)), masked, kept
-    if masked not in _FILLS:
+    if masked not in FILLS:
         return None
     return _Taken(kept, condition, float(masked.value or 0), safe=condition in safe)

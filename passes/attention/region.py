@@ -14,11 +14,12 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
-from fxopt.ir.expression import Expr, S, capture, const
+from fxopt.ir.expression import Expr, S, call, capture, const
 from fxopt.ir.nodes import Size, is_call, is_tensor, same_size, scalar, shape, tensor
 from fxopt.passes.attention.axes import round_trip
 from fxopt.passes.attention.pointwise import BITWISE, LIFTED, POINTWISE, Obstacle, schema_name
 from fxopt.passes.attention.space import Operand
+from fxopt.passes.attention.two_valued import two_values
 from fxopt.rewriter.rule import Rejection
 
 aten = torch.ops.aten
@@ -92,6 +93,10 @@ class _Lift:
             raise Obstacle(f"{value} is complex", stage)
         if self._unfolds(value):
             return self._unfold(value, stage)
+        pair = two_values(value, self.constants)
+        if pair is not None:
+            self.dtypes.add(tensor(value).dtype)
+            return call("where", self.operand(pair[0], stage), *map(const, pair[1:]))
         operand = Operand(value, self.stage or shape(stage))
         if operand not in self.operands:
             self.operands.append(operand)

@@ -93,16 +93,40 @@ def too_low_for_its_dtype(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor)
     return attend(x, v)
 
 
+def computed(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    return attend(scores(q, k) + (1.0 - m.to(q.dtype)) * lowest(q), v)
+
+
+def computed_from_integers(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    return attend(scores(q, k) + (1.0 - n.to(q.dtype)) * lowest(q), v)
+
+
+def compared(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    hidden = 1.0 - (n.to(q.dtype) > 0).to(q.dtype)
+    return attend(scores(q, k) + hidden.masked_fill(hidden.bool(), lowest(q)), v)
+
+
+def computed_from_two(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    return attend(scores(q, k) + (1.0 - m.to(q.dtype) * n.to(q.dtype)) * lowest(q), v)
+
+
+def times_a_larger_number(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    return attend(scores(q, k) + (1.0 - m.to(q.dtype)) * -1e4, v)
+
+
 def scaled_after(q: Tensor, k: Tensor, v: Tensor, m: Tensor, n: Tensor) -> Tensor:
     return attend(torch.where(m, q @ k.transpose(-2, -1), lowest(q)) * 0.5, v)
 
 
-def inputs(dtype: torch.dtype = F32) -> tuple[Tensor, ...]:
-    """Queries, keys, values, and two masks of the keys; the second batch element keeps none under either."""
+def inputs(dtype: torch.dtype = F32, whole: bool = False) -> tuple[Tensor, ...]:
+    """Queries, keys, values, and two masks of the keys; the second batch element keeps none under either.
+
+    ``whole`` makes the second mask one of integers.
+    """
     q, k, v = (draw((3, 2, 7, 8), dtype=dtype, seed=seed) for seed in range(3))
     m, n = (draw((3, 1, 1, 7), seed=seed) > -0.3 for seed in (3, 4))
     m[1], n[1], n[2] = False, False, ~m[2]
-    return q, k, v, m, n
+    return q, k, v, m, n.long() if whole else n
 
 
 def spec_of(program: Program, *given: Any, numbers: bool = True) -> AttentionSpec:
@@ -120,7 +144,7 @@ def spec_of(program: Program, *given: Any, numbers: bool = True) -> AttentionSpe
     (filled, F32, "~c0"), (filled, BF16, "~c0"), (filled, F16, "~c0"),
     (filled_twice, F32, "c1 & c0"), (filled_twice, F16, "c1 & c0"),
     (added, F32, "c0"), (added, BF16, "c0"), (added_to_sdpa, F32, "c0"),
-    (added_then_filled, BF16, "~c1 & c0"),
+    (added_then_filled, BF16, "~c1 & c0"), (computed, F32, "c0"), (computed, BF16, "c0"), (compared, F32, "c0"),
 ])  # fmt: skip
 def test_becomes_a_mask_whose_empty_rows_give_the_mean(program: Program, dtype: torch.dtype, mask: str) -> None:
     spec = spec_of(program, *inputs(dtype))
@@ -136,6 +160,12 @@ def test_stays_a_score(program: Program, dtype: torch.dtype) -> None:
     # A score is computed in float32, where float16's lowest number absorbs nothing and float32's is not infinite.
     spec = spec_of(program, *inputs(dtype), numbers=dtype is F32 and program is not too_low_for_its_dtype)
     assert spec.empty_rows != "uniform" and spec.mask is None
+
+
+@pytest.mark.parametrize("program", [computed_from_integers, computed_from_two, times_a_larger_number])
+def test_arithmetic_that_is_no_mask_for_certain_stays_a_bias(program: Program) -> None:
+    spec = spec_of(program, *inputs(whole=program is computed_from_integers))
+    assert spec.mask is None and spec.score == parse("s * 0.5 + c0") and str(spec.captures[0]) == "b--j:f32"
 
 
 def test_an_infinite_mask_around_a_finite_one_is_taken_alone() -> None:

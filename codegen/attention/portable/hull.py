@@ -17,7 +17,7 @@ from fxopt.codegen.attention.possible import Possible
 from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import Expr
+from fxopt.ir.expression import Expr, Kind
 
 #: Keys that one step of the small kernel looks at.
 _STEP: Final = 1024
@@ -163,5 +163,5 @@ class Hull:
         return self.possible.names(len(self.spec.captures))
 
     def _emit(self, expr: Expr) -> str:
-        extremes = ("int",) * len(self._names)
+        extremes: tuple[Kind, ...] = ("int",) * len(self._names)
         return emit(expr, self._names, (*self.spec.capture_kinds, *extremes))

@@ -20,10 +20,10 @@ from tests.codegen.vectors import VECTORS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 SIZES = {
-    "square": Shape(16, 16, 70, 70, 1, batch=4),
-    "even": Shape(24, 40, 35, 80, 1, batch=4),
+    "square": Shape(16, 16, 70, 70, 1, batch=4, heads=1),
+    "even": Shape(24, 40, 35, 80, 1, batch=4, heads=1),
     "one row": Shape(16, 16, 1, 67, 1, batch=3),
-    "short": Shape(16, 16, 20, 33, 1, batch=4),
+    "short": Shape(16, 16, 20, 33, 1, batch=4, heads=1),
 }
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 BLOCK = 16

@@ -23,6 +23,8 @@ from fxopt.ir.expression import Expr, Kind
 _STEP: Final = 1024
 #: Fewer blocks of keys than this are not worth a kernel that may save some.
 _FEWEST_BLOCKS: Final = 4
+#: The least and the greatest value over rows are integers.
+_EXTREME: Final[Kind] = "int"
 _KERNEL: Final = '''
 @triton.jit(do_not_specialize=$unspecialized)
 def hull_kernel(
@@ -163,5 +165,5 @@ class Hull:
         return self.possible.names(len(self.spec.captures))
 
     def _emit(self, expr: Expr) -> str:
-        extremes: tuple[Kind, ...] = ("int",) * len(self._names)
+        extremes = (_EXTREME,) * len(self._names)
         return emit(expr, self._names, (*self.spec.capture_kinds, *extremes))

@@ -146,6 +146,14 @@ def test_configurations_print_and_read_back(config: Config) -> None:
     assert read_config(str(config)) == config
 
 
+def test_vectors_along_the_keys_get_blocks_that_do_not_spill() -> None:
+    """128 keys at a time on four warps spill with one (sm_90, Triton 3.6)."""
+    plain = AttentionSpec(parse("s"), out_dtype=torch.bfloat16)
+    padded = AttentionSpec(parse("s"), parse("c0"), (Capture("b--j", torch.bool),), out_dtype=torch.bfloat16)
+    wide = [[c.block_n for c in candidates(spec, 64, 64, torch.bfloat16, (9, 0))] for spec in (plain, padded)]
+    assert 128 in wide[0] and 128 not in wide[1]
+
+
 def test_few_rows_get_small_blocks_first() -> None:
     assert candidates(SPEC, 64, 64, torch.bfloat16, (9, 0), rows=1)[0].block_m == 16
     assert candidates(SPEC, 64, 64, torch.bfloat16, (9, 0), rows=4096)[0].block_m >= 64

@@ -64,6 +64,9 @@ def gradients(
     dx_BHST = p_BHST * (dp_BHST - flow_BHS1)
     if mask is not None:
         dx_BHST = torch.where(mask, dx_BHST, 0.0)
+    if spec.empty_rows == "uniform":
+        # Weights that are not 0, of rows whose logits the weights do not depend on.
+        dx_BHST = torch.where(x_BHST == -math.inf, 0.0, dx_BHST)
 
     def chained(leaf_index: int | None) -> Tensor:
         leaf = S if leaf_index is None else capture(leaf_index)

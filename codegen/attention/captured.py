@@ -74,6 +74,12 @@ class CapturedTensor:
         return f"{name}_base = {self.head_address()}{rows}\n{name}_tile = n[None, :] * {name}_stride_j"
 
     @property
+    def load_keys(self) -> str:
+        """The line that reads the keys ``j`` of one that varies with no row; what lies beyond the end is zero."""
+        address = f"{self.head_address()} + j.to(tl.int64) * {self.name}_stride_j"
+        return f"{self.name} = {self.load(address, ', mask=j < Sk, other=0')}"
+
+    @property
     def load_in_loop(self) -> str:
         """The lines that read one block; what lies beyond the end is zero, and masked later."""
         name = self.name

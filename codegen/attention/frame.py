@@ -12,6 +12,7 @@ from fxopt.ir.attention import NAME_OF, AttentionSpec
 #: The key/value head that serves query head ``h``, by ``kv_map``: as kernels compute it.
 KV_HEAD: Final = {"group": "h // (heads // kv_heads)", "tile": "h % kv_heads"}
 _KV_HEAD_MATHS: Final = {"group": "h // (H/G)", "tile": "h mod G"}
+_EMPTY: Final = {"nan": "NaN", "zero": "0", "uniform": "the mean of all values"}
 _ORDER: Final = {"bhsd": "[B, H, S, E]", "bshd": "[B, S, H, E]"}
 _ALLOCATE: Final = {
     "bhsd": "torch.empty((batch, heads, rows, {width}), dtype={dtype}, device=q.device)",
@@ -100,7 +101,7 @@ def description(
         "score_maths": str(spec.score),
         "captures": "\n".join(c.description for c in captures),
         "kept": "" if spec.mask is None else f" with {spec.mask}",
-        "empty": "NaN" if spec.empty_rows == "nan" else "0",
+        "empty": _EMPTY[spec.empty_rows],
         "out_dtype": NAME_OF[spec.out_dtype],
         "out_order": _ORDER[spec.out_layout],
     }

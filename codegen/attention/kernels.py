@@ -31,12 +31,14 @@ class Family:
         candidates: the configurations worth measuring for a problem that it can serve, best guess first.
         source: the source of the module for a specification, head dimensions ``D`` and ``E``, dtype and configuration.
         pads_values: whether values narrower than keys must be padded to the width of keys before the launch.
+        averages: whether it can give the mean of the values where a row keeps no key.
     """
 
     objection: Callable[[Problem], str | None]
     candidates: Callable[[Problem], tuple[str, ...]]
     source: Callable[[AttentionSpec, int, int, torch.dtype, str], str]
     pads_values: bool = False
+    averages: bool = False
 
 
 def _portable_source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:
@@ -48,7 +50,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "hopper": Family(hopper.objection, hopper.candidates, hopper.source),
     "short": Family(short.objection, short.candidates, short.source, pads_values=True),
     "split": Family(split.objection, split.candidates, split.source),
-    "": Family(portable.objection_to, portable.candidates_for, _portable_source, pads_values=True),
+    "": Family(portable.objection_to, portable.candidates_for, _portable_source, pads_values=True, averages=True),
 }
 
 
@@ -71,6 +73,8 @@ def candidates(problem: Problem) -> tuple[tuple[str, ...], dict[str, str]]:
     refused: dict[str, str] = {}
     for prefix, kind in FAMILIES.items():
         reason = kind.objection(problem)
+        if problem.spec.empty_rows == "uniform" and not kind.averages:
+            reason = "rows without keys give the mean of the values, which it does not compute"
         if reason is None:
             found.extend(kind.candidates(problem))
         else:

@@ -36,6 +36,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec:
         P = softmax over { j : mask(b,h,i,j) } of x
         out[b,h,i,:] = Σ_j dropout(P)[b,h,i,j]·v[b,g(h),j,:]
 
+    A row without any key gives NaN, 0 or the mean of all values, as ``spec`` says: ``rows=nan``, ``zero``, ``uniform``.
+    The mean is what softmax makes of a row filled with one finite number, such as the lowest one.
+
     Args:
         q: ``[B, H, S, D]``.
         k: ``[B, G, T, D]``.
@@ -73,7 +76,7 @@ def weights(spec: AttentionSpec, logits_BHST: Tensor) -> Tensor:
     empty_BHS1 = (logits_BHST == -math.inf).all(-1, keepdim=True)
     # Replaced before the softmax too: its gradient at such a row would be NaN even where nothing flows into it.
     weights_BHST = torch.softmax(torch.where(empty_BHS1, 0.0, logits_BHST), -1)
-    return torch.where(empty_BHS1, 0.0, weights_BHST)
+    return weights_BHST if spec.empty_rows == "uniform" else torch.where(empty_BHS1, 0.0, weights_BHST)
 
 
 def may_be_empty(spec: AttentionSpec) -> bool:

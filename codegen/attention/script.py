@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from fxopt.codegen.printing import print_torch, without_parentheses
-from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 
 _SERVED: Final = {
     "group": "head // (q.shape[1] // k.shape[1])",
@@ -21,6 +21,12 @@ _INDEX: Final = {
     "j": "torch.arange(k.shape[2], device=q.device)",
     "Sq": "torch.tensor(q.shape[2], device=q.device)",
     "Sk": "torch.tensor(k.shape[2], device=q.device)",
+}
+#: What the reference returns, by what a row without keys gives.
+_RESULT: Final[dict[EmptyRows, str]] = {
+    "nan": "out",
+    "zero": 'torch.where((x == float("-inf")).all(-1, keepdim=True), 0.0, out)',
+    "uniform": 'torch.where((x == float("-inf")).all(-1, keepdim=True), v[:, served].mean(2, keepdim=True), out)',
 }
 
 
@@ -39,7 +45,6 @@ def script_holes(
     mask = ""
     if spec.mask is not None:
         mask = f'kept = {print_torch(spec.mask)}\nx = torch.where(kept, x, float("-inf"))'
-    zero = 'torch.where((x == float("-inf")).all(-1, keepdim=True), 0.0, out)'
     drawn = [_draw(c, rows) for c in spec.captures]
     return {
         "cases": f"((2, {check}), {timed})",
@@ -47,7 +52,7 @@ def script_holes(
         "reference_symbols": "\n".join(symbols + captures),
         "reference_score": without_parentheses(print_torch(spec.score)),
         "reference_mask": mask,
-        "reference_result": "out" if spec.empty_rows == "nan" else zero,
+        "reference_result": _RESULT[spec.empty_rows],
         "dtype": str(dtype).removeprefix("torch."),
         "main_captures": _tuple(drawn),
     }

@@ -46,8 +46,14 @@ def objection(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, backend: str
         return f"head dimensions {q.shape[3]} and {v.shape[3]} do not suit {backend}"
     if q.shape[1] != k.shape[1] and spec.kv_map != "group":
         return "heads are shared by tiling"
-    if needs_bias(spec, q, k) and (backend in ("cudnn", "flash") or (backend != "cpu" and spec.empty_rows == "nan")):
+    return _objection_to_bias(spec, q.dtype, backend) if needs_bias(spec, q, k) else None
+
+
+def _objection_to_bias(spec: AttentionSpec, dtype: torch.dtype, backend: str) -> str | None:
+    if backend in ("cudnn", "flash") or (backend != "cpu" and spec.empty_rows == "nan"):
         return f"{backend} would not treat rows without keys as the model does, or takes no bias"
+    if spec.empty_rows == "uniform" and dtype is torch.float16:
+        return "the lowest number of float16 does not absorb scores, so rows without keys would not give the mean"
     return None
 
 
@@ -88,7 +94,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], 
     q, k, v = (_adjacent(x) for x in (q, k, v))
     bias_BHST = None if bias_BHST is None else _adjacent(bias_BHST)
     out = _KERNELS[backend](q, k, v, bias_BHST, causal, form[0])
-    if bias_BHST is not None and reference.may_be_empty(meaning):
+    if bias_BHST is not None and meaning.empty_rows != "uniform" and reference.may_be_empty(meaning):
         empty_BHS1 = (bias_BHST == -math.inf).all(-1, keepdim=True)
         out = torch.where(empty_BHS1, math.nan if meaning.empty_rows == "nan" else 0.0, out)
     return reference.lay_out(meaning, out)
@@ -100,14 +106,18 @@ def _adjacent(x: Tensor) -> Tensor:
 
 
 def _bias(spec: AttentionSpec, bias: Expr, q: Tensor, k: Tensor, captures: Sequence[Tensor]) -> Tensor:
-    """The additive bias in the dtype of ``q``, of rank 4, broadcast where nothing varies; −inf outside the mask."""
+    """The additive bias in the dtype of ``q``, of rank 4, broadcast where nothing varies; −inf outside the mask.
+
+    Where a row without keys gives the mean, it is the lowest finite number outside the mask: that absorbs the scores.
+    """
     s_1 = q.new_zeros((), dtype=torch.float32).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     readings = reference.read_captures(spec, captures, s_1)
     env = reference.environment(spec, s_1)
     value: Any = evaluate(bias, env, readings)
     bias_4: Tensor = value if isinstance(value, Tensor) else torch.full((), float(value), device=q.device)
     if spec.mask is not None:
-        bias_4 = torch.where(reference.kept(spec.mask, env, readings, s_1), bias_4, -math.inf)
+        hidden = torch.finfo(q.dtype).min if spec.empty_rows == "uniform" else -math.inf
+        bias_4 = torch.where(reference.kept(spec.mask, env, readings, s_1), bias_4, hidden)
     bias_4 = bias_4.to(q.dtype)[(None,) * (4 - bias_4.dim())]
     return bias_4.expand(-1, -1, q.shape[2], k.shape[2])
 

@@ -31,7 +31,7 @@ def from_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     traced.meta.update(module.meta)
     _carry_placeholders(module.graph, traced.graph)
     for node, value in zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta[REQUIRES_GRAD] = isinstance(value, torch.Tensor) and value.requires_grad
+        node.meta[REQUIRES_GRAD] = torch.is_grad_enabled() and isinstance(value, torch.Tensor) and value.requires_grad
     return Program(traced, "dynamo")
 
 

@@ -19,7 +19,7 @@ from fxopt.errors import ExpressionError
 from fxopt.ir.expression import Expr, Kind, kind, parse
 
 KvMap = Literal["group", "tile"]
-EmptyRows = Literal["nan", "zero"]
+EmptyRows = Literal["nan", "zero", "uniform"]
 OutLayout = Literal["bhsd", "bshd"]
 
 DTYPE_NAMES: Final[dict[str, torch.dtype]] = {
@@ -61,7 +61,9 @@ class AttentionSpec:
         mask: boolean expression, true where a key takes part; ``None`` for all. A key outside it has weight exactly 0.
         captures: the captured tensors that ``score`` and ``mask`` read as ``c0, c1, …``.
         kv_map: which key/value head serves query head ``h``: ``"group"`` is ``h // (H/G)``, ``"tile"`` is ``h mod G``.
-        empty_rows: what a row with no key left gives: ``"nan"`` (softmax of all −inf) or ``"zero"`` (SDPA).
+        empty_rows: what a row with no key left (every logit −inf) gives: ``"nan"`` (softmax of all −inf), ``"zero"``
+            (SDPA) or ``"uniform"``: the plain mean of all values, which is the softmax of a row filled with one finite
+            number. No gradient flows into the logits of a row that gives 0 or the mean.
         softmax_dtype: the dtype in which the softmax is computed by the graph this was read from; lowered kernels
             compute it in at least float32.
         dropout: probability with which a weight is dropped, 0 outside training; kept weights are scaled by 1/(1−p).

@@ -9,8 +9,9 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
+from fxopt.analysis.gradients import may_need_gradient
 from fxopt.analysis.simplify import simplify
-from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.ir.expression import Expr, S, call, const
 from fxopt.ir.nodes import is_call, shape, tensor
 from fxopt.ir.operators import overload
@@ -19,7 +20,7 @@ from fxopt.ir.site import Tier
 from fxopt.passes.attention.axes import is_key_like
 from fxopt.passes.attention.captures import write_captures
 from fxopt.passes.attention.layout import output_layout
-from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
+from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
 from fxopt.passes.attention.region import Region, lift_region
 from fxopt.passes.attention.space import Space, space_of
@@ -66,7 +67,8 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     for operand in region.operands:
         if obstacle := operand.obstacle(space):
             return Rejection(obstacle, (operand.node,))
-    masked = separate_mask(region.expression, region.operands, space, prover)
+    logits_of = Logits(region.dtypes, any(map(may_need_gradient, (region.scores, *(o.node for o in region.operands)))))
+    masked = separate_mask(region.expression, region.operands, space, prover, logits_of)
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
@@ -100,7 +102,7 @@ def _write(builder: Builder, site: Site) -> Node:
         mask=mask,
         captures=captures,
         kv_map=site.heads.kv_map,
-        empty_rows="zero" if is_call(site.weights.softmax, aten._safe_softmax.default) else "nan",
+        empty_rows=_empty_rows(site),
         softmax_dtype=tensor(site.weights.softmax).dtype,
         dropout=site.weights.dropout,
         out_dtype=tensor(site.output).dtype,
@@ -109,6 +111,12 @@ def _write(builder: Builder, site: Site) -> Node:
     values = site.heads.values(builder, queries)
     result = builder.call(overload("attention"), queries, keys, values, nodes, str(spec))
     return site.heads.restore(builder, result, site.output)
+
+
+def _empty_rows(site: Site) -> EmptyRows:
+    if site.masked.uniform:
+        return "uniform"
+    return "zero" if is_call(site.weights.softmax, aten._safe_softmax.default) else "nan"
 
 
 def _scale(score: Expr, factor: float) -> Expr:
@@ -139,6 +147,16 @@ class FuseAttention:
     ``f`` is any composition of pointwise operations, casts and views that keep rows and keys apart; every operand
     that is
     broadcast onto the scores is lifted into the score and mask expressions. See `fxopt.ir.attention.AttentionSpec`.
+
+    Masks that fill with the lowest finite number of a dtype, or add it, become masks as those of −inf do:
+
+        where(m, x, lowest)       -> mask m; a row without keys gives the mean of all values
+        x + where(m, 0, lowest)   -> the same
+
+    The second holds because rounding absorbs any score far smaller than a unit in the last place of the lowest number
+    (2·10³¹ for bfloat16's in float32; not so in float16, where such sums stay scores). A gradient flows through the sum
+    even in a row without keys, so where one may be needed the sum stays a score too. Masks that fill with different
+    numbers, or overflow when they are added to one another, stay scores as well.
     """
 
     name: ClassVar[str] = "fuse-attention"

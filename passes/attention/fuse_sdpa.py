@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
+from fxopt.analysis.gradients import may_need_gradient
 from fxopt.ir.attention import AttentionSpec, KvMap
 from fxopt.ir.expression import NEG_INF, Expr, I, J, S, call, const
 from fxopt.ir.nodes import arguments, same_size, scalar, shape, tensor
@@ -17,7 +18,7 @@ from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.passes.attention.captures import write_captures
 from fxopt.passes.attention.layout import output_layout
-from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
+from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import repeated_heads
 from fxopt.passes.attention.region import lift_mask
 from fxopt.passes.attention.space import Operand, Space
@@ -56,19 +57,21 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
     space = Space(lead, max(len(lead) - 1, 0) if len(lead) > 1 else len(lead), shape(queries)[-2], shape(keys)[-2])
     expression = _scaled(given["scale"], queries)
     operands: tuple[Operand, ...] = ()
+    dtypes = frozenset({tensor(queries).dtype})
     if isinstance(bias, Node):
         lifted = lift_mask(bias, (*lead, space.rows, space.columns), prover.constants)
         if isinstance(lifted, Rejection):
             return lifted
-        term, operands = lifted
+        term, operands, dtypes = lifted.expression, lifted.operands, dtypes | lifted.dtypes
         for operand in operands:
             if obstacle := operand.obstacle(space):
                 return Rejection(obstacle, (operand.node,))
         boolean = tensor(bias).dtype is torch.bool
         expression = call("where", term, expression, NEG_INF) if boolean else call("add", expression, term)
-    masked = separate_mask(expression, operands, space, prover)
+    differentiable = any(map(may_need_gradient, (queries, keys, *(operand.node for operand in operands))))
+    masked = separate_mask(expression, operands, space, prover, Logits(dtypes, differentiable))
     if given["is_causal"]:
-        masked = Masked(masked.score, _and(masked.mask, call("le", J, I)), masked.proofs)
+        masked = replace(masked, mask=_and(masked.mask, call("le", J, I)))
     shared = repeated_heads(keys, values) if not given["enable_gqa"] else None
     kv_map: KvMap = "group"
     if shared is not None:
@@ -111,7 +114,7 @@ def _write(builder: Builder, found: Call) -> Node:
         mask=mask,
         captures=descriptions,
         kv_map=found.kv_map,
-        empty_rows="zero",
+        empty_rows="uniform" if found.masked.uniform else "zero",
         dropout=found.dropout,
         out_dtype=tensor(found.node).dtype,
         out_layout=output_layout(found.node),
@@ -148,7 +151,8 @@ class FuseSdpa:
     """``scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale) -> fxopt.attention(q, k, v, captures, spec)``.
 
     A boolean mask and ``is_causal`` (top-left) become the mask expression, an additive mask part of the score. A row
-    that keeps no key gives 0, as SDPA defines. Masks that do not depend on the inputs are evaluated and proved.
+    that keeps no key gives 0, as SDPA defines. Masks that do not depend on the inputs are evaluated and proved. An
+    additive mask of the lowest finite number becomes a mask as in ``fuse-attention``.
     """
 
     name: ClassVar[str] = "fuse-sdpa"

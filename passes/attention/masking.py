@@ -4,27 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
+from fxopt.analysis.fills import FILLS, may_hold_fill
 from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_structure
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.expression import Expr, call, conjunction, conjuncts, const
+from fxopt.ir.nodes import same_size, shape
 from fxopt.passes.attention.space import Operand, Space
 
-_LOWEST = frozenset(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_EVERYTHING: Final = const(True)
+#: Numbers below this absorb any score that is added to them: all lowest ones but float16's.
+_ABSORBING: Final = -1e30
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What is known of logits beside their expression.
+
+    Attributes:
+        dtypes: the dtypes that they, and the masks and biases lifted with them, pass through.
+        differentiable: whether a gradient may flow into them.
+    """
+
+    dtypes: frozenset[torch.dtype]
+    differentiable: bool
 
 
 @dataclass(frozen=True)
 class Masked:
-    """A score expression, the mask taken out of it, what a row without keys gives, and the proofs in readable form."""
+    """A score expression, the mask taken out of it, and the proofs in readable form.
+
+    ``uniform`` tells that a row without keys gives the mean of all values; otherwise it gives what the softmax says.
+    """
 
     score: Expr
     mask: Expr | None
     proofs: tuple[str, ...]
+    uniform: bool = False
 
 
 class MaskProver:
@@ -50,42 +72,89 @@ class MaskProver:
         return found
 
 
-def separate_mask(expression: Expr, operands: tuple[Operand, ...], space: Space, prover: MaskProver) -> Masked:
+def separate_mask(
+    expression: Expr, operands: tuple[Operand, ...], space: Space, prover: MaskProver, logits: Logits
+) -> Masked:
     """Split a lifted expression into score and mask.
 
     ``where(m, x, −inf)`` gives mask ``m``. A capture that is proved to be an additive or boolean mask of known
-    structure
-    becomes that structure; ``where(m, x, lowest)`` and an additive mask of lowest finite numbers become a mask only
-    if it
-    is proved that every row keeps a key (a fully masked row is then impossible, the only place where they differ).
+    structure becomes that structure. ``where(m, x, lowest)`` and ``x + where(m, 0, lowest)`` give mask ``m`` too: where
+    it is proved that every row keeps a key, as they are; otherwise with the mean of all values for a row without keys,
+    where `_is_uniform` allows.
     """
     proofs = prover.prove(operands, space)
-    safe = frozenset(proof.keep for proof in proofs.values() if proof.safe)
-    expression = simplify(expression.replace(_substitute(proofs)))
-    terms: list[Expr] = []
-    while True:
-        step = _take_mask(expression, proofs, safe)
-        if step is None:
+    score = simplify(expression.replace(_substitute(proofs)))
+    taken = [_Taken(score)]
+    while (step := _take_mask(taken[-1].score, proofs)) is not None:
+        taken.append(step)
+    # The longest run of masks, from the outermost one, that is exact.
+    for last in range(len(taken) - 1, -1, -1):
+        terms, score = taken[1 : last + 1], taken[last].score
+        unproved = [term for term in terms if math.isfinite(term.fill) and not term.safe]
+        if not unproved or _is_uniform(terms, score, operands, prover.constants, logits):
             break
-        expression, term = step
-        terms.append(term)
-    mask = conjunction(tuple(t for term in terms for t in conjuncts(term) if t != const(True)))
+    mask = conjunction(tuple(t for term in terms for t in conjuncts(term.keep) if t != const(True)))
     texts = tuple(f"{operands[index].node}: {proof}" for index, proof in proofs.items())
-    return Masked(expression, mask, texts)
+    return Masked(score, mask, texts, uniform=bool(unproved))
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A mask taken off, and the score that is left.
+
+    ``fill`` is what stands, or is added, outside ``keep``. ``safe``: proved to leave every row a key.
+    """
+
+    score: Expr
+    keep: Expr = _EVERYTHING
+    fill: float = -math.inf
+    added: bool = False
+    safe: bool = False
+
+
+def _is_uniform(
+    terms: list[_Taken], score: Expr, operands: tuple[Operand, ...], constants: Constants, logits: Logits
+) -> bool:
+    """Whether a row that ``terms`` mask throughout is a row of one finite number, and any other row masked exactly.
+
+    All fill with the same number, finite in every dtype on the way. What is added to it must be absorbed by rounding,
+    which float16's lowest number doesn't do; two additions overflow to −inf, so only the innermost may be one. A
+    gradient flows through an absorbed addition, but not into a masked row, so there may be none. Nothing else that the
+    logits are computed from may hold stand-ins for −inf.
+    """
+    fill, innermost = terms[0].fill, terms[-1]
+    if any(term.fill != fill for term in terms) or any(term.added for term in terms[:-1]):
+        return False
+    if any(torch.finfo(dtype).min > fill for dtype in logits.dtypes if dtype.is_floating_point):
+        return False
+    small = fill > _ABSORBING
+    if innermost.added and (small or logits.differentiable):
+        return False
+    return not any(_rivals(leaf, -fill / 8 if small else -_ABSORBING, operands, constants) for leaf in score.walk())
+
+
+def _rivals(leaf: Expr, limit: float, operands: tuple[Operand, ...], constants: Constants) -> bool:
+    """Whether a leaf of the score can hold numbers as large as ``limit`` for some keys, by design and not by chance."""
+    if leaf.op == "capture":
+        node = operands[int(leaf.value or 0)].node
+        varies = any(not same_size(size, 1) for size in shape(node)[-1:])
+        return varies and may_hold_fill(node, limit, constants)
+    return leaf.op == "const" and abs(float(leaf.value or 0)) >= limit
 
 
 @dataclass(frozen=True)
 class _Proof:
     """A capture proved to be a mask: where it keeps, in closed form.
 
-    ``additive``: 0 where kept, −inf or lowest elsewhere; otherwise boolean, true where kept (or, ``inverted``, where
-    not). ``safe``: every row keeps a key.
+    ``additive``: 0 where kept, −inf or lowest (``fill``) elsewhere; otherwise boolean, true where kept (or,
+    ``inverted``, where not). ``safe``: every row keeps a key.
     """
 
     keep: Expr
     additive: bool
     inverted: bool
     safe: bool
+    fill: float = -math.inf
 
     def __str__(self) -> str:
         return "keeps everything" if self.keep == const(True) else f"keeps {self.keep}"
@@ -111,7 +180,13 @@ def _prove(operand: Operand, rows: int, columns: int, constants: Constants) -> _
     safe = every_row_keeps_a_key(keep)
     if structure is None or (additive and finite and not safe):
         return None
-    return _Proof(structure, additive, inverted, safe)
+    return _Proof(structure, additive, inverted, safe, _fill_of(plane, keep) if additive else -math.inf)
+
+
+def _fill_of(plane: torch.Tensor, keep: torch.Tensor) -> float:
+    """What an additive mask holds where it does not keep; NaN for several numbers."""
+    values = plane[~keep].unique()
+    return float(values[0]) if values.numel() == 1 else math.nan
 
 
 def _one_plane(values: torch.Tensor) -> torch.Tensor | None:
@@ -136,8 +211,9 @@ def _substitute(proofs: dict[int, _Proof]) -> Callable[[Expr], Expr]:
     return change
 
 
-def _take_mask(expr: Expr, proofs: dict[int, _Proof], safe: frozenset[Expr]) -> tuple[Expr, Expr] | None:
-    """Split off the outermost mask: the expression without it, and the term."""
+def _take_mask(expr: Expr, proofs: dict[int, _Proof]) -> _Taken | None:
+    """Split off the outermost mask."""
+    safe = frozenset(proof.keep for proof in proofs.values() if proof.safe)
     if expr.op == "where":
         return _take_where(expr, safe)
     if expr.op != "add":
@@ -145,35 +221,31 @@ def _take_mask(expr: Expr, proofs: dict[int, _Proof], safe: frozenset[Expr]) -> 
     for term, rest in (expr.args[::-1], expr.args):
         proof = proofs.get(int(term.value or 0)) if term.op == "capture" else None
         if proof is not None and proof.additive:
-            return rest, proof.keep
+            return _Taken(rest, proof.keep, proof.fill, added=True, safe=proof.safe)
         if term.op == "where" and (fill := _as_fill(term, rest)) is not None:
-            return _take_where(fill, safe)
+            found = _take_where(fill, safe)
+            return None if found is None else replace(found, added=True)
     for term, rest in (expr.args[::-1], expr.args):
-        inner = _take_mask(term, proofs, safe)
+        inner = _take_mask(term, proofs)
         if inner is not None:
-            return simplify(call("add", rest, inner[0])), inner[1]
+            return replace(inner, score=simplify(call("add", rest, inner.score)), added=True)
     return None
 
 
 def _as_fill(term: Expr, rest: Expr) -> Expr | None:
     """``rest + where(m, 0, lowest)`` as ``where(m, rest, lowest)``: a finite number added to the lowest is absorbed."""
     condition, kept, masked = term.args
-    lowest = (const(-math.inf), *map(const, _LOWEST))
-    if kept in (const(0.0), const(0)) and masked in lowest:
+    if kept in (const(0.0), const(0)) and masked in FILLS:
         return call("where", condition, rest, masked)
-    if masked in (const(0.0), const(0)) and kept in lowest:
+    if masked in (const(0.0), const(0)) and kept in FILLS:
         return call("where", condition, kept, rest)
     return None
 
 
-def _take_where(expr: Expr, safe: frozenset[Expr]) -> tuple[Expr, Expr] | None:
+def _take_where(expr: Expr, safe: frozenset[Expr]) -> _Taken | None:
     condition, kept, masked = expr.args
-    if kept == const(-math.inf):
+    if kept in FILLS:
         condition, kept, masked = simplify(call("not", condition)), masked, kept
-    if masked == const(-math.inf):
-        return kept, condition
-    if kept.op == "const" and kept.value in _LOWEST:
-        condition, kept, masked = simplify(call("not", condition)), masked, kept
-    if masked.op == "const" and masked.value in _LOWEST and condition in safe:
-        return kept, condition
-    return None
+    if masked not in FILLS:
+        return None
+    return _Taken(kept, condition, float(masked.value or 0), safe=condition in safe)

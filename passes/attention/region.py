@@ -14,11 +14,12 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
-from fxopt.ir.expression import Expr, S, capture, const
+from fxopt.ir.expression import Expr, S, call, capture, const
 from fxopt.ir.nodes import Size, is_call, is_tensor, same_size, scalar, shape, tensor
 from fxopt.passes.attention.axes import round_trip
 from fxopt.passes.attention.pointwise import BITWISE, LIFTED, POINTWISE, Obstacle, schema_name
 from fxopt.passes.attention.space import Operand
+from fxopt.passes.attention.two_valued import two_values
 from fxopt.rewriter.rule import Rejection
 
 aten = torch.ops.aten
@@ -41,6 +42,7 @@ class _Lift:
         self.contraction: Node | None = None
         self.operands: list[Operand] = []
         self.nodes: list[Node] = []
+        self.dtypes: set[torch.dtype] = set()
         self._carries: dict[Node, bool] = {}
         self.stage: tuple[Size, ...] | None = None
 
@@ -63,6 +65,7 @@ class _Lift:
 
     def lift(self, node: Node) -> Expr:
         """The expression of a node that carries scores; raises `Obstacle`."""
+        self.dtypes.add(tensor(node).dtype)
         if is_call(node, CONTRACTION):
             return self._root(node)
         if there_and_back := round_trip(node):
@@ -90,6 +93,10 @@ class _Lift:
             raise Obstacle(f"{value} is complex", stage)
         if self._unfolds(value):
             return self._unfold(value, stage)
+        pair = two_values(value, self.constants)
+        if pair is not None:
+            self.dtypes.add(tensor(value).dtype)
+            return call("where", self.operand(pair[0], stage), *map(const, pair[1:]))
         operand = Operand(value, self.stage or shape(stage))
         if operand not in self.operands:
             self.operands.append(operand)
@@ -113,6 +120,7 @@ class _Lift:
         """Lift the parts of ``value``, each broadcast onto the scores at the stage where ``value`` meets them."""
         outer = self.stage
         self.stage = outer or shape(stage)
+        self.dtypes.add(tensor(value).dtype)
         try:
             return LIFTED[value.target](self, value)
         finally:
@@ -156,12 +164,16 @@ def _spreads(part: Node, whole: Node) -> bool:
 
 @dataclass(frozen=True)
 class Region:
-    """A lifted region: the contraction of queries and keys, the expression, its captures, and the nodes it covers."""
+    """A lifted region: the contraction of queries and keys, the expression, its captures, and the nodes it covers.
+
+    ``dtypes`` are those that the scores, and the masks and biases lifted with them, pass through.
+    """
 
     scores: Node
     expression: Expr
     operands: tuple[Operand, ...]
     nodes: tuple[Node, ...]
+    dtypes: frozenset[torch.dtype]
     stages: list[tuple[Size, ...]] = field(default_factory=list)
 
 
@@ -178,20 +190,29 @@ def lift_region(logits: Node, constants: Constants) -> Region | Rejection:
         return Rejection(str(obstacle), (obstacle.node,))
     assert lift.contraction is not None
     nodes = (*lift.nodes, lift.contraction)
-    return Region(lift.contraction, expression, tuple(lift.operands), nodes, [shape(node) for node in nodes])
+    dtypes, stages = frozenset(lift.dtypes), [shape(node) for node in nodes]
+    return Region(lift.contraction, expression, tuple(lift.operands), nodes, dtypes, stages)
 
 
-def lift_mask(
-    mask: Node, sizes: tuple[Size, ...], constants: Constants
-) -> tuple[Expr, tuple[Operand, ...]] | Rejection:
-    """Lift a mask or bias that is broadcast onto scores of shape ``sizes``: its expression and what it captures."""
+@dataclass(frozen=True)
+class LiftedMask:
+    """A mask or bias that was lifted: its expression, what it captures, and the dtypes that it passes through."""
+
+    expression: Expr
+    operands: tuple[Operand, ...]
+    dtypes: frozenset[torch.dtype]
+
+
+def lift_mask(mask: Node, sizes: tuple[Size, ...], constants: Constants) -> LiftedMask | Rejection:
+    """Lift a mask or bias that is broadcast onto scores of shape ``sizes``."""
     lift = _Lift(constants)
     lift.contraction = mask
     lift.stage = sizes
     try:
-        return lift.operand(mask, mask), tuple(lift.operands)
+        expression = lift.operand(mask, mask)
     except Obstacle as obstacle:
         return Rejection(str(obstacle), (obstacle.node,))
+    return LiftedMask(expression, tuple(lift.operands), frozenset({*lift.dtypes, tensor(mask).dtype}))
 
 
 def _blame(node: Node) -> str:

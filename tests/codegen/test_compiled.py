@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
-POINTER = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
+POINTER = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1", torch.int64: "*i64"}
 HALF = torch.bfloat16
 SPECS = {
     "plain": AttentionSpec(parse("s * 0.125"), out_dtype=HALF),
@@ -30,6 +30,16 @@ SPECS = {
         parse("50.0 * tanh(s * 0.125 / 50.0)"), parse("(j <= i) & (j > i - 1024)"), out_dtype=HALF
     ),
     "padding": AttentionSpec(parse("s * 0.125"), parse("c0"), (Capture("b--j", torch.bool),), out_dtype=HALF),
+    "padding-mean": AttentionSpec(
+        parse("s * 0.125"), parse("c0"), (Capture("b--j", torch.bool),), empty_rows="uniform", out_dtype=HALF
+    ),
+    "causal-documents": AttentionSpec(
+        parse("s * 0.125"),
+        parse("(j <= i) & (c0 == c1)"),
+        (Capture("b-i-", torch.int64), Capture("b--j", torch.int64)),
+        empty_rows="zero",
+        out_dtype=HALF,
+    ),
     "tile-bias": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-hij", HALF),), out_dtype=HALF),
 }
 #: (architecture, specification, head dimension, dtype)
@@ -37,6 +47,11 @@ CASES = [
     (90, "plain", 64, HALF),
     (90, "softcap-window", 64, HALF),
     (90, "padding", 64, HALF),
+    (90, "padding-mean", 64, HALF),
+    (90, "padding-mean", 128, HALF),
+    (90, "padding-mean", 64, torch.float32),
+    (100, "padding-mean", 128, HALF),
+    (90, "causal-documents", 128, HALF),
     (90, "causal", 128, HALF),
     (90, "tile-bias", 128, HALF),
     (90, "plain", 72, HALF),
@@ -63,12 +78,12 @@ def compiled(
     kernel = import_source(KIND, source(spec, width, width, dtype, config)).attention_kernel
     sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded(width), "BLOCK_E": padded(width)}
     switches = {"PRECISION": "ieee", "FAST_TANH": dtype is not torch.float32, "WITH_LSE": True}
-    switches |= {"EVEN": even, "WIDE": wide, "TMA": True}
+    switches |= {"EVEN": even, "WIDE": wide, "TMA": True, "HULL": True}
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     aligned: dict[tuple[int], Any] = {}
     for position, name in enumerate(kernel.arg_names):
-        innermost = name in ("q_stride_d", "k_stride_d", "v_stride_e", "c0_stride_j")
+        innermost = name in ("q_stride_d", "k_stride_d", "v_stride_e", "c0_stride_j", "c1_stride_j")
         if name.isupper() or innermost:
             signature[name] = "constexpr"
             constants[position,] = 1 if innermost else {**sizes, **switches}[name]
@@ -87,8 +102,8 @@ def compiled(
 def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
     if not name.endswith("_ptr"):
         return "i32"
-    if name == "lse_ptr":
-        return "*fp32"
+    if name in ("lse_ptr", "hull_ptr"):
+        return "*fp32" if name == "lse_ptr" else "*i32"
     return POINTER[spec.captures[int(name[1])].dtype if name[0] == "c" else dtype]
 
 
@@ -150,6 +165,30 @@ def test_capped_candidates_do_not_spill(name: str, width: int, tmp_path: Path) -
         kernel = compiled(SPECS[name], width, HALF, config, 90, even=True)
         assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0, config
         assert f".maxnreg {config.registers}" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize(("architecture", "config"), [(80, "64x64w4s3"), (90, "64x64w4s3r128"), (90, "128x64w4s3")])
+@pytest.mark.parametrize("name", ["padding", "padding-mean", "causal-documents"])
+def test_masks_of_vectors_do_not_spill(name: str, architecture: int, config: str, tmp_path: Path) -> None:
+    kernel = compiled(SPECS[name], 64, HALF, read_config(config), architecture, even=True)
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+def test_hulls_compile(architecture: int) -> None:
+    """The small kernel in front takes no shared memory to speak of, and reads each vector once."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    text = source(SPECS["causal-documents"], 64, 64, HALF, read_config("64x64w4s3"))
+    kernel = import_source(KIND, text).hull_kernel
+    constants = {"BLOCK_M": 64, "STEP": 1024}
+    pointers = {"c0_ptr": "*i64", "c1_ptr": "*i64", "hull_ptr": "*i32"}
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+    values = {(position,): constants[n] for position, n in enumerate(kernel.arg_names) if n in constants}
+    compiled_hull = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", architecture, 32))
+    assert compiled_hull.metadata.shared <= 1024
+    assert compiled_hull.asm["ttir"].count("tt.load") == 2
 
 
 def test_even_keys_need_no_tail() -> None:

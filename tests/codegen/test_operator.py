@@ -11,7 +11,8 @@ from fxopt.codegen.attention.operator import attention_forward
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
-from tests.codegen.cases import EXPRESSIONS, SHAPES, captured, operands, specification
+from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification
+from tests.codegen.vectors import VECTORS
 
 CONFIG = "64x32w4s2"
 
@@ -48,6 +49,22 @@ def test_gradients_agree_with_the_reference_under_autograd(name: str, shape: str
     found = torch.autograd.grad(out, wanted, cotangent)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(found, torch.autograd.grad(expected, wanted, cotangent))
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_gradients_of_rows_that_give_the_mean(name: str) -> None:
+    torch.manual_seed(3)
+    sizes = Shape(8, 8, 21, 23, 1, batch=4)
+    spec = VECTORS[name].specification(torch.float64, "uniform")
+    inputs = [x.detach().clone().requires_grad_() for x in operands(sizes, torch.float64)]
+    captures = VECTORS[name].draw(sizes)
+    q, k, v = inputs
+    out, _ = attention_forward(q, k, v, captures, str(spec), CONFIG, False)
+    expected = reference.attention(q, k, v, captures, str(spec))
+    cotangent = torch.randn_like(out)
+    torch.testing.assert_close(out, expected)
+    found = torch.autograd.grad(out, inputs, cotangent)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, inputs, cotangent))
 
 
 def test_gradient_of_the_log_sum_exp() -> None:

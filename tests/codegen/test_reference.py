@@ -111,6 +111,19 @@ def test_empty_rows_are_zero_with_zero_gradients_where_sdpa_says_so() -> None:
         assert gradient.isfinite().all()
 
 
+def test_empty_rows_give_the_mean_with_the_gradients_of_a_filled_row() -> None:
+    spec = AttentionSpec(parse("s"), parse("c0"), (Capture("--ij", torch.bool),), empty_rows="uniform")
+    q, k, v = (torch.randn(1, 1, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    kept = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    out = attention(q, k, v, [kept[None, None]], str(dataclasses.replace(spec, out_dtype=torch.float64)))
+    filled = torch.softmax((q @ k.mT).masked_fill(~kept, torch.finfo(torch.float64).min), -1) @ v
+    torch.testing.assert_close(out, filled)
+    torch.testing.assert_close(out[0, 0, 1], v[0, 0].mean(0))
+    cotangent = torch.randn_like(out)
+    gradients, expected = (torch.autograd.grad(x, (q, k, v), cotangent) for x in (out, filled))
+    torch.testing.assert_close(gradients, expected)
+
+
 def test_dropout_drops_weights_and_keeps_their_mean() -> None:
     spec = AttentionSpec(parse("s * 0.0"), dropout=0.25)
     q, v = torch.randn(1, 1, 4, 8), torch.eye(64)[None, None]

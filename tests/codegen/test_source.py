@@ -17,13 +17,14 @@ import torch
 from fxopt.cache import import_source
 from fxopt.codegen.attention.interval import Bound, key_range
 from fxopt.codegen.attention.portable.kernel import KIND, Config, candidates, read_config, source
+from fxopt.codegen.attention.possible import possible_keys
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, SHAPES, specification
 
 pytest.importorskip("triton")
-GOLDEN = Path(__file__).parent / "golden" / "softcap_window_padding.py.txt"
+GOLDEN = Path(__file__).parent / "golden"
 CONFIG = read_config("128x64w8s3")
 SPEC = AttentionSpec(
     parse("50.0 * tanh(s * 0.0625 / 50.0)"),
@@ -35,11 +36,37 @@ SPEC = AttentionSpec(
 )
 
 
-def test_golden() -> None:
-    text = source(SPEC, 128, 128, torch.bfloat16, CONFIG).replace(f"fxopt {version('fxopt')}", "fxopt VERSION")
+DOCUMENTS = AttentionSpec(
+    parse("s * 0.125"),
+    parse("(j <= i) & (c0 == c1)"),
+    (Capture("b-i-", torch.int64), Capture("b--j", torch.int64)),
+    empty_rows="uniform",
+    out_dtype=torch.bfloat16,
+)
+#: By the name of the file: no captured vector limits the keys; a padding vector does; documents do, by rows.
+GOLDEN_CASES = {
+    "causal_alibi": AttentionSpec(
+        parse("s * 0.125 + c0 * float(j - i)"), parse("j <= i"), (Capture("-h--", torch.float32),),
+        out_dtype=torch.bfloat16,
+    ),
+    "softcap_window_padding": SPEC,
+    "documents_mean": DOCUMENTS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_golden(name: str) -> None:
+    spec, width, path = GOLDEN_CASES[name], 128 if name == "softcap_window_padding" else 64, GOLDEN / f"{name}.py.txt"
+    text = source(spec, width, width, torch.bfloat16, CONFIG).replace(f"fxopt {version('fxopt')}", "fxopt VERSION")
     if os.environ.get("FXOPT_UPDATE_GOLDEN") == "1":
-        GOLDEN.write_text(text, encoding="utf-8")
-    assert text == GOLDEN.read_text(encoding="utf-8"), "set FXOPT_UPDATE_GOLDEN=1 to accept the new source"
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), "set FXOPT_UPDATE_GOLDEN=1 to accept the new source"
+
+
+def test_only_captured_vectors_bring_a_kernel_in_front() -> None:
+    texts = {name: (GOLDEN / f"{name}.py.txt").read_text(encoding="utf-8") for name in GOLDEN_CASES}
+    assert [name for name, text in texts.items() if "hull" in text] == ["softcap_window_padding", "documents_mean"]
+    assert [name for name, text in texts.items() if "average(" in text] == ["documents_mean"]
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
@@ -49,7 +76,9 @@ def test_same_specification_same_bytes_and_valid_python(name: str) -> None:
     assert text == source(specification(name, SHAPES["packed"], torch.bfloat16), 80, 80, torch.bfloat16, CONFIG)
     tree = ast.parse(text)
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    assert functions[-5:] == ["attend", "attention_kernel", "launch", "reference", "main"]
+    hull = ["hull_kernel"] if possible_keys(spec) else []
+    expected = ["attend", *hull, "attention_kernel", "launch", "reference", "main"]
+    assert functions[-len(expected) :] == expected
     assert str(spec.score) in (ast.get_docstring(tree) or "")
     assert "fxopt" not in text.split('"""', 2)[2]
     assert max(map(len, text.splitlines())) <= 120
@@ -115,6 +144,14 @@ def test_candidates(width: int, dtype: torch.dtype, capability: tuple[int, int])
 )
 def test_configurations_print_and_read_back(config: Config) -> None:
     assert read_config(str(config)) == config
+
+
+def test_vectors_along_the_keys_get_blocks_that_do_not_spill() -> None:
+    """128 keys at a time on four warps spill with one (sm_90, Triton 3.6)."""
+    plain = AttentionSpec(parse("s"), out_dtype=torch.bfloat16)
+    padded = AttentionSpec(parse("s"), parse("c0"), (Capture("b--j", torch.bool),), out_dtype=torch.bfloat16)
+    wide = [[c.block_n for c in candidates(spec, 64, 64, torch.bfloat16, (9, 0))] for spec in (plain, padded)]
+    assert 128 in wide[0] and 128 not in wide[1]
 
 
 def test_few_rows_get_small_blocks_first() -> None:

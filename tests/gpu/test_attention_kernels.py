@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates
-from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.testing import assert_within_budget, evaluate, oracle_gradients
 from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification
+from tests.codegen.vectors import VECTORS
 
 pytestmark = pytest.mark.gpu
 
@@ -51,6 +53,41 @@ def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str)
     for config in {configs[0], configs[-1]}:
         out, _ = attention_forward(q, k, v, captures, str(spec), str(config), False)
         assert_within_budget(out, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("empty_rows", get_args(EmptyRows))
+@pytest.mark.parametrize("name", VECTORS)
+def test_captured_vectors_limit_the_keys(name: str, empty_rows: EmptyRows, dtype: str) -> None:
+    torch.manual_seed(0)
+    shape = Shape(64, 64, 400, 600, 2, heads=2, batch=4)
+    spec = VECTORS[name].specification(DTYPES[dtype], empty_rows)
+    q, k, v = (x.cuda() for x in operands(shape, DTYPES[dtype]))
+    captures = [c.cuda() for c in VECTORS[name].draw(shape)]
+    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
+    exact = reference.attention(q.double(), k.double(), v.double(), captures, wide_spec)
+    eager = reference.attention(q, k, v, captures, str(spec))
+    for config in candidates(spec, 64, 64, q.dtype, torch.cuda.get_device_capability()):
+        out, _ = attention_forward(q, k, v, captures, str(spec), str(config), False)
+        assert_within_budget(out, eager, exact)
+
+
+def test_vectors_may_change_between_replays_of_a_graph() -> None:
+    torch.manual_seed(0)
+    shape = Shape(64, 64, 512, 512, 2, heads=2, batch=4)
+    spec = VECTORS["right padding"].specification(torch.bfloat16, "zero")
+    q, k, v = (x.cuda().contiguous() for x in operands(shape, torch.bfloat16))
+    (kept,) = (c.cuda() for c in VECTORS["right padding"].draw(shape))
+    config = str(candidates(spec, 64, 64, q.dtype, torch.cuda.get_device_capability())[0])
+    attention_forward(q, k, v, [kept], str(spec), config, False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = attention_forward(q, k, v, [kept], str(spec), config, False)
+    for change in (kept.clone(), ~kept, kept.flip(3)):
+        kept.copy_(change)
+        graph.replay()
+        torch.testing.assert_close(out, attention_forward(q, k, v, [kept], str(spec), config, False)[0])
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "tile-bias", "softcap", "additive-mask"])

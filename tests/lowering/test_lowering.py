@@ -10,9 +10,11 @@ from torch import Tensor
 
 import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
 from fxopt import cache, driver
+from fxopt.codegen.attention import sdpa
 from fxopt.errors import FxoptWarning, LoweringError
 from fxopt.frontend.export import from_export
-from fxopt.ir.attention import read_spec
+from fxopt.ir.attention import AttentionSpec, Capture, read_spec
+from fxopt.ir.expression import parse
 from fxopt.ir.program import Program
 from fxopt.lowering.attention import _problem, candidates
 from fxopt.lowering.lower import lower
@@ -55,6 +57,29 @@ def test_each_lowering_is_within_the_budget(function: Any, option: str, dtype: t
     if option != "auto":
         assert decision.chosen.startswith(option)
     assert_within_budget(lowered.module(*inputs)[0], function(*inputs), oracle(function, *inputs))
+
+
+@pytest.mark.parametrize(("option", "dtype"), [
+    ("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("aten", torch.float32), ("aten", torch.float16),
+])  # fmt: skip
+def test_rows_without_keys_give_the_mean_by_each_lowering(option: str, dtype: torch.dtype) -> None:
+    def filled(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1)).masked_fill(~keep, torch.finfo(dtype).min).softmax(-1) @ v
+
+    inputs = (*operands(dtype), torch.arange(12) < torch.tensor([7, 0])[:, None, None, None])
+    program = rewritten(filled, *inputs)
+    assert "rows=uniform" in str(program.code)
+    lowered, (decision,) = lower(program, training=False, option=option)
+    assert decision.chosen.startswith(option)
+    assert_within_budget(lowered.module(*inputs)[0], filled(*inputs), oracle(filled, *inputs))
+
+
+def test_sdpa_in_float16_would_not_give_the_mean() -> None:
+    spec = AttentionSpec(parse("s"), parse("c0"), (Capture("b--j", torch.bool),), empty_rows="uniform")
+    q, k, v = operands(torch.float16)
+    for backend in ("efficient", "cpu"):
+        assert "float16" in str(sdpa.objection(spec, q, k, v, backend)) or q.device.type != sdpa.BACKENDS[backend]
+    assert sdpa.objection(spec, *operands(torch.bfloat16), "cpu") is None
 
 
 def test_a_score_that_is_not_linear_has_no_sdpa_and_says_why() -> None:

@@ -16,6 +16,8 @@ _SHARED: Final[dict[tuple[int, int], int]] = {(8, 0): 166_912, (9, 0): 232_448, 
 _SHARED_DEFAULT: Final = 101_376
 CANDIDATES: Final = 4
 Loads = Literal["pointer", "tma"]
+#: The largest part of a captured tensor that a block update reads: nothing, a vector along the keys, or a tile.
+Captured = Literal["nothing", "vector", "tile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,10 @@ _HOPPER_TILES: Final[dict[int, tuple[str, ...]]] = {
     64: ("128x64w8s3", "128x64w4s3", "64x64w4s2r128", "128x64w8s2r128", "16x64w4s3"),
     128: ("128x64w8s3", "64x32w4s3", "128x32w8s2r128", "64x64w4s2", "16x64w4s3"),
 }
+#: The same where captured vectors vary with the key: wide blocks of keys on few warps spill then.
+_HOPPER_VECTORS: Final[dict[int, tuple[str, ...]]] = {
+    64: ("64x64w4s3r128", "128x64w4s3", "64x64w4s3r128tma", "128x64w8s3r128", "16x64w4s3"),
+}
 _BLACKWELL: Final[dict[int, tuple[str, ...]]] = {
     16: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
     32: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
@@ -112,16 +118,16 @@ def fitting(
     value_dim: int,
     dtype: torch.dtype,
     capability: tuple[int, int],
-    tiles: bool = False,
+    captured: Captured = "nothing",
     rows: int | None = None,
 ) -> tuple[Config, ...]:
     """The configurations for these sizes that fit the device, best first, at most four; none for other dtypes.
 
-    ``tiles`` says that a captured tensor varies with both row and key. Blocks that ``rows`` queries leave mostly idle
-    come last.
+    ``captured`` says what a block update reads of captured tensors. Blocks that ``rows`` queries leave mostly idle come
+    last.
     """
     width = max(padded(head_dim), padded(value_dim))
-    half = _half(capability, tiles)
+    half = _half(capability, captured)
     table = {torch.bfloat16: half, torch.float16: half, torch.float32: _SINGLE}.get(dtype, {})
     limit = _SHARED.get(capability, _SHARED_DEFAULT)
     configs = (read_config(text) for text in table.get(width, ()))
@@ -131,9 +137,9 @@ def fitting(
     return tuple(fit[:CANDIDATES])
 
 
-def _half(capability: tuple[int, int], tiles: bool) -> dict[int, tuple[str, ...]]:
+def _half(capability: tuple[int, int], captured: Captured) -> dict[int, tuple[str, ...]]:
     if capability < (9, 0):
         return _HALF_SM80
     if capability[0] > 9:
         return _BLACKWELL
-    return _HOPPER | _HOPPER_TILES if tiles else _HOPPER
+    return _HOPPER | {"nothing": {}, "vector": _HOPPER_VECTORS, "tile": _HOPPER_TILES}[captured]

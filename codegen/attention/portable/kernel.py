@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from fxopt.codegen.attention.portable.config import Config, fitting, read_config
+from fxopt.codegen.attention.portable.config import Captured, Config, fitting, read_config
 from fxopt.codegen.attention.portable.source import KernelText
 from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
@@ -68,8 +68,13 @@ def candidates(
     """
     if objection(spec, head_dim, value_dim, dtype) is not None:
         return ()
-    tiles = any({"i", "j"} <= set(c.dims) for c in spec.captures)
-    return fitting(head_dim, value_dim, dtype, capability, tiles, rows)
+    return fitting(head_dim, value_dim, dtype, capability, _captured(spec), rows)
+
+
+def _captured(spec: AttentionSpec) -> Captured:
+    if any({"i", "j"} <= set(c.dims) for c in spec.captures):
+        return "tile"
+    return "vector" if any("j" in c.dims for c in spec.captures) else "nothing"
 
 
 def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: Config) -> str:

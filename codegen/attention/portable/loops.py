@@ -1,12 +1,14 @@
 """The loops over key blocks of a generated kernel: where they start and stop, and which blocks are full.
 
 Per block of rows ``first … last``: keys from ``start`` to ``stop`` count for some row, those from ``full_start`` to
-``full_stop``, whole blocks, for every row. Blocks before and after the full ones are bounded.
+``full_stop``, whole blocks, for every row. Blocks before and after the full ones are bounded. Where captured vectors
+limit the keys as well (`fxopt.codegen.attention.portable.hull`), the blocks are those from ``hull_start`` to
+``hull_stop``, and in full blocks what they say is still evaluated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fxopt.codegen.attention.interval import Bound, KeyRange
@@ -36,13 +38,14 @@ class Span:
     beyond: bool = False
 
 
-def loop_spans(found: KeyRange) -> tuple[Span, ...]:
-    """The loops in order."""
+def loop_spans(found: KeyRange, hull: bool = False) -> tuple[Span, ...]:
+    """The loops in order; ``hull`` tells that captured vectors limit the keys."""
     # A limit that is the same for all rows of a block cuts one block of keys only.
     loops = any(b.slope for b in found.side("upper"))
     if not found.side("lower"):
-        tail = Span("full_stop", "stop", True, loops=loops, beyond=not found.side("upper"))
-        return (Span("0", "full_stop", False), tail)
+        first, after = ("hull_start", "tail_start") if hull else ("0", "full_stop")
+        tail = Span(after, "stop", True, loops=loops, beyond=not found.side("upper"))
+        return (Span(first, "full_stop", False), tail)
     return (
         Span("start_block", "tl.minimum(full_start, stop)", True),
         Span("full_start", "full_stop", False),
@@ -50,29 +53,33 @@ def loop_spans(found: KeyRange) -> tuple[Span, ...]:
     )
 
 
-def key_range_text(found: KeyRange, emit: Emitter) -> str:
+def key_range_text(found: KeyRange, emit: Emitter, hull: bool = False) -> str:
     """The lines that compute the limits which `loop_spans` names."""
     upper, lower = found.side("upper"), found.side("lower")
-    lines = [stop_text(found, emit)]
-    full_stop = _nested("minimum", "Sk", (_limit(b, "first", 1, emit) for b in upper))
+    begin, end = (["hull_start"], ["hull_stop"]) if hull else ([], [])
+    lines = [stop_text(found, emit, end)]
+    full_stop = _nested("minimum", "Sk", (*(_limit(b, "first", 1, emit) for b in upper), *end))
     lines.append(f"full_stop = {full_stop}")
     lines.append("full_stop = tl.maximum(full_stop, 0) // BLOCK_N * BLOCK_N")
     if lower:
-        full_start = _nested("maximum", "0", (_limit(b, "last", 0, emit) for b in lower))
-        lines.append(start_text(found, emit))
+        full_start = _nested("maximum", "0", (*(_limit(b, "last", 0, emit) for b in lower), *begin))
+        lines.append(start_text(found, emit, begin))
         lines.append(f"full_start = tl.cdiv({full_start}, BLOCK_N) * BLOCK_N")
+    elif hull:
+        lines.append("tail_start = tl.maximum(hull_start, full_stop)")
     return "\n".join(lines)
 
 
-def stop_text(found: KeyRange, emit: Emitter) -> str:
-    """The line that computes ``stop``."""
-    return f"stop = {_nested('minimum', 'Sk', (_limit(b, 'last', 1, emit) for b in found.side('upper')))}"
+def stop_text(found: KeyRange, emit: Emitter, ends: Sequence[str] = ()) -> str:
+    """The line that computes ``stop``, not beyond any of ``ends``."""
+    limits = (_limit(b, "last", 1, emit) for b in found.side("upper"))
+    return f"stop = {_nested('minimum', 'Sk', (*limits, *ends))}"
 
 
-def start_text(found: KeyRange, emit: Emitter) -> str:
-    """The line that computes ``start_block``, the first key of the block that holds ``start``."""
-    start = _nested("maximum", "0", (_limit(b, "first", 0, emit) for b in found.side("lower")))
-    return f"start_block = {start} // BLOCK_N * BLOCK_N"
+def start_text(found: KeyRange, emit: Emitter, begins: Sequence[str] = ()) -> str:
+    """The line that computes ``start_block``, the first key of the block that holds the first one needed."""
+    limits = (_limit(b, "first", 0, emit) for b in found.side("lower"))
+    return f"start_block = {_nested('maximum', '0', (*limits, *begins))} // BLOCK_N * BLOCK_N"
 
 
 def _limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:

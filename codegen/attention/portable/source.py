@@ -27,9 +27,11 @@ from fxopt.codegen.attention.frame import (
 )
 from fxopt.codegen.attention.interval import KeyRange, key_range
 from fxopt.codegen.attention.portable.config import Config, padded
+from fxopt.codegen.attention.portable.hull import Hull
 from fxopt.codegen.attention.portable.loops import Span, key_range_text, loop_spans
-from fxopt.codegen.attention.portable.template import ATTEND, KERNEL, LAST, LAUNCH, LOOP
+from fxopt.codegen.attention.portable.template import ATTEND, AVERAGE, KERNEL, LAST, LAUNCH, LOOP, USE_AVERAGE
 from fxopt.codegen.attention.portable.tiles import DESCRIBABLE, IMPORT, Tiles, wide
+from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.softmax import Exponent, exponent, row_maximum
 from fxopt.codegen.printing import emit, helpers
@@ -40,6 +42,7 @@ from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts
 _RESULT: Final = {
     "nan": "acc / total[:, None]",
     "zero": "tl.where(total[:, None] == 0, 0.0, acc / total[:, None])",
+    "uniform": "acc / total[:, None]",
 }
 #: Constants of a block update, besides the sizes written into it.
 _CONSTANTS: Final = ("BLOCK_N", "PRECISION", "FAST_TANH", "EVEN")
@@ -58,7 +61,10 @@ class KernelText:
     def __str__(self) -> str:
         holes = {**self._description, **self._attend, **self._kernel, **self._launch}
         describable = DESCRIBABLE if self._tiles.described else ""
-        body = "".join((fill(ATTEND, holes), fill(KERNEL, holes), describable, fill(LAUNCH, holes)))
+        average = fill(AVERAGE, holes) if self._averages else ""
+        hull = "" if self._hull is None else self._hull.kernel
+        texts = (fill(ATTEND, holes), average, hull, fill(KERNEL, holes), describable, fill(LAUNCH, holes))
+        body = "".join(texts)
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         script = {**holes, **script_holes(self.spec, self.dtype)}
         return fill(HEADER, holes) + devices + body + fill(REFERENCE, script) + fill(MAIN, script)
@@ -66,6 +72,16 @@ class KernelText:
     @cached_property
     def _range(self) -> KeyRange:
         return key_range(self.spec)
+
+    @cached_property
+    def _hull(self) -> Hull | None:
+        found = possible_keys(self.spec)
+        return None if found is None else Hull(self.spec, found, self.config.block_m, self.config.block_n)
+
+    @property
+    def _averages(self) -> bool:
+        """Whether a row without keys gives the mean of the values."""
+        return self.spec.empty_rows == "uniform"
 
     @cached_property
     def _captures(self) -> tuple[CapturedTensor, ...]:
@@ -154,7 +170,8 @@ class KernelText:
         ranged = any(b.slope for b in self._range.side("upper"))
         e_inside = self._inside("e[None, :]", self.value_dim)
         d_inside = self._inside("d[None, :]", self.head_dim)
-        constants = dict.fromkeys(("BLOCK_M", *self._constants, "BLOCK_D", "BLOCK_E", "WIDE", "WITH_LSE"))
+        hull = ("HULL",) if self._hull else ()
+        constants = dict.fromkeys(("BLOCK_M", *self._constants, "BLOCK_D", "BLOCK_E", "WIDE", *hull, "WITH_LSE"))
         sizes = ("heads", "kv_heads", "Sq", "Sk", *(p for c in self._captures for p in c.period))
         factor = self._exponent.factor
         return {
@@ -165,12 +182,26 @@ class KernelText:
             "q_mask": f", mask={d_inside}, other=0.0" if d_inside else "",
             "tiles": self._tiles.bases,
             "capture_bases": "\n".join(c.base for c in self._captures),
-            "key_range": key_range_text(self._range, self._emit),
-            "loops": "\n".join(self._loop(span) for span in loop_spans(self._range)),
+            "hull_limits": "" if self._hull is None else self._hull.limits,
+            "key_range": key_range_text(self._range, self._emit, self._hull is not None),
+            "loops": "\n".join(self._loop(span) for span in loop_spans(self._range, self._hull is not None)),
+            **self._average,
             "result": _RESULT[self.spec.empty_rows],
-            "out_mask": both("rows < Sq", e_inside),
+            "out_mask": both(both("rows < Sq", e_inside), "total[:, None] != 0" if self._averages else ""),
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
+
+    @property
+    def _average(self) -> dict[str, str]:
+        """The holes of what a row without keys takes after the loops."""
+        names = tuple(name for name in self._tiles.attend_names if name not in ("k_base", "k_tile", "k_stride_j", "d"))
+        constants = dict.fromkeys(("BLOCK_N", "BLOCK_E", "EVEN", *self._tiles.constants))
+        arguments = (*names, "Sk", *(f"{name}={name}" for name in constants), "BOUNDED=True")
+        mask = both(both("rows < Sq", self._inside("e[None, :]", self.value_dim)), "total[:, None] == 0")
+        holes = {"average_arguments": listing(arguments), "empty_mask": mask}
+        use = fill(USE_AVERAGE, holes).rstrip("\n") if self._averages else ""
+        parameters = listing((*names, "Sk", *constants, "BOUNDED"), annotate=True)
+        return {"average_parameters": parameters, "empty_rows": use}
 
     def _loop(self, span: Span) -> str:
         # A block peeled off a loop of float32 products spills.
@@ -184,7 +215,8 @@ class KernelText:
 
     @property
     def _pointers(self) -> tuple[str, ...]:
-        return ("q_ptr", "k_ptr", "v_ptr", *(f"{c.name}_ptr" for c in self._captures), "out_ptr", "lse_ptr")
+        hull = ("hull_ptr",) if self._hull else ()
+        return ("q_ptr", "k_ptr", "v_ptr", *(f"{c.name}_ptr" for c in self._captures), *hull, "out_ptr", "lse_ptr")
 
     @property
     def _strides(self) -> tuple[str, ...]:
@@ -206,14 +238,17 @@ class KernelText:
         blocks = (f"BLOCK_M={self.config.block_m}", f"BLOCK_N={self.config.block_n}", *pads)
         even = f"EVEN=keys % {self.config.block_n} == 0"
         tma = ("TMA=tma",) if self._tiles.described else ()
-        switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", even, *tma, "WIDE=wide")
+        hull, hulled = (("hull",), ("HULL=hulled",)) if self._hull else ((), ())
+        switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", even, *tma, "WIDE=wide", *hulled)
         sizes = ("heads", "kv_heads", "rows", "keys", *periods)
-        tensors = ("q", *self._tiles.arguments, *names, "out", "lse")
+        tensors = ("q", *self._tiles.arguments, *names, *hull, "out", "lse")
         arguments = (*tensors, *self._stride_values, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
         return {
             "allocate": allocation(self.spec, self.value_dim),
             "unpack_captures": unpacked(names),
             "describe": self._tiles.describe(self.config.block_n, padded(self.head_dim), padded(self.value_dim)),
+            "allocate_hull": "" if self._hull is None else self._hull.allocate,
+            "launch_hull": "" if self._hull is None else self._hull.launch,
             "wide": wide(self._reaches),
             "block_m": str(self.config.block_m),
             "launch_arguments": listing(arguments),

@@ -35,6 +35,31 @@ def attend(
 
 '''
 
+AVERAGE: Final = '''
+@triton.jit
+def average(
+    $average_parameters
+):
+    """The plain mean of all values, which a row without keys gives."""
+    n = tl.arange(0, BLOCK_N)
+    mean = tl.zeros([BLOCK_E], tl.float32)
+    for start in tl.range(0, Sk, BLOCK_N, num_stages=1):
+        $load_v
+        mean += tl.sum(v.to(tl.float32), 0)
+    return mean / Sk
+
+'''
+
+USE_AVERAGE: Final = """\
+# Few blocks have a row without keys.
+if tl.max((total == 0).to(tl.int32), 0) != 0:
+    mean = average(
+        $average_arguments
+    )
+    means = tl.zeros([BLOCK_M, BLOCK_E], out_ptr.dtype.element_ty) + mean[None, :].to(out_ptr.dtype.element_ty)
+    tl.store(out_tile, means, mask=$empty_mask)
+"""
+
 KERNEL: Final = '''
 @triton.jit(do_not_specialize=$unspecialized)
 def attention_kernel(
@@ -66,6 +91,7 @@ def attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
+    $hull_limits
     $key_range
     $loops
 
@@ -73,6 +99,7 @@ def attention_kernel(
     out_base = out_ptr + b_wide * out_stride_b + h_wide * out_stride_h
     out_tile = out_base + rows.to(tl.int64) * out_stride_i + e[None, :]
     tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=$out_mask)
+    $empty_rows
     if WITH_LSE:
         lse = peak$lse_factor + tl.log(total)
         lse_row = lse_ptr + (b_wide * heads + h_wide) * Sq + rows
@@ -114,11 +141,13 @@ def launch(
     if grid[0] == 0:
         return out, lse
     $describe
+    $allocate_hull
     # Strides so long that offsets within a block need 64 bits.
     $wide
     exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     fast = q.is_cuda and q.dtype != torch.float32
     with torch.cuda.device_of(q):
+        $launch_hull
         attention_kernel[grid](
             $launch_arguments
         )

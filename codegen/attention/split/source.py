@@ -47,6 +47,10 @@ class SplitText(KernelText):
         return fill(HEADER, holes) + devices + body + fill(REFERENCE, script) + fill(template.MAIN, script)
 
     @cached_property
+    def _hull(self) -> None:
+        """No kernel in front: limits that differ by batch shape the schedule itself."""
+
+    @cached_property
     def _limits(self) -> Limits:
         return Limits(self.spec)
 

@@ -1,0 +1,169 @@
+"""Blocks of keys that no row needs, told from captured vectors when the kernel runs: padding, documents, lengths.
+
+A small kernel before the main one writes, for each batch element (and block of query rows, where rows differ), the hull
+of the keys that can possibly be kept: the first one, and one past the last. The main kernel's loops begin and end
+there; blocks in between are computed as ever. Nothing is read back by the host, so the vectors may change between calls
+and between replays of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.possible import Possible
+from fxopt.codegen.printing import emit
+from fxopt.codegen.template import fill, listing
+from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.expression import Expr, Kind
+
+#: Keys that one step of the small kernel looks at.
+_STEP: Final = 1024
+#: Fewer blocks of keys than this are not worth a kernel that may save some.
+_FEWEST_BLOCKS: Final = 4
+#: The least and the greatest value over rows are integers.
+_EXTREME: Final[Kind] = "int"
+_KERNEL: Final = '''
+@triton.jit(do_not_specialize=$unspecialized)
+def hull_kernel(
+    $parameters
+):
+    """The hull of the keys that $whose can possibly keep: the first one, and one past the last.
+
+    $maths
+    """
+    $place
+    b_wide = b.to(tl.int64)
+    $rows
+    begin = tl.full([1, STEP], Sk, tl.int32)
+    end = tl.full([1, STEP], 0, tl.int32)
+    for start in range(0, Sk, STEP):
+        j = (start + tl.arange(0, STEP))[None, :]
+        $keys
+        possible = (j < Sk) & ($condition)
+        begin = tl.minimum(begin, tl.where(possible, j, Sk))
+        end = tl.maximum(end, tl.where(possible, j + 1, 0))
+    hull = hull_ptr + 2 * tl.program_id(0)
+    tl.store(hull, tl.min(begin))
+    tl.store(hull + 1, tl.max(end))
+
+'''
+_PLACE: Final = """\
+blocks = tl.cdiv(Sq, BLOCK_M)
+b = tl.program_id(0) // blocks
+first = tl.program_id(0) % blocks * BLOCK_M
+i = tl.minimum(first + tl.arange(0, BLOCK_M), Sq - 1)[:, None]"""
+_LIMITS: Final = """\
+hull_start, hull_stop = 0, Sk
+if HULL:
+    hull = hull_ptr + 2 * {}
+    hull_start = tl.load(hull) // BLOCK_N * BLOCK_N
+    hull_stop = tl.cdiv(tl.load(hull + 1), BLOCK_N) * BLOCK_N"""
+_ALLOCATE: Final = """\
+# Short rows of keys are not worth a kernel that finds out which blocks are needed.
+hulled = keys >= {fewest}
+hulls = {count}
+hull = torch.empty((hulls, 2) if hulled else (0,), dtype=torch.int32, device=q.device)"""
+_LAUNCH: Final = """\
+if hulled:
+    hull_kernel[(hulls,)](
+        $arguments
+    )
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Hull:
+    """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys."""
+
+    spec: AttentionSpec
+    possible: Possible
+    block_m: int
+    block_n: int
+
+    @property
+    def kernel(self) -> str:
+        """The small kernel."""
+        parameters = (*self._pointers, "hull_ptr", *self._strides, *self._sizes, *self._constants)
+        holes = {
+            "unspecialized": "[" + ", ".join(f'"{name}"' for name in self._sizes) + "]",
+            "parameters": listing(parameters, annotate=True),
+            "whose": "a block of query rows" if self._by_rows else "any row of a batch element",
+            "maths": self._maths,
+            "place": _PLACE if self._by_rows else "b = tl.program_id(0)",
+            "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._extremes)),
+            "keys": "\n".join(c.load_keys for c in self._read if c.in_loop),
+            "condition": self._emit(self.possible.condition),
+        }
+        return fill(_KERNEL, holes)
+
+    @property
+    def limits(self) -> str:
+        """The lines of the main kernel that read the hull, in whole blocks."""
+        return _LIMITS.format("(b * blocks + first // BLOCK_M)" if self._by_rows else "b")
+
+    @property
+    def allocate(self) -> str:
+        """The launcher's lines that allocate the hulls."""
+        count = f"batch * triton.cdiv(rows, {self.block_m})" if self._by_rows else "batch"
+        return _ALLOCATE.format(fewest=_FEWEST_BLOCKS * self.block_n, count=count)
+
+    @property
+    def launch(self) -> str:
+        """The launcher's lines that run the small kernel."""
+        strides = [value for c in self._read for value in c.stride_values]
+        periods = [f"{c.name}.shape[0]" for c in self._read if c.period]
+        sizes = ("rows", "keys") if self._by_rows else ("keys",)
+        constants = ((f"BLOCK_M={self.block_m}",) if self._by_rows else ()) + (f"STEP={_STEP}",)
+        tensors = (*(c.name for c in self._read), "hull")
+        holes = {"arguments": listing((*tensors, *strides, *sizes, *periods, *constants))}
+        return fill(_LAUNCH, holes).rstrip("\n")
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether blocks of rows of one batch element differ."""
+        return bool(self.possible.rows)
+
+    @property
+    def _read(self) -> tuple[CapturedTensor, ...]:
+        return tuple(c for c in captured_tensors(self.spec) if self.possible.reads(c.index))
+
+    @property
+    def _pointers(self) -> Iterable[str]:
+        return (f"{c.name}_ptr" for c in self._read)
+
+    @property
+    def _strides(self) -> Iterable[str]:
+        return (name for c in self._read for name in c.strides)
+
+    @property
+    def _sizes(self) -> tuple[str, ...]:
+        sizes = ("Sq", "Sk") if self._by_rows else ("Sk",)
+        return (*sizes, *(name for c in self._read for name in c.period))
+
+    @property
+    def _constants(self) -> tuple[str, ...]:
+        return ("BLOCK_M", "STEP") if self._by_rows else ("STEP",)
+
+    @property
+    def _extremes(self) -> list[str]:
+        """The lines that compute the least and the greatest value of each expression over the rows."""
+        texts = [self._emit(row) for row in self.possible.rows]
+        return [f"low{n}, high{n} = tl.min({text}), tl.max({text})" for n, text in enumerate(texts)]
+
+    @property
+    def _maths(self) -> str:
+        named = {name: Expr("symbol", value=text) for name, text in self._names.items()}
+        condition = self.possible.condition.replace(lambda e: named.get(str(e), e))
+        rows = "".join(f"; low{n}, high{n} of {row} over the rows" for n, row in enumerate(self.possible.rows))
+        return f"Possible: {condition}{rows}."
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return self.possible.names(len(self.spec.captures))
+
+    def _emit(self, expr: Expr) -> str:
+        extremes = (_EXTREME,) * len(self._names)
+        return emit(expr, self._names, (*self.spec.capture_kinds, *extremes))

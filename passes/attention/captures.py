@@ -9,12 +9,13 @@ from torch.fx import Node
 from fxopt.ir.attention import Capture
 from fxopt.ir.expression import Expr
 from fxopt.passes.attention.masking import Masked
-from fxopt.passes.attention.space import Operand, Space
+from fxopt.passes.attention.positions import Captured
+from fxopt.passes.attention.space import Space
 from fxopt.rewriter.builder import Builder
 
 
 def write_captures(
-    builder: Builder, masked: Masked, operands: tuple[Operand, ...], space: Space
+    builder: Builder, masked: Masked, operands: tuple[Captured, ...], space: Space
 ) -> tuple[Expr, Expr | None, list[Node], tuple[Capture, ...]]:
     """Build the captures that are read, and renumber the expressions: score, mask, nodes and their descriptions."""
     used = {int(e.value or 0) for expr in (masked.score, masked.mask) if expr for e in expr.walk() if e.op == "capture"}

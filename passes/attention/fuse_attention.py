@@ -21,6 +21,7 @@ from fxopt.passes.attention.captures import write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
+from fxopt.passes.attention.positions import Explained, explain
 from fxopt.passes.attention.region import Region, lift_region
 from fxopt.passes.attention.space import Space, space_of
 from fxopt.passes.attention.weights import Weights, read_weights
@@ -41,7 +42,7 @@ class Site:
     queries: Node
     keys: Node
     values: Node
-    region: Region
+    explained: Explained
     weights: Weights
     space: Space
     masked: Masked
@@ -66,11 +67,12 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     for operand in region.operands:
         if obstacle := operand.obstacle(space):
             return Rejection(obstacle, (operand.node,))
-    masked = separate_mask(region.expression, region.operands, space, prover)
+    explained = explain(region.expression, region.operands, space, prover.lifter)
+    masked = separate_mask(explained.expression, explained.operands, space, prover)
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
-    return Site(match.root, queries, keys, match["values"], region, weights, space, masked, heads)
+    return Site(match.root, queries, keys, match["values"], explained, weights, space, masked, heads)
 
 
 def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
@@ -91,7 +93,7 @@ def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: 
 
 
 def _write(builder: Builder, site: Site) -> Node:
-    score, mask, nodes, captures = write_captures(builder, site.masked, site.region.operands, site.space)
+    score, mask, nodes, captures = write_captures(builder, site.masked, site.explained.operands, site.space)
     queries, factor = unscaled(builder, site.heads.queries(builder))
     keys, key_factor = unscaled(builder, site.heads.keys(builder, queries))
     score = _scale(score, factor * key_factor)

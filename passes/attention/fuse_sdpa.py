@@ -19,8 +19,9 @@ from fxopt.passes.attention.captures import write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import repeated_heads
+from fxopt.passes.attention.positions import Captured, explain
 from fxopt.passes.attention.region import lift_mask
-from fxopt.passes.attention.space import Operand, Space
+from fxopt.passes.attention.space import Space
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import PassResult, apply_rules
 from fxopt.rewriter.pattern import Anything, Match, Op, Var
@@ -39,7 +40,7 @@ class Call:
     keys: Node
     values: Node
     space: Space
-    operands: tuple[Operand, ...]
+    operands: tuple[Captured, ...]
     masked: Masked
     kv_map: KvMap
     dropout: float
@@ -55,15 +56,16 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
     lead = shape(queries)[:-2]
     space = Space(lead, max(len(lead) - 1, 0) if len(lead) > 1 else len(lead), shape(queries)[-2], shape(keys)[-2])
     expression = _scaled(given["scale"], queries)
-    operands: tuple[Operand, ...] = ()
+    operands: tuple[Captured, ...] = ()
     if isinstance(bias, Node):
         lifted = lift_mask(bias, (*lead, space.rows, space.columns), prover.constants)
         if isinstance(lifted, Rejection):
             return lifted
-        term, operands = lifted
-        for operand in operands:
+        for operand in lifted[1]:
             if obstacle := operand.obstacle(space):
                 return Rejection(obstacle, (operand.node,))
+        explained = explain(*lifted, space, prover.lifter)
+        term, operands = explained.expression, explained.operands
         boolean = tensor(bias).dtype is torch.bool
         expression = call("where", term, expression, NEG_INF) if boolean else call("add", expression, term)
     masked = separate_mask(expression, operands, space, prover)

@@ -10,9 +10,12 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
+from fxopt.analysis.index import IndexLifter
 from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_structure
 from fxopt.analysis.simplify import simplify
-from fxopt.ir.expression import Expr, call, conjunction, conjuncts, const
+from fxopt.ir.expression import Expr, call, const
+from fxopt.passes.attention.positions import Captured
+from fxopt.passes.attention.proofs import described, joined, logic_of, may_join, rows_kept, settled
 from fxopt.passes.attention.space import Operand, Space
 
 _LOWEST = frozenset(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -32,15 +35,18 @@ class MaskProver:
 
     def __init__(self, constants: Constants) -> None:
         self.constants = constants
+        self.lifter = IndexLifter()
         self._known: dict[tuple[Node, int, int], _Proof | None] = {}
 
-    def prove(self, operands: tuple[Operand, ...], space: Space) -> dict[int, _Proof]:
+    def prove(self, operands: tuple[Captured, ...], space: Space) -> dict[int, _Proof]:
         """The proofs found, by index of the operand."""
         found: dict[int, _Proof] = {}
         rows, columns = space.rows, space.columns
         if not isinstance(rows, int) or not isinstance(columns, int):
             return found
         for index, operand in enumerate(operands):
+            if not isinstance(operand, Operand):
+                continue
             key = (operand.node, rows, columns)
             if key not in self._known:
                 self._known[key] = _prove(operand, rows, columns, self.constants)
@@ -50,7 +56,7 @@ class MaskProver:
         return found
 
 
-def separate_mask(expression: Expr, operands: tuple[Operand, ...], space: Space, prover: MaskProver) -> Masked:
+def separate_mask(expression: Expr, operands: tuple[Captured, ...], space: Space, prover: MaskProver) -> Masked:
     """Split a lifted expression into score and mask.
 
     ``where(m, x, −inf)`` gives mask ``m``. A capture that is proved to be an additive or boolean mask of known
@@ -60,18 +66,20 @@ def separate_mask(expression: Expr, operands: tuple[Operand, ...], space: Space,
     is proved that every row keeps a key (a fully masked row is then impossible, the only place where they differ).
     """
     proofs = prover.prove(operands, space)
-    safe = frozenset(proof.keep for proof in proofs.values() if proof.safe)
-    expression = simplify(expression.replace(_substitute(proofs)))
+    logic = logic_of(operands, space)
+    expression = settled(expression.replace(_substitute(proofs)), logic)
+    safe = frozenset(proof.keep for proof in proofs.values() if proof.safe) | rows_kept(expression, logic)
     terms: list[Expr] = []
     while True:
         step = _take_mask(expression, proofs, safe)
         if step is None:
             break
+        if not may_join(terms, step[1], expression, step[0], logic):
+            break
         expression, term = step
         terms.append(term)
-    mask = conjunction(tuple(t for term in terms for t in conjuncts(term) if t != const(True)))
-    texts = tuple(f"{operands[index].node}: {proof}" for index, proof in proofs.items())
-    return Masked(expression, mask, texts)
+    mask = joined(terms, logic)
+    return Masked(expression, mask, described(mask))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ _SERVED: Final = {
     "group": "head // (q.shape[1] // k.shape[1])",
     "tile": "head % k.shape[1]",
 }
-_SIZE: Final = {"b": "batch", "h": "8", "i": "length", "j": "length", "-": "1", "p": "2"}
+_SIZE: Final = {"b": "batch", "h": "8", "i": "length", "j": "length", "-": "1", "p": "2", "d": "2 * length - 1"}
 _INDEX: Final = {
     "b": "torch.arange(q.shape[0], device=q.device)[:, None, None, None]",
     "h": "head[:, None, None]",
@@ -56,7 +56,9 @@ def _tuple(drawn: list[str]) -> str:
 def _reading(index: int, capture: Capture) -> str:
     wide = ".double()" if capture.kind == "float" else ""
     periodic = f"[torch.arange(q.shape[0], device=q.device) % captures[{index}].shape[0]]"
-    return f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{wide}"
+    row = "torch.arange(q.shape[2], device=q.device)[:, None]"
+    band = f"[:, :, 0, torch.arange(k.shape[2], device=q.device) - {row} + q.shape[2] - 1]" if capture.is_band else ""
+    return f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{band}{wide}"
 
 
 def _draw(capture: Capture) -> str:

@@ -326,6 +326,7 @@ _BY_FORM: Final[dict[str, Element]] = {
     "div": _division, "floor_divide": _floor_division, "remainder": _remainder, "clamp": _clamp, "clamp_min": _clamp,
     "clamp_max": _clamp, "minimum": _arithmetic("minimum", "self", "other"),
     "maximum": _arithmetic("maximum", "self", "other"),
+    "min.other": _arithmetic("minimum", "self", "other"), "max.other": _arithmetic("maximum", "self", "other"),
     **{op: _comparison(op) for op in ("lt", "le", "gt", "ge", "eq", "ne")},
     "__and__": _logical("and"), "__or__": _logical("or"), "bitwise_and": _logical("and"),
     "bitwise_or": _logical("or"), "bitwise_not": _logical("not"), "logical_and": _logical("and"),
@@ -349,5 +350,28 @@ def element_of(node: Node) -> Element | None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
-    name, _, form = str(target).removeprefix("aten.").partition(".")
-    return _BY_FORM.get(name) if form in _FORMS else None
+    overload = str(target).removeprefix("aten.")
+    name, _, form = overload.partition(".")
+    return _BY_FORM.get(overload) or (_BY_FORM.get(name) if form in _FORMS else None)
+
+
+#: Operators that act on each element alone, and may be applied to other elements than those they stand for.
+_POINTWISE: Final = frozenset({
+    "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "log", "log2", "sqrt", "rsqrt", "pow", "tanh", "sigmoid",
+    "floor", "ceil", "round", "trunc", "floor_divide", "remainder", "clamp", "clamp_min", "clamp_max", "minimum",
+    "maximum", "min.other", "max.other", "sign", "relu", "where", "masked_fill", "lt", "le", "gt", "ge", "eq", "ne", "__and__", "__or__",
+    "bitwise_and", "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "to", "_to_copy",
+    "log1p", "square", "reciprocal",
+})  # fmt: skip
+
+
+def pointwise_operands(node: Node) -> tuple[tuple[int, Node], ...] | None:
+    """The tensor operands of a pointwise ``node`` by argument position, or ``None`` when it is no such operator."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    overload = str(target).removeprefix("aten.")
+    known = overload in _POINTWISE or overload.partition(".")[0] in _POINTWISE
+    if not known or overload == "to.other" or any(is_tensor(value) for value in node.kwargs.values()):
+        return None
+    return tuple((n, value) for n, value in enumerate(node.args) if isinstance(value, Node) and is_tensor(value))

@@ -135,6 +135,12 @@ class Logic:
             return const(op == "ne")
         if shared > 1:
             total = Sum({a: f // shared for a, f in total.terms.items()}, total.constant // shared)
+        if not total.constant and len(total.terms) == 1:
+            (atom,) = total.terms
+            if atom.op == "mul":
+                # A product vanishes where a factor does.
+                factors = [self._comparison(op, factor, const(0)) for factor in atom.args]
+                return self.either(*factors) if op == "eq" else self.both(*factors)
         return call(op, *_sides(total))
 
     def _inequality(self, total: Sum) -> Expr:

@@ -17,11 +17,12 @@ from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.passes.attention.axes import is_key_like
+from fxopt.passes.attention.band import length_of, with_bands
 from fxopt.passes.attention.captures import write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
-from fxopt.passes.attention.positions import Explained, explain
+from fxopt.passes.attention.positions import Captured, explain
 from fxopt.passes.attention.region import Region, lift_region
 from fxopt.passes.attention.space import Space, space_of
 from fxopt.passes.attention.weights import Weights, read_weights
@@ -42,7 +43,7 @@ class Site:
     queries: Node
     keys: Node
     values: Node
-    explained: Explained
+    operands: tuple[Captured, ...]
     weights: Weights
     space: Space
     masked: Masked
@@ -72,7 +73,9 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
-    return Site(match.root, queries, keys, match["values"], explained, weights, space, masked, heads)
+    lengths = length_of(queries, -2, space), length_of(keys, -1, space)
+    operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
+    return Site(match.root, queries, keys, match["values"], operands, weights, space, masked, heads)
 
 
 def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
@@ -93,7 +96,7 @@ def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: 
 
 
 def _write(builder: Builder, site: Site) -> Node:
-    score, mask, nodes, captures = write_captures(builder, site.masked, site.explained.operands, site.space)
+    score, mask, nodes, captures = write_captures(builder, site.masked, site.operands, site.space)
     queries, factor = unscaled(builder, site.heads.queries(builder))
     keys, key_factor = unscaled(builder, site.heads.keys(builder, queries))
     score = _scale(score, factor * key_factor)

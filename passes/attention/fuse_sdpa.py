@@ -15,6 +15,7 @@ from fxopt.ir.nodes import arguments, same_size, scalar, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
+from fxopt.passes.attention.band import length_of, with_bands
 from fxopt.passes.attention.captures import write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
@@ -72,6 +73,8 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
     if given["is_causal"]:
         masked = Masked(masked.score, _and(masked.mask, call("le", J, I)), masked.proofs)
     shared = repeated_heads(keys, values) if not given["enable_gqa"] else None
+    lengths = length_of(queries, -2, space), length_of(keys, -2, space)
+    operands = with_bands(masked, operands, space, prover.bands, lengths)
     kv_map: KvMap = "group"
     if shared is not None:
         keys, values, kv_map = shared

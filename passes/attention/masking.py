@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from fxopt.analysis.bands import BandPlanner
 from fxopt.analysis.constants import Constants
 from fxopt.analysis.index import IndexLifter
 from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_structure
@@ -36,6 +37,7 @@ class MaskProver:
     def __init__(self, constants: Constants) -> None:
         self.constants = constants
         self.lifter = IndexLifter()
+        self.bands = BandPlanner(constants, self.lifter)
         self._known: dict[tuple[Node, int, int], _Proof | None] = {}
 
     def prove(self, operands: tuple[Captured, ...], space: Space) -> dict[int, _Proof]:

@@ -115,19 +115,31 @@ def _shifted(expr: Expr, by: int) -> Expr:
 
 def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter) -> Lifted | str:
     """The operand as an expression, or why it stays as it is (empty when it is as small as can be)."""
-    index = stage_index(operand.stage, space)
-    if index is None:
+    found = read_at(operand, space)
+    if found is None:
         return "its leading axes don't divide into batch and heads"
-    known = shape(operand.node)
-    inner = index[len(index) - len(known) :]
-    at = tuple(ZERO if same_size(size, 1) else part for size, part in zip(known, inner, strict=True))
-    lifted = lifter.lift(operand.node, at, domain)
+    node, at = found
+    lifted = lifter.lift(node, at, domain)
     if isinstance(lifted, Unreadable):
         return str(lifted)
     lifted = renumbered(lifted)
     if lifted.expr == capture(0) and lifted.readings[0].letters == _letters(at):
         return "it is run-time data"
     return lifted
+
+
+def read_at(operand: Captured, space: Space) -> tuple[Node, Index] | None:
+    """The tensor that is captured and the index at which it is read, where those can be said."""
+    if isinstance(operand, ReadTensor):
+        return operand.node, operand.reading.index
+    if not isinstance(operand, Operand):
+        return None
+    index = stage_index(operand.stage, space)
+    if index is None:
+        return None
+    known = shape(operand.node)
+    inner = index[len(index) - len(known) :]
+    return operand.node, tuple(ZERO if same_size(size, 1) else part for size, part in zip(known, inner, strict=True))
 
 
 def _letters(index: Index) -> frozenset[str]:

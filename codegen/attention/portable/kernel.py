@@ -68,7 +68,7 @@ def candidates(
     """
     if objection(spec, head_dim, value_dim, dtype) is not None:
         return ()
-    tiles = any({"i", "j"} <= set(c.dims) for c in spec.captures)
+    tiles = any(c.is_tile for c in spec.captures)
     return fitting(head_dim, value_dim, dtype, capability, tiles, rows)
 
 

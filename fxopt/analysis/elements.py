@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.values import apply as compute
-from fxopt.analysis.values import choose, compared, converted, rounded
+from fxopt.analysis.values import choose, compared, converted, known_here, rounded
 from fxopt.analysis.views import ZERO, Index, Unreadable, Views
 from fxopt.ir.expression import Expr, call, const
 from fxopt.ir.nodes import arguments, is_tensor, same_size, scalar, shape, tensor
@@ -179,7 +179,7 @@ def _chosen(
     first, second = (operand(walk, v, node, index, dtype) for v in (kept, otherwise))
     if dtype is torch.bool:
         return walk.settled(call("where", condition, first, second))
-    return choose(condition, first, second)
+    return choose(condition, known_here(first, condition, True), known_here(second, condition, False))
 
 
 def _cast(walk: Walk, node: Node, index: Index) -> Expr:
@@ -233,7 +233,10 @@ def _running_sum(walk: Walk, node: Node, index: Index) -> Expr:
     others = (*index[:axis], *index[axis + 1 :])
     if place != ZERO and (place.op != "symbol" or place in others or walk.depends(value, place)):
         raise Unreadable("a running sum of what is not constant", node)
-    return compute("mul", (walk.views.tidy(call("add", place, const(1))), value), dtype)
+    count = converted(walk.views.tidy(call("add", place, const(1))), torch.int64, dtype)
+    if count is None:
+        raise Unreadable(f"counts in {dtype} are not followed", node)
+    return compute("mul", (count, value), dtype)
 
 
 def _difference(walk: Walk, node: Node, index: Index) -> Expr:
@@ -277,7 +280,7 @@ def _position(walk: Walk, positions: Any, shared: Index, sizes: Any, source: Any
         raise Unreadable("a selection by truth values", node)
     rank = len(shape(positions))
     inner = zip(shape(positions), sizes[len(sizes) - rank :], shared[len(shared) - rank :], strict=True)
-    at = tuple(Views._broadcast(size, full, place, node) for size, full, place in inner)
+    at = tuple(Views.aligned(size, full, place, node) for size, full, place in inner)
     return pointed(walk, walk.element(positions, at), shape(source)[axis], node)
 
 
@@ -359,9 +362,9 @@ def element_of(node: Node) -> Element | None:
 _POINTWISE: Final = frozenset({
     "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "log", "log2", "sqrt", "rsqrt", "pow", "tanh", "sigmoid",
     "floor", "ceil", "round", "trunc", "floor_divide", "remainder", "clamp", "clamp_min", "clamp_max", "minimum",
-    "maximum", "min.other", "max.other", "sign", "relu", "where", "masked_fill", "lt", "le", "gt", "ge", "eq", "ne", "__and__", "__or__",
+    "maximum", "sign", "relu", "where", "masked_fill", "lt", "le", "gt", "ge", "eq", "ne", "__and__", "__or__",
     "bitwise_and", "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "to", "_to_copy",
-    "log1p", "square", "reciprocal",
+    "log1p", "square", "reciprocal", "min.other", "max.other",
 })  # fmt: skip
 
 

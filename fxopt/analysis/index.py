@@ -13,6 +13,7 @@ from typing import Final
 
 from torch.fx import Node
 
+from fxopt.analysis.constants import Constants
 from fxopt.analysis.domain import Domain
 from fxopt.analysis.elements import element_of
 from fxopt.analysis.linear import LARGEST
@@ -20,7 +21,7 @@ from fxopt.analysis.logic import Logic
 from fxopt.analysis.values import is_two_valued
 from fxopt.analysis.views import Index, Unreadable, Views
 from fxopt.ir.attention import NAME_OF
-from fxopt.ir.expression import Expr, Kind, capture, symbol
+from fxopt.ir.expression import Expr, Kind, capture, const, symbol
 from fxopt.ir.nodes import Size, same_size, shape, tensor
 
 _INDICES: Final = tuple(symbol(name) for name in "bhij")
@@ -65,7 +66,8 @@ class Lifted:
 class IndexLifter:
     """Lifts tensors of one program; walks over the same domain share what they found."""
 
-    def __init__(self) -> None:
+    def __init__(self, constants: Constants) -> None:
+        self._constants = constants
         self._walks: dict[tuple[str, ...], _Walk] = {}
 
     def lift(self, node: Node, index: Index, domain: Domain) -> Lifted | Unreadable:
@@ -82,7 +84,7 @@ class IndexLifter:
     def _walk(self, domain: Domain) -> _Walk:
         key = tuple(_text(size) for size in (domain.batch, domain.heads, domain.rows, domain.columns))
         if key not in self._walks:
-            self._walks[key] = _Walk(domain)
+            self._walks[key] = _Walk(domain, self._constants)
         return self._walks[key]
 
 
@@ -93,8 +95,9 @@ def _text(size: Size) -> str:
 class _Walk:
     """Reads elements over one domain; each element once."""
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: Domain, constants: Constants) -> None:
         self.domain = domain
+        self.constants = constants
         self.views = Views(domain)
         self.logic = Logic(domain)
         self.readings: list[Reading] = []
@@ -141,6 +144,9 @@ class _Walk:
     def _follow(self, node: Node, index: Index) -> Expr:
         if self._depth > _DEEPEST:
             raise Unreadable("it lies too deep", node)
+        number = self.constants.number(node) if not shape(node) else None
+        if number is not None:
+            return const(number)
         moved = self.views.source(node, index)
         if moved is not None:
             return self.element(*moved)

@@ -17,6 +17,7 @@ from fxopt.ir.expression import Expr, I, J, Kind, call, const, kind
 
 TRUE: Final = const(True)
 FALSE: Final = const(False)
+_INFIX: Final = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "and", "or"})
 _NEGATED: Final = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 
 
@@ -202,18 +203,17 @@ def _reads_inside(total: Sum, index: Expr) -> bool:
     return any(reads_any(atom, (index,)) for atom in total.terms)
 
 
-def readable(mask: Expr | None) -> str:
-    """A proved mask as people write it: ``0 <= i - j < 1024``."""
-    if mask is None:
-        return "keeps everything"
+def readable(mask: Expr) -> str:
+    """A mask as people write it: ``0 <= i - j < 1024``."""
     terms = parts(mask, "and")
     found = [bound for term in terms if (bound := _distance(term)) is not None]
     upper = [c for op, c in found if op == "le"]
     lower = [c for op, c in found if op == "ge"]
     if len(upper) == 1 and len(lower) == 1:
         others = [str(t) for t in terms if _distance(t) is None]
-        return " & ".join([f"{-upper[0]} <= i - j < {1 - lower[0]}", *others])
-    return " & ".join(_plain(t) for t in terms)
+        window = f"{-upper[0]} <= i - j < {1 - lower[0]}"
+        return " & ".join([f"({window})", *others]) if others else window
+    return str(mask)[1:-1] if mask.op in _INFIX else str(mask)
 
 
 def _distance(term: Expr) -> tuple[str, int] | None:
@@ -222,8 +222,3 @@ def _distance(term: Expr) -> tuple[str, int] | None:
     if total is None or set(total.terms) != {I, J} or total.factor(J) * total.factor(I) != -1:
         return None
     return ("le", total.constant) if total.factor(J) == -1 else ("ge", -total.constant)
-
-
-def _plain(term: Expr) -> str:
-    text = str(term)
-    return text[1:-1] if text.startswith("(") and term.op != "and" else text

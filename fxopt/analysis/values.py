@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 
+from fxopt.analysis.linear import as_expr, as_sum
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.expression import Expr, Scalar, call, const
 
@@ -41,7 +42,20 @@ def apply(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr:
         (condition,) = conditions
         branches = (apply(op, tuple(a.args[n] if is_two_valued(a) else a for a in args), dtype) for n in (1, 2))
         return choose(condition, *branches)
+    whole = _on_positions(op, args) if dtype.is_floating_point else None
+    if whole is not None:
+        return whole
     return simplify(call(op, *args)) if op not in COMPARISONS else call(op, *args)
+
+
+def _on_positions(op: str, args: tuple[Expr, ...]) -> Expr | None:
+    """``float(x) ± float(y) -> float(x ± y)`` for positions, which are far from where reals stop being whole."""
+    if op not in ("add", "sub", "mul", "neg"):
+        return None
+    whole = [_whole(a) for a in args]
+    if None in whole or any(e.op == "capture" for a in args for e in a.walk()):
+        return None
+    return call("float", as_expr(as_sum(call(op, *whole))))  # type: ignore[arg-type]
 
 
 def choose(condition: Expr, kept: Expr, otherwise: Expr) -> Expr:
@@ -71,7 +85,8 @@ def rounded(value: Scalar, dtype: torch.dtype) -> Expr:
         return const(bool(value))
     if not dtype.is_floating_point:
         return const(int(value))
-    return const(float(torch.tensor(value, dtype=torch.float64).to(dtype)))
+    # Adding 0 takes the sign off a zero, which nothing here tells apart.
+    return const(float(torch.tensor(value, dtype=torch.float64).to(dtype)) + 0.0)
 
 
 def converted(expr: Expr, before: torch.dtype, after: torch.dtype) -> Expr | None:
@@ -96,8 +111,23 @@ def converted(expr: Expr, before: torch.dtype, after: torch.dtype) -> Expr | Non
 
 def _truth(expr: Expr, dtype: torch.dtype) -> Expr | None:
     if dtype.is_floating_point:
-        return call("ne", expr, const(0.0)) if expr.op == "capture" else None
+        return call("ne", expr, const(0.0)) if expr.op == "capture" else _difference_counts(expr, dtype)
     return call("ne", expr, const(0))
+
+
+def _difference_counts(expr: Expr, dtype: torch.dtype) -> Expr | None:
+    """``x - y != 0`` is ``x != y`` in floating point too, for integers of which one is small."""
+    sides = [_whole(a) for a in expr.args] if expr.op == "sub" else []
+    small = [s for s in sides if s is not None and s.op == "const" and abs(int(s.value or 0)) < EXACT[dtype]]
+    return call("ne", *sides) if len(small) == 1 and None not in sides else None  # type: ignore[arg-type]
+
+
+def known_here(expr: Expr, condition: Expr, holds: bool) -> Expr:
+    """``expr`` where ``condition`` holds or doesn't: ``x`` is ``n`` where ``x == n``."""
+    if condition.op != ("eq" if holds else "ne") or condition.args[1].op != "const":
+        return expr
+    unknown, number = condition.args
+    return simplify(expr.replace(lambda e: number if e == unknown else e))
 
 
 def compared(op: str, left: Expr, right: Expr, dtype: torch.dtype) -> Expr | None:

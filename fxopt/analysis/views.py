@@ -67,10 +67,11 @@ class Views:
         """The index into ``operand``, broadcast against a result of the shape of ``node``."""
         sizes, full = shape(operand), shape(node)[len(shape(node)) - len(shape(operand)) :]
         inner = index[len(index) - len(sizes) :]
-        return tuple(self._broadcast(s, f, i, node) for s, f, i in zip(sizes, full, inner, strict=True))
+        return tuple(self.aligned(s, f, i, node) for s, f, i in zip(sizes, full, inner, strict=True))
 
     @staticmethod
-    def _broadcast(size: Size, full: Size, index: Expr, node: Node) -> Expr:
+    def aligned(size: Size, full: Size, index: Expr, node: Node) -> Expr:
+        """The index into one axis of ``size`` that is broadcast to ``full``."""
         if same_size(size, 1):
             return ZERO
         if not same_size(size, full):
@@ -115,6 +116,8 @@ def _select(views: Views, node: Node, index: Index) -> Index:
     place = views.size(given["index"], node)
     if place.op == "const" and int(place.value or 0) < 0:
         place = call("add", views.size(shape(operand)[axis], node), place)
+    elif views.bounds.between(place)[0] < 0:
+        raise Unreadable("the place may be counted from the end", node)
     return (*index[:axis], views.tidy(place), *index[axis:])
 
 

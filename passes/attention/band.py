@@ -17,6 +17,7 @@ from fxopt.ir.expression import Expr, I, J, symbol
 from fxopt.ir.nodes import is_call, same_size, shape, tensor
 from fxopt.passes.attention.masking import Masked
 from fxopt.passes.attention.positions import Captured, domain_of, read_at
+from fxopt.passes.attention.proofs import captures_of
 from fxopt.passes.attention.space import Space, with_adjacent_keys
 from fxopt.rewriter.builder import Builder
 
@@ -80,7 +81,7 @@ def with_bands(
     masked: Masked, operands: Sequence[Captured], space: Space, planner: BandPlanner, lengths: tuple[Length, Length]
 ) -> tuple[Captured, ...]:
     """The operands, those planes that the expressions read and that depend on the distance alone as bands."""
-    read = {int(e.value or 0) for x in (masked.score, masked.mask) if x for e in x.walk() if e.op == "capture"}
+    read = captures_of(masked.score, masked.mask)
     domain = domain_of(space)
 
     def changed(number: int, operand: Captured) -> Captured:

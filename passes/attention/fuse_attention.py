@@ -18,11 +18,12 @@ from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.passes.attention.axes import is_key_like
 from fxopt.passes.attention.band import length_of, with_bands
-from fxopt.passes.attention.captures import write_captures
+from fxopt.passes.attention.captures import renumbered, write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
 from fxopt.passes.attention.positions import Captured, explain
+from fxopt.passes.attention.proofs import described
 from fxopt.passes.attention.region import Region, lift_region
 from fxopt.passes.attention.space import Space, space_of
 from fxopt.passes.attention.weights import Weights, read_weights
@@ -132,6 +133,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
             patterns={"softmax between two contractions": Op(aten.matmul.default, Var("weights"), Var("values"))},
             check=lambda match: _recognise(match, prover),
             rewrite=_write,
+            describe=lambda site: described(renumbered(site.masked)[1]),
         ),
     )
 

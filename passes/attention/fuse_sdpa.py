@@ -16,11 +16,12 @@ from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.passes.attention.band import length_of, with_bands
-from fxopt.passes.attention.captures import write_captures
+from fxopt.passes.attention.captures import renumbered, write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import repeated_heads
 from fxopt.passes.attention.positions import Captured, explain
+from fxopt.passes.attention.proofs import described
 from fxopt.passes.attention.region import lift_mask
 from fxopt.passes.attention.space import Space
 from fxopt.rewriter.builder import Builder
@@ -71,7 +72,7 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
         expression = call("where", term, expression, NEG_INF) if boolean else call("add", expression, term)
     masked = separate_mask(expression, operands, space, prover)
     if given["is_causal"]:
-        masked = Masked(masked.score, _and(masked.mask, call("le", J, I)), masked.proofs)
+        masked = Masked(masked.score, _and(masked.mask, call("le", J, I)))
     shared = repeated_heads(keys, values) if not given["enable_gqa"] else None
     lengths = length_of(queries, -2, space), length_of(keys, -2, space)
     operands = with_bands(masked, operands, space, prover.bands, lengths)
@@ -143,6 +144,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
             patterns={"scaled_dot_product_attention": call_sdpa},
             check=lambda match: _read(match, prover),
             rewrite=_write,
+            describe=lambda found: described(renumbered(found.masked)[1]),
         ),
     )
 

@@ -16,7 +16,7 @@ from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_struc
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.expression import Expr, call, const
 from fxopt.passes.attention.positions import Captured
-from fxopt.passes.attention.proofs import described, joined, logic_of, may_join, rows_kept, settled
+from fxopt.passes.attention.proofs import captures_of, joined, logic_of, may_join, rows_kept, settled
 from fxopt.passes.attention.space import Operand, Space
 
 _LOWEST = frozenset(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -24,11 +24,10 @@ _LOWEST = frozenset(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, 
 
 @dataclass(frozen=True)
 class Masked:
-    """A score expression, the mask taken out of it, what a row without keys gives, and the proofs in readable form."""
+    """A score expression, and the mask taken out of it in its simplest form."""
 
     score: Expr
     mask: Expr | None
-    proofs: tuple[str, ...]
 
 
 class MaskProver:
@@ -36,18 +35,18 @@ class MaskProver:
 
     def __init__(self, constants: Constants) -> None:
         self.constants = constants
-        self.lifter = IndexLifter()
+        self.lifter = IndexLifter(constants)
         self.bands = BandPlanner(constants, self.lifter)
         self._known: dict[tuple[Node, int, int], _Proof | None] = {}
 
-    def prove(self, operands: tuple[Captured, ...], space: Space) -> dict[int, _Proof]:
-        """The proofs found, by index of the operand."""
+    def prove(self, operands: tuple[Captured, ...], space: Space, read: frozenset[int]) -> dict[int, _Proof]:
+        """The proofs found of the operands that are ``read``, by their index."""
         found: dict[int, _Proof] = {}
         rows, columns = space.rows, space.columns
         if not isinstance(rows, int) or not isinstance(columns, int):
             return found
         for index, operand in enumerate(operands):
-            if not isinstance(operand, Operand):
+            if index not in read or not isinstance(operand, Operand):
                 continue
             key = (operand.node, rows, columns)
             if key not in self._known:
@@ -67,7 +66,7 @@ def separate_mask(expression: Expr, operands: tuple[Captured, ...], space: Space
     if it
     is proved that every row keeps a key (a fully masked row is then impossible, the only place where they differ).
     """
-    proofs = prover.prove(operands, space)
+    proofs = prover.prove(operands, space, captures_of(expression))
     logic = logic_of(operands, space)
     expression = settled(expression.replace(_substitute(proofs)), logic)
     safe = frozenset(proof.keep for proof in proofs.values() if proof.safe) | rows_kept(expression, logic)
@@ -80,8 +79,7 @@ def separate_mask(expression: Expr, operands: tuple[Captured, ...], space: Space
             break
         expression, term = step
         terms.append(term)
-    mask = joined(terms, logic)
-    return Masked(expression, mask, described(mask))
+    return Masked(expression, joined(terms, logic))
 
 
 @dataclass(frozen=True)

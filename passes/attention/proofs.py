@@ -18,6 +18,7 @@ from fxopt.passes.attention.space import Space
 _LOWEST: Final = frozenset(
     const(torch.finfo(t).min) for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 )
+_INFINITE: Final = frozenset({const(-math.inf)})
 
 
 def logic_of(operands: Sequence[Captured], space: Space) -> Logic:
@@ -28,6 +29,11 @@ def logic_of(operands: Sequence[Captured], space: Space) -> Logic:
 def _kind(operand: Captured) -> Kind:
     dtype = tensor(operand.node).dtype
     return "bool" if dtype is torch.bool else "float" if dtype.is_floating_point else "int"
+
+
+def captures_of(*expressions: Expr | None) -> frozenset[int]:
+    """The numbers of the captures that expressions read."""
+    return frozenset(int(e.value or 0) for x in expressions if x for e in x.walk() if e.op == "capture")
 
 
 def settled(expression: Expr, logic: Logic) -> Expr:
@@ -65,21 +71,27 @@ def _order(term: Expr) -> int:
 def may_join(terms: Sequence[Expr], term: Expr, before: Expr, after: Expr, logic: Logic) -> bool:
     """Whether ``term``, which turns the score ``before`` into ``after``, may join the masks ``terms``.
 
-    A finite stand-in for −∞ that is one of several masks counts for rows that the masks together leave without a key.
+    A finite stand-in for −∞ counts in rows that all masks together leave without a key, those that are still in the
+    score included.
     """
-    if not terms or term == TRUE:
+    others = (*terms, *_fills(after))
+    if not others or _count(before, _INFINITE) > _count(after, _INFINITE):
         return True
-    infinite = _count(before, frozenset({const(-math.inf)})) > _count(after, frozenset({const(-math.inf)}))
-    if infinite and not any(_count(e, _LOWEST) for e in (before, after)):
-        return True
-    mask = joined((*terms, term), logic)
+    mask = joined((*others, term), logic)
     return mask is None or logic.every_row_keeps_a_key(mask)
+
+
+def _fills(score: Expr) -> tuple[Expr, ...]:
+    """The conditions under which ``score`` is not filled with a lowest number."""
+    chosen = [e.args for e in score.walk() if e.op == "where"]
+    kept = [condition for condition, _, otherwise in chosen if otherwise in _LOWEST]
+    return (*kept, *(call("not", condition) for condition, filled, _ in chosen if filled in _LOWEST))
 
 
 def _count(expr: Expr, leaves: frozenset[Expr]) -> int:
     return sum(node in leaves for node in expr.walk())
 
 
-def described(mask: Expr | None) -> tuple[str, ...]:
-    """The mask as the report prints it, if there is one."""
-    return () if mask is None else (f"mask: {readable(mask)}",)
+def described(mask: Expr | None) -> str:
+    """The mask as the report prints it; empty where there is none."""
+    return "" if mask is None else f"mask: {readable(mask)}"

@@ -136,6 +136,8 @@ class Logic:
             return const(op == "ne")
         if shared > 1:
             total = Sum({a: f // shared for a, f in total.terms.items()}, total.constant // shared)
+        if total.factor(min(total.terms, key=str)) < 0:
+            total = total.times(-1)
         if not total.constant and len(total.terms) == 1:
             (atom,) = total.terms
             if atom.op == "mul":

@@ -22,6 +22,8 @@ _INDEX: Final = {
     "Sq": "torch.tensor(q.shape[2], device=q.device)",
     "Sk": "torch.tensor(k.shape[2], device=q.device)",
 }
+#: What bands are read at, less its least value.
+_DISTANCE: Final = f"distance = {_INDEX['j']} - {_INDEX['i']}"
 
 
 def script_holes(spec: AttentionSpec, dtype: torch.dtype) -> dict[str, str]:
@@ -29,7 +31,8 @@ def script_holes(spec: AttentionSpec, dtype: torch.dtype) -> dict[str, str]:
     expressions = [e for e in (spec.score, spec.mask) if e is not None]
     read = {str(n.value) for e in expressions for n in e.walk() if n.op == "symbol"}
     symbols = [f"{name} = {text}" for name, text in _INDEX.items() if name in read]
-    captures = [_reading(n, c) for n, c in enumerate(spec.captures)]
+    captures = [_DISTANCE] * any(c.is_band for c in spec.captures)
+    captures += [_reading(n, c) for n, c in enumerate(spec.captures)]
     mask = ""
     if spec.mask is not None:
         mask = f'kept = {print_torch(spec.mask)}\nx = torch.where(kept, x, float("-inf"))'
@@ -56,8 +59,7 @@ def _tuple(drawn: list[str]) -> str:
 def _reading(index: int, capture: Capture) -> str:
     wide = ".double()" if capture.kind == "float" else ""
     periodic = f"[torch.arange(q.shape[0], device=q.device) % captures[{index}].shape[0]]"
-    row = "torch.arange(q.shape[2], device=q.device)[:, None]"
-    band = f"[:, :, 0, torch.arange(k.shape[2], device=q.device) - {row} + q.shape[2] - 1]" if capture.is_band else ""
+    band = "[:, :, 0, distance + q.shape[2] - 1]" if capture.is_band else ""
     return f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{band}{wide}"
 
 

@@ -67,8 +67,9 @@ def _literal(walk: Walk, value: Any, node: Node) -> tuple[Expr, torch.dtype]:
 
 def _common(values: list[Any]) -> torch.dtype:
     """The dtype in which operands meet."""
-    known = [tensor(v) if is_tensor(v) else (1 if (n := scalar(v)) is None else n) for v in values]
-    return torch.result_type(*known)
+    left, right = (tensor(v) if is_tensor(v) else (1 if (n := scalar(v)) is None else n) for v in values)
+    result: torch.dtype = torch.result_type(left, right)  # type: ignore[arg-type]  # one of them is a tensor
+    return result
 
 
 def _arithmetic(op: str, *names: str) -> Element:

@@ -184,9 +184,11 @@ def _tidy(expr: Expr, bounds: Bounds) -> Sum:
         parts = [as_expr(_tidy(a, bounds)) for a in expr.args]
         return as_sum(call(expr.op, *parts))
     if expr.op in ("floordiv", "mod"):
-        return _divide(expr.op, *(_tidy(a, bounds) for a in expr.args), bounds)
+        total, divisor = (_tidy(a, bounds) for a in expr.args)
+        return _divide(expr.op, total, divisor, bounds)
     if expr.op in ("minimum", "maximum"):
-        return _choose(expr.op, *(_tidy(a, bounds) for a in expr.args), bounds)
+        left, right = (_tidy(a, bounds) for a in expr.args)
+        return _choose(expr.op, left, right, bounds)
     if expr.op == "abs":
         inner = _tidy(expr.args[0], bounds)
         if bounds.lower(inner) >= 0:

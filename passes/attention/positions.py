@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
@@ -57,7 +57,8 @@ class ReadTensor:
 
     def capture(self, builder: Builder, space: Space) -> tuple[Node, Capture]:
         """Fixed axes selected, the others in the order ``b h i j``, the missing ones added with size 1."""
-        node, letters = self.node, []
+        node = self.node
+        letters: list[str] = []
         for axis, part in reversed(list(enumerate(self.reading.index))):
             if part.op == "symbol":
                 letters.insert(0, str(part))
@@ -101,7 +102,7 @@ def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter:
             continue
         offset = len(found)
         found.extend(ReadTensor(reading) for reading in lifted.readings)
-        terms[number] = lifted.expr.replace(lambda e, by=offset: _shifted(e, by))
+        terms[number] = _shifted(lifted.expr, offset)
 
     def change(expr: Expr) -> Expr:
         return terms.get(int(expr.value or 0), expr) if expr.op == "capture" else expr
@@ -110,7 +111,12 @@ def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter:
 
 
 def _shifted(expr: Expr, by: int) -> Expr:
-    return replace(expr, value=int(expr.value or 0) + by) if expr.op == "capture" else expr
+    """``expr`` with its captures numbered from ``by``."""
+
+    def change(node: Expr) -> Expr:
+        return capture(int(node.value or 0) + by) if node.op == "capture" else node
+
+    return expr.replace(change)
 
 
 def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter) -> Lifted | str:

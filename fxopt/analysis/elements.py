@@ -68,8 +68,7 @@ def _literal(walk: Walk, value: Any, node: Node) -> tuple[Expr, torch.dtype]:
 def _common(values: list[Any]) -> torch.dtype:
     """The dtype in which operands meet."""
     left, right = (tensor(v) if is_tensor(v) else (1 if (n := scalar(v)) is None else n) for v in values)
-    result: torch.dtype = torch.result_type(left, right)  # type: ignore[arg-type]  # one of them is a tensor
-    return result
+    return torch.result_type(left, right)
 
 
 def _arithmetic(op: str, *names: str) -> Element:
@@ -184,7 +183,8 @@ def _chosen(
 
 
 def _cast(walk: Walk, node: Node, index: Index) -> Expr:
-    return operand(walk, node.args[0], node, index, tensor(node).dtype)
+    result = operand(walk, node.args[0], node, index, tensor(node).dtype)
+    return walk.settled(result) if tensor(node).dtype is torch.bool else result
 
 
 def _arange(walk: Walk, node: Node, index: Index) -> Expr:
@@ -319,9 +319,12 @@ def _index_select(walk: Walk, node: Node, index: Index) -> Expr:
 def _repeat(walk: Walk, node: Node, index: Index) -> Expr:
     source = node.args[0]
     sizes = (*(1,) * (len(index) - len(shape(source))), *shape(source))
-    if not all(same_size(a, b) or same_size(a, 1) for a, b in zip(sizes, shape(node), strict=True)):
-        raise Unreadable("a repetition of more than one element", node)
-    return operand(walk, source, node, index)
+    places = [
+        part if same_size(before, after) else call("mod", part, walk.views.size(before, node))
+        for before, after, part in zip(sizes, shape(node), index, strict=True)
+    ]
+    inner = tuple(walk.views.tidy(part) for part in places[len(places) - len(shape(source)) :])
+    return walk.element(source, inner)  # type: ignore[arg-type]
 
 
 _BY_FORM: Final[dict[str, Element]] = {

@@ -93,8 +93,9 @@ def converted(expr: Expr, before: torch.dtype, after: torch.dtype) -> Expr | Non
     """A value of dtype ``before`` in dtype ``after``; ``None`` where the result can't be said exactly."""
     if expr.op == "const":
         value = expr.value
-        finite = isinstance(value, int) or (isinstance(value, float) and abs(value) < 2**53)
-        return rounded(value, after) if after.is_floating_point or finite else None  # type: ignore[arg-type]
+        assert isinstance(value, bool | int | float)
+        whole = after.is_floating_point or after is torch.bool or abs(value) < 2**53
+        return rounded(value, after) if whole else None
     if is_two_valued(expr):
         kept, otherwise = (converted(a, before, after) for a in expr.args[1:])
         return None if kept is None or otherwise is None else choose(expr.args[0], kept, otherwise)

@@ -91,6 +91,17 @@ def bloom(q: Tensor, k: Tensor, slopes: Tensor) -> Tensor:
     return (slopes[..., None] * places).reshape(q.shape[0], slopes.shape[0], 1, q.shape[2])
 
 
+def repeated(q: Tensor, k: Tensor, slopes: Tensor) -> Tensor:
+    """bloom's as transformers builds it now: for batch and heads merged."""
+    places = slopes[:, None, None] * torch.arange(k.shape[2])[None, None, :]
+    return places.repeat(q.shape[0], 1, 1).view(q.shape[0], slopes.shape[0], 1, k.shape[2])
+
+
+def truth_of_fill(q: Tensor, k: Tensor) -> Tensor:
+    """MPT's: an additive mask taken for its truth."""
+    return ~additive(columns(k) <= rows(q)).to(torch.bool)
+
+
 def mpt(q: Tensor, k: Tensor, slopes: Tensor) -> Tensor:
     places = torch.arange(1 - k.shape[2], 1, dtype=torch.int32).view(1, 1, 1, k.shape[2])
     return places.to(torch.float32) * slopes.view(1, -1, 1, 1)
@@ -149,6 +160,8 @@ FAMILIES: Final[dict[str, Family]] = {
         lambda q, k, m: m[:, None, None] * (columns(k) - rows(q)), "c0 * float(j - i)", False, ("-h--",), _slopes
     ),
     "bloom": Family(bloom, "c0 * float(j)", dims=("-h--",), data=_slopes),
+    "bloom-repeated": Family(repeated, "c0 * float(j)", dims=("-h--",), data=_slopes),
+    "causal-truth-of-fill": Family(truth_of_fill, "j <= i", square=False),
     "mpt": Family(mpt, "float(j - Sq + 1) * c0", dims=("-h--",), data=_slopes),
 }  # fmt: skip
 

@@ -64,7 +64,8 @@ def planes(spec: AttentionSpec) -> list[str]:
 #: What stays of the score, besides ``s``, and the mask, by family; the mask may read ``Sq`` or ``Sk``.
 MASKS = {
     "all-true": "None", "causal-compare": "j <= i", "causal-negated": "j <= i", "causal-tril": "j <= i",
-    "causal-triu": "j <= i", "causal-arithmetic": "j <= i", "causal-packed": "j <= i", "window": "0 <= i - j < 5",
+    "causal-triu": "j <= i", "causal-arithmetic": "j <= i", "causal-packed": "j <= i",
+    "causal-truth-of-fill": "j <= i", "window": "0 <= i - j < 5",
     "window-both-sides": "-2 <= i - j < 3", "window-additive": "0 <= i - j < 3", "strictly-causal": "j <= (i + -1)",
     "anti-causal": "j >= i", "prefix": "(j <= i) | (j <= 3)", "chunked": "(j <= i) & ((i // 4) == (j // 4))",
     "dilated": "(j <= i) & (((i - j) % 3) == 0)", "padding": "(j <= i) & c0",

@@ -85,9 +85,22 @@ def gradients(
 
 def _unread(grad_BHST: Tensor, tensor: Tensor, how: Capture) -> Tensor:
     """The transpose of reading a capture: sum over the axes it was broadcast along."""
-    axes = [axis for axis, letter in enumerate(how.dims) if letter == "-"]
+    axes = [axis for axis, letter in enumerate(how.dims) if letter == "-" and not (how.is_band and axis == 2)]
     grad = grad_BHST.sum(axes, keepdim=True) if axes else grad_BHST
     if how.dims[0] == "p":
         batch = torch.arange(grad.shape[0], device=grad.device)
         grad = grad.new_zeros(tensor.shape).index_add(0, batch % tensor.shape[0], grad)
+    if how.is_band:
+        grad = _along_diagonals(grad)
     return grad.to(tensor.dtype)
+
+
+def _along_diagonals(grad_BHST: Tensor) -> Tensor:
+    """``[B, H, S, T] -> [B, H, 1, S + T - 1]``: sums over equal ``j - i``.
+
+    Rows padded to length ``S + T`` and read on at ``S + T - 1`` elements a row move one place further to the left each.
+    """
+    batch, heads, rows, keys = grad_BHST.shape
+    padded = torch.nn.functional.pad(grad_BHST.flip(-2), (0, rows))
+    flat = padded.reshape(batch, heads, rows * (rows + keys))[..., : rows * (rows + keys - 1)]
+    return flat.reshape(batch, heads, rows, rows + keys - 1).sum(-2, keepdim=True)

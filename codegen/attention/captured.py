@@ -7,7 +7,8 @@ from typing import Final
 
 from fxopt.ir.attention import NAME_OF, AttentionSpec, Capture
 
-_DIMENSION: Final = {"b": "B", "h": "H", "i": "Sq", "j": "Sk", "-": "1", "p": "P"}
+_DIMENSION: Final = {"b": "B", "h": "H", "i": "Sq", "j": "Sk", "-": "1", "p": "P", "d": "Sq + Sk - 1"}
+_AXIS: Final = "bhij"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,9 @@ class CapturedTensor:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The indices it varies with, ``b`` for a periodic batch."""
-        return tuple("bhij"[n] for n, letter in enumerate(self.capture.dims) if letter != "-")
+        """The indices it varies with, ``b`` for a periodic batch; ``d`` for the distance of key and row."""
+        named = zip(_AXIS, self.capture.dims, strict=True)
+        return tuple("d" if letter == "d" else axis for axis, letter in named if letter != "-")
 
     @property
     def strides(self) -> tuple[str, ...]:
@@ -40,38 +42,50 @@ class CapturedTensor:
     @property
     def stride_values(self) -> tuple[str, ...]:
         """The strides as the launcher reads them off the tensor."""
-        return tuple(f"{self.name}.stride({'bhij'.index(axis)})" for axis in self.axes)
+        return tuple(f"{self.name}.stride({_position(axis)})" for axis in self.axes)
 
     @property
     def in_loop(self) -> bool:
         """Whether it varies with the key and is read block by block."""
-        return "j" in self.axes
+        return "j" in self.axes or self.capture.is_band
+
+    @property
+    def _along(self) -> str:
+        """The stride from key to key."""
+        return f"{self.name}_stride_{self.axes[-1]}"
 
     @property
     def attend_names(self) -> tuple[str, ...]:
         """What a block update needs of it."""
         if not self.in_loop:
             return (self.name,)
-        return (f"{self.name}_base", f"{self.name}_tile", f"{self.name}_stride_j")
+        return (f"{self.name}_base", f"{self.name}_tile", self._along)
 
     @property
     def base(self) -> str:
         """The lines before the loop: its address, or its value where that is the same for all keys."""
+        name = self.name
+        if self.capture.is_band:
+            # Within a block the offsets are as small as rows and keys; row and key at its start give the base.
+            base = f"{self.head_address()} + (Sq - 1 - first).to(tl.int64) * {self._along}"
+            return f"{name}_base = {base}\n{name}_tile = (n[None, :] - (i - first).to(n.dtype)) * {self._along}"
         if not self.in_loop or "i" not in self.axes:
             return self.gathered_base
-        name = self.name
         base = f"{self.head_address()} + first.to(tl.int64) * {name}_stride_i"
         row = f"(i - first).to(n.dtype) * {name}_stride_i"
-        return f"{name}_base = {base}\n{name}_tile = {row} + n[None, :] * {name}_stride_j"
+        return f"{name}_base = {base}\n{name}_tile = {row} + n[None, :] * {self._along}"
 
     @property
     def gathered_base(self) -> str:
         """The same where the rows ``i`` do not follow one another, and may belong to several heads ``h``."""
         name = self.name
+        if self.capture.is_band:
+            base = f"{self.head_address()} + (Sq - 1 - i).to(tl.int64) * {self._along}"
+            return f"{name}_base = {base}\n{name}_tile = n[None, :] * {self._along}"
         rows = f" + i.to(tl.int64) * {name}_stride_i" if "i" in self.axes else ""
         if not self.in_loop:
             return f"{name} = {self.load(self.head_address() + rows)}"
-        return f"{name}_base = {self.head_address()}{rows}\n{name}_tile = n[None, :] * {name}_stride_j"
+        return f"{name}_base = {self.head_address()}{rows}\n{name}_tile = n[None, :] * {self._along}"
 
     @property
     def load_keys(self) -> str:
@@ -120,3 +134,8 @@ class CapturedTensor:
 def captured_tensors(spec: AttentionSpec) -> tuple[CapturedTensor, ...]:
     """The captured tensors of ``spec`` in order."""
     return tuple(CapturedTensor(index, capture) for index, capture in enumerate(spec.captures))
+
+
+def _position(axis: str) -> int:
+    """Which axis of a captured tensor belongs to an index."""
+    return _AXIS.index("j" if axis == "d" else axis)

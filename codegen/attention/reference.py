@@ -122,7 +122,7 @@ def unfold_heads(x: Tensor, q: Tensor, kv_map: KvMap) -> Tensor:
 
 def read_captures(spec: AttentionSpec, captures: Sequence[Tensor], s_BHST: Tensor) -> tuple[Tensor, ...]:
     """The captures so that they broadcast with the scores: real ones in the dtype of the scores, periodic ones
-    repeated along the batch.
+    repeated along the batch, bands spread along their diagonals.
     """
     readings = []
     for tensor, how in zip(captures, spec.captures, strict=True):
@@ -130,8 +130,16 @@ def read_captures(spec: AttentionSpec, captures: Sequence[Tensor], s_BHST: Tenso
         if how.dims[0] == "p":
             batch = torch.arange(s_BHST.shape[0], device=tensor.device)
             value = value.index_select(0, batch % tensor.shape[0])
+        if how.is_band:
+            value = value[:, :, 0, band_index(s_BHST)]
         readings.append(value)
     return tuple(readings)
+
+
+def band_index(s_BHST: Tensor) -> Tensor:
+    """Where a band is read, ``j - i + (S - 1)``, as ``[S, T]``."""
+    rows, keys = (torch.arange(size, device=s_BHST.device) for size in s_BHST.shape[2:])
+    return keys - rows[:, None] + (s_BHST.shape[2] - 1)
 
 
 def environment(spec: AttentionSpec, s_BHST: Tensor) -> dict[str, Any]:

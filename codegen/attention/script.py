@@ -13,7 +13,7 @@ _SERVED: Final = {
     "group": "head // (q.shape[1] // k.shape[1])",
     "tile": "head % k.shape[1]",
 }
-_SIZE: Final = {"b": "batch", "h": "8", "i": "{rows}", "j": "length", "-": "1", "p": "2"}
+_SIZE: Final = {"b": "batch", "h": "8", "i": "{rows}", "j": "length", "-": "1", "p": "2", "d": "{rows} + length - 1"}
 _INDEX: Final = {
     "b": "torch.arange(q.shape[0], device=q.device)[:, None, None, None]",
     "h": "head[:, None, None]",
@@ -22,6 +22,8 @@ _INDEX: Final = {
     "Sq": "torch.tensor(q.shape[2], device=q.device)",
     "Sk": "torch.tensor(k.shape[2], device=q.device)",
 }
+#: What bands are read at, less its least value.
+_DISTANCE: Final = f"distance = {_INDEX['j']} - {_INDEX['i']}"
 #: What the reference returns, by what a row without keys gives.
 _RESULT: Final[dict[EmptyRows, str]] = {
     "nan": "out",
@@ -41,7 +43,8 @@ def script_holes(
     expressions = [e for e in (spec.score, spec.mask) if e is not None]
     read = {str(n.value) for e in expressions for n in e.walk() if n.op == "symbol"}
     symbols = [f"{name} = {text}" for name, text in _INDEX.items() if name in read]
-    captures = [_reading(n, c) for n, c in enumerate(spec.captures)]
+    captures = [_DISTANCE] * any(c.is_band for c in spec.captures)
+    captures += [_reading(n, c) for n, c in enumerate(spec.captures)]
     mask = ""
     if spec.mask is not None:
         mask = f'kept = {print_torch(spec.mask)}\nx = torch.where(kept, x, float("-inf"))'
@@ -68,7 +71,8 @@ def _tuple(drawn: list[str]) -> str:
 def _reading(index: int, capture: Capture) -> str:
     wide = ".double()" if capture.kind == "float" else ""
     periodic = f"[torch.arange(q.shape[0], device=q.device) % captures[{index}].shape[0]]"
-    return f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{wide}"
+    band = "[:, :, 0, distance + q.shape[2] - 1]" if capture.is_band else ""
+    return f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{band}{wide}"
 
 
 def _draw(capture: Capture, rows: str) -> str:

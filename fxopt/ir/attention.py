@@ -35,7 +35,9 @@ class Capture:
     """How a captured tensor is read at ``[b, h, i, j]``. The tensor always has rank 4.
 
     ``dims`` has one letter per axis: ``-`` size 1, read at 0 for every index; ``b h i j`` indexed by that index;
-    ``p`` (first axis only) periodic, indexed by ``b mod size`` (Swin's shift masks). ``dtype`` is the tensor's own.
+    ``p`` (first axis only) periodic, indexed by ``b mod size`` (Swin's shift masks); ``d`` (last axis only, with ``-``
+    before it) a band, indexed by ``j - i + (Sq - 1)``, of size ``Sq + Sk - 1`` (T5's relative positions). ``dtype`` is
+    the tensor's own.
     """
 
     dims: str
@@ -43,6 +45,16 @@ class Capture:
 
     def __str__(self) -> str:
         return f"{self.dims}:{NAME_OF[self.dtype]}"
+
+    @property
+    def is_band(self) -> bool:
+        """Whether it depends on row and key through their distance."""
+        return self.dims[-1] == "d"
+
+    @property
+    def is_tile(self) -> bool:
+        """Whether a block of rows and keys reads a value for each pair."""
+        return self.is_band or self.dims[2:] == "ij"
 
     @property
     def kind(self) -> Kind:

@@ -153,7 +153,8 @@ def _replace(program: Program, node: Node, rule: Rule, spelling: str, bindings: 
         return False
     covered = (node.name, *(n.name for n in builder.created))
     name = _chief_operator(new, builder)
-    site = Site(rule.kind, "rewritten", rule.name, f"{spelling} -> {name}", source(node), covered)
+    became = "; ".join(text for text in (f"{spelling} -> {name}", rule.describe(bindings)) if text)
+    site = Site(rule.kind, "rewritten", rule.name, became, source(node), covered)
     node.replace_all_uses_with(new)
     erase_unused(program, node)
     trace.replacements.append(Replacement(rule.name, spelling, site, name))

@@ -29,6 +29,11 @@ def accept(match: Match) -> Match:
     return match
 
 
+def says_nothing(bindings: Bindings) -> str:
+    """The description of a rewrite that its operator tells all of."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rewrite.
@@ -40,6 +45,7 @@ class Rule:
             when the match turns out to be something else altogether and there is nothing to report.
         rewrite: builds the replacement with the `Builder` and returns its last node, which must have the shape, dtype
             and device of the node it replaces; the engine verifies that.
+        describe: what the report says of a rewritten site beyond the operator it became; empty for nothing.
         kind: the kind of site this rule decides (``"attention"``, ``"norm"`` …); empty for mere canonicalisation.
     """
 
@@ -48,3 +54,4 @@ class Rule:
     rewrite: Callable[[Builder, Bindings], Node]
     check: Callable[[Match], Bindings | Rejection | None] = accept
     kind: str = ""
+    describe: Callable[[Bindings], str] = says_nothing

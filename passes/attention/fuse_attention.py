@@ -18,10 +18,13 @@ from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.passes.attention.axes import is_key_like
-from fxopt.passes.attention.captures import write_captures
+from fxopt.passes.attention.band import length_of, with_bands
+from fxopt.passes.attention.captures import renumbered, write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
+from fxopt.passes.attention.positions import Captured, explain
+from fxopt.passes.attention.proofs import described
 from fxopt.passes.attention.region import Region, lift_region
 from fxopt.passes.attention.space import Space, space_of
 from fxopt.passes.attention.weights import Weights, read_weights
@@ -42,7 +45,7 @@ class Site:
     queries: Node
     keys: Node
     values: Node
-    region: Region
+    operands: tuple[Captured, ...]
     weights: Weights
     space: Space
     masked: Masked
@@ -67,12 +70,15 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     for operand in region.operands:
         if obstacle := operand.obstacle(space):
             return Rejection(obstacle, (operand.node,))
+    explained = explain(region.expression, region.operands, space, prover.lifter)
     logits_of = Logits(region.dtypes, any(map(may_need_gradient, (region.scores, *(o.node for o in region.operands)))))
-    masked = separate_mask(region.expression, region.operands, space, prover, logits_of)
+    masked = separate_mask(explained.expression, explained.operands, space, prover, logits_of)
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
-    return Site(match.root, queries, keys, match["values"], region, weights, space, masked, heads)
+    lengths = length_of(queries, -2, space), length_of(keys, -1, space)
+    operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
+    return Site(match.root, queries, keys, match["values"], operands, weights, space, masked, heads)
 
 
 def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
@@ -93,7 +99,7 @@ def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: 
 
 
 def _write(builder: Builder, site: Site) -> Node:
-    score, mask, nodes, captures = write_captures(builder, site.masked, site.region.operands, site.space)
+    score, mask, nodes, captures = write_captures(builder, site.masked, site.operands, site.space)
     queries, factor = unscaled(builder, site.heads.queries(builder))
     keys, key_factor = unscaled(builder, site.heads.keys(builder, queries))
     score = _scale(score, factor * key_factor)
@@ -135,6 +141,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
             patterns={"softmax between two contractions": Op(aten.matmul.default, Var("weights"), Var("values"))},
             check=lambda match: _recognise(match, prover),
             rewrite=_write,
+            describe=lambda site: described(renumbered(site.masked)[1]),
         ),
     )
 

@@ -16,12 +16,15 @@ from fxopt.ir.nodes import arguments, same_size, scalar, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
-from fxopt.passes.attention.captures import write_captures
+from fxopt.passes.attention.band import length_of, with_bands
+from fxopt.passes.attention.captures import renumbered, write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import repeated_heads
+from fxopt.passes.attention.positions import Captured, explain
+from fxopt.passes.attention.proofs import described
 from fxopt.passes.attention.region import lift_mask
-from fxopt.passes.attention.space import Operand, Space
+from fxopt.passes.attention.space import Space
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import PassResult, apply_rules
 from fxopt.rewriter.pattern import Anything, Match, Op, Var
@@ -40,7 +43,7 @@ class Call:
     keys: Node
     values: Node
     space: Space
-    operands: tuple[Operand, ...]
+    operands: tuple[Captured, ...]
     masked: Masked
     kv_map: KvMap
     dropout: float
@@ -56,16 +59,18 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
     lead = shape(queries)[:-2]
     space = Space(lead, max(len(lead) - 1, 0) if len(lead) > 1 else len(lead), shape(queries)[-2], shape(keys)[-2])
     expression = _scaled(given["scale"], queries)
-    operands: tuple[Operand, ...] = ()
+    operands: tuple[Captured, ...] = ()
     dtypes = frozenset({tensor(queries).dtype})
     if isinstance(bias, Node):
         lifted = lift_mask(bias, (*lead, space.rows, space.columns), prover.constants)
         if isinstance(lifted, Rejection):
             return lifted
-        term, operands, dtypes = lifted.expression, lifted.operands, dtypes | lifted.dtypes
-        for operand in operands:
+        for operand in lifted.operands:
             if obstacle := operand.obstacle(space):
                 return Rejection(obstacle, (operand.node,))
+        explained = explain(lifted.expression, lifted.operands, space, prover.lifter)
+        dtypes |= lifted.dtypes
+        term, operands = explained.expression, explained.operands
         boolean = tensor(bias).dtype is torch.bool
         expression = call("where", term, expression, NEG_INF) if boolean else call("add", expression, term)
     differentiable = any(map(may_need_gradient, (queries, keys, *(operand.node for operand in operands))))
@@ -73,6 +78,8 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
     if given["is_causal"]:
         masked = replace(masked, mask=_and(masked.mask, call("le", J, I)))
     shared = repeated_heads(keys, values) if not given["enable_gqa"] else None
+    lengths = length_of(queries, -2, space), length_of(keys, -2, space)
+    operands = with_bands(masked, operands, space, prover.bands, lengths)
     kv_map: KvMap = "group"
     if shared is not None:
         keys, values, kv_map = shared
@@ -141,6 +148,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
             patterns={"scaled_dot_product_attention": call_sdpa},
             check=lambda match: _read(match, prover),
             rewrite=_write,
+            describe=lambda found: described(renumbered(found.masked)[1]),
         ),
     )
 

@@ -10,12 +10,17 @@ from typing import Final
 import torch
 from torch.fx import Node
 
+from fxopt.analysis.bands import BandPlanner
 from fxopt.analysis.constants import Constants
 from fxopt.analysis.fills import FILLS, may_hold_fill
+from fxopt.analysis.index import IndexLifter
+from fxopt.analysis.logic import Logic
 from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_structure
 from fxopt.analysis.simplify import simplify
-from fxopt.ir.expression import Expr, call, conjunction, conjuncts, const
+from fxopt.ir.expression import Expr, call, const
 from fxopt.ir.nodes import same_size, shape
+from fxopt.passes.attention.positions import Captured
+from fxopt.passes.attention.proofs import captures_of, fills_left, joined, logic_of, rows_kept, settled
 from fxopt.passes.attention.space import Operand, Space
 
 _EVERYTHING: Final = const(True)
@@ -38,14 +43,13 @@ class Logits:
 
 @dataclass(frozen=True)
 class Masked:
-    """A score expression, the mask taken out of it, and the proofs in readable form.
+    """A score expression, and the mask taken out of it in its simplest form.
 
     ``uniform`` tells that a row without keys gives the mean of all values; otherwise it gives what the softmax says.
     """
 
     score: Expr
     mask: Expr | None
-    proofs: tuple[str, ...]
     uniform: bool = False
 
 
@@ -54,15 +58,19 @@ class MaskProver:
 
     def __init__(self, constants: Constants) -> None:
         self.constants = constants
+        self.lifter = IndexLifter(constants)
+        self.bands = BandPlanner(constants, self.lifter)
         self._known: dict[tuple[Node, int, int], _Proof | None] = {}
 
-    def prove(self, operands: tuple[Operand, ...], space: Space) -> dict[int, _Proof]:
-        """The proofs found, by index of the operand."""
+    def prove(self, operands: tuple[Captured, ...], space: Space, read: frozenset[int]) -> dict[int, _Proof]:
+        """The proofs found of the operands that are ``read``, by their index."""
         found: dict[int, _Proof] = {}
         rows, columns = space.rows, space.columns
         if not isinstance(rows, int) or not isinstance(columns, int):
             return found
         for index, operand in enumerate(operands):
+            if index not in read or not isinstance(operand, Operand):
+                continue
             key = (operand.node, rows, columns)
             if key not in self._known:
                 self._known[key] = _prove(operand, rows, columns, self.constants)
@@ -73,29 +81,29 @@ class MaskProver:
 
 
 def separate_mask(
-    expression: Expr, operands: tuple[Operand, ...], space: Space, prover: MaskProver, logits: Logits
+    expression: Expr, operands: tuple[Captured, ...], space: Space, prover: MaskProver, logits: Logits
 ) -> Masked:
     """Split a lifted expression into score and mask.
 
     ``where(m, x, −inf)`` gives mask ``m``. A capture that is proved to be an additive or boolean mask of known
     structure becomes that structure. ``where(m, x, lowest)`` and ``x + where(m, 0, lowest)`` give mask ``m`` too: where
-    it is proved that every row keeps a key, as they are; otherwise with the mean of all values for a row without keys,
-    where `_is_uniform` allows.
+    it is proved that all masks together leave every row a key, as they are; otherwise with the mean of all values for a
+    row without keys, where `_is_uniform` allows.
     """
-    proofs = prover.prove(operands, space)
-    score = simplify(expression.replace(_substitute(proofs)))
+    proofs = prover.prove(operands, space, captures_of(expression))
+    logic = logic_of(operands, space)
+    score = settled(expression.replace(_substitute(proofs)), logic)
+    safe = frozenset(proof.keep for proof in proofs.values() if proof.safe) | rows_kept(score, logic)
     taken = [_Taken(score)]
-    while (step := _take_mask(taken[-1].score, proofs)) is not None:
+    while (step := _take_mask(taken[-1].score, proofs, safe)) is not None:
         taken.append(step)
     # The longest run of masks, from the outermost one, that is exact.
     for last in range(len(taken) - 1, -1, -1):
         terms, score = taken[1 : last + 1], taken[last].score
-        unproved = [term for term in terms if math.isfinite(term.fill) and not term.safe]
-        if not unproved or _is_uniform(terms, score, operands, prover.constants, logits):
+        kept = not any(math.isfinite(term.fill) for term in terms) or _leave_a_key(terms, score, logic)
+        if kept or _is_uniform(terms, score, operands, prover.constants, logits):
             break
-    mask = conjunction(tuple(t for term in terms for t in conjuncts(term.keep) if t != const(True)))
-    texts = tuple(f"{operands[index].node}: {proof}" for index, proof in proofs.items())
-    return Masked(score, mask, texts, uniform=bool(unproved))
+    return Masked(score, joined([term.keep for term in terms], logic), uniform=not kept)
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,17 @@ class _Taken:
     safe: bool = False
 
 
+def _leave_a_key(terms: list[_Taken], score: Expr, logic: Logic) -> bool:
+    """Whether ``terms``, and the fills still in ``score``, together leave every row a key: then fills don't count."""
+    others = fills_left(score)
+    if len(terms) == 1 and not others:
+        return terms[0].safe
+    mask = joined([*(term.keep for term in terms), *others], logic)
+    return mask is None or logic.every_row_keeps_a_key(mask)
+
+
 def _is_uniform(
-    terms: list[_Taken], score: Expr, operands: tuple[Operand, ...], constants: Constants, logits: Logits
+    terms: list[_Taken], score: Expr, operands: tuple[Captured, ...], constants: Constants, logits: Logits
 ) -> bool:
     """Whether a row that ``terms`` mask throughout is a row of one finite number, and any other row masked exactly.
 
@@ -133,7 +150,7 @@ def _is_uniform(
     return not any(_rivals(leaf, -fill / 8 if small else -_ABSORBING, operands, constants) for leaf in score.walk())
 
 
-def _rivals(leaf: Expr, limit: float, operands: tuple[Operand, ...], constants: Constants) -> bool:
+def _rivals(leaf: Expr, limit: float, operands: tuple[Captured, ...], constants: Constants) -> bool:
     """Whether a leaf of the score can hold numbers as large as ``limit`` for some keys, by design and not by chance."""
     if leaf.op == "capture":
         node = operands[int(leaf.value or 0)].node
@@ -211,9 +228,8 @@ def _substitute(proofs: dict[int, _Proof]) -> Callable[[Expr], Expr]:
     return change
 
 
-def _take_mask(expr: Expr, proofs: dict[int, _Proof]) -> _Taken | None:
+def _take_mask(expr: Expr, proofs: dict[int, _Proof], safe: frozenset[Expr]) -> _Taken | None:
     """Split off the outermost mask."""
-    safe = frozenset(proof.keep for proof in proofs.values() if proof.safe)
     if expr.op == "where":
         return _take_where(expr, safe)
     if expr.op != "add":
@@ -226,7 +242,7 @@ def _take_mask(expr: Expr, proofs: dict[int, _Proof]) -> _Taken | None:
             found = _take_where(fill, safe)
             return None if found is None else replace(found, added=True)
     for term, rest in (expr.args[::-1], expr.args):
-        inner = _take_mask(term, proofs)
+        inner = _take_mask(term, proofs, safe)
         if inner is not None:
             return replace(inner, score=simplify(call("add", rest, inner.score)), added=True)
     return None

@@ -87,7 +87,7 @@ class Operand:
         tail = ("-" if same_size(known[-2], 1) else "i") + ("-" if same_size(known[-1], 1) else "j")
         if len(shape(node)) != 4 or len(self.stage) != 4:
             node = builder.reshape(node, [*lead, sizes[-2], sizes[-1]])
-        node = _with_adjacent_keys(builder, node)
+        node = with_adjacent_keys(builder, node)
         return node, Capture(letters + tail, tensor(node).dtype)
 
     def _letters(self, space: Space) -> str | None:
@@ -110,7 +110,7 @@ class Operand:
         return [1, 1] if letters == "--" else _inferred(space)
 
 
-def _with_adjacent_keys(builder: Builder, node: Node) -> Node:
+def with_adjacent_keys(builder: Builder, node: Node) -> Node:
     """``node`` copied once if its keys are provably far apart in memory: kernels read it block by block, many times."""
     stride = tensor(node).stride()[-1]
     if same_size(shape(node)[-1], 1) or not isinstance(stride, int) or stride <= 1:

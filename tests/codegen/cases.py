@@ -25,6 +25,8 @@ EXPRESSIONS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "alibi": ("s * 0.125 + c0 * float(j - i)", "j <= i", ("-h--:f32",)),
     "tile-bias": ("s * 0.125 + c0", None, ("-hij:f",)),
     "swin": ("s * 0.125 + c0 + c1", None, ("-hij:f", "p-ij:f")),
+    "band": ("s * 0.125 + c0", None, ("-h-d:f",)),
+    "causal-band": ("s * 0.125 + c0", "j <= i", ("bh-d:f",)),
     "row-scale": ("s * c0 + c1", None, ("bhi-:f", "----:f")),
     "finite-fill": ("where(c0, s * 0.125, -3.3895313892515355e+38)", None, ("b-ij:bool",)),
     "additive-mask": ("s * 0.125 + c0", None, ("b--j:fill",)),
@@ -93,6 +95,7 @@ def operands(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def captured(name: str, shape: Shape, spec: AttentionSpec) -> list[Tensor]:
     """The captured tensors of a case."""
     sizes = {"b": shape.batch, "h": shape.heads, "i": shape.rows, "j": shape.keys, "-": 1, "p": shape.batch}
+    sizes["d"] = shape.rows + shape.keys - 1
     found = []
     for text, how in zip(EXPRESSIONS[name][2], spec.captures, strict=True):
         size = tuple(sizes[letter] for letter in how.dims)

@@ -41,6 +41,7 @@ SPECS = {
         out_dtype=HALF,
     ),
     "tile-bias": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-hij", HALF),), out_dtype=HALF),
+    "band": AttentionSpec(parse("s * 0.125 + c0"), parse("j <= i"), (Capture("-h-d", HALF),), out_dtype=HALF),
 }
 #: (architecture, specification, head dimension, dtype)
 CASES = [
@@ -54,6 +55,9 @@ CASES = [
     (90, "causal-documents", 128, HALF),
     (90, "causal", 128, HALF),
     (90, "tile-bias", 128, HALF),
+    (90, "band", 64, HALF),
+    (90, "band", 128, HALF),
+    (80, "band", 64, HALF),
     (90, "plain", 72, HALF),
     (90, "plain", 64, torch.float32),
     (80, "causal", 64, HALF),
@@ -83,7 +87,8 @@ def compiled(
     constants: dict[tuple[int], Any] = {}
     aligned: dict[tuple[int], Any] = {}
     for position, name in enumerate(kernel.arg_names):
-        innermost = name in ("q_stride_d", "k_stride_d", "v_stride_e", "c0_stride_j", "c1_stride_j")
+        captured = (f"c{n}_stride_{axis}" for n in (0, 1) for axis in "jd")
+        innermost = name in ("q_stride_d", "k_stride_d", "v_stride_e", *captured)
         if name.isupper() or innermost:
             signature[name] = "constexpr"
             constants[position,] = 1 if innermost else {**sizes, **switches}[name]

@@ -47,6 +47,8 @@ BY_HAND: dict[str, Callable[[Scores], tuple[Tensor, Tensor | bool]]] = {
     "softcap": lambda t: (20 * torch.tanh(t.x / 20), True),
     "alibi": lambda t: (t.x + t.c[0].double() * (t.j - t.i), t.j <= t.i),
     "tile-bias": lambda t: (t.x + t.c[0], True),
+    "band": lambda t: (t.x + t.c[0][:, :, 0, t.j - t.i + t.s.shape[2] - 1], True),
+    "causal-band": lambda t: (t.x + t.c[0][:, :, 0, t.j - t.i + t.s.shape[2] - 1], t.j <= t.i),
     "swin": lambda t: (t.x + t.c[0] + t.c[1], True),
     "row-scale": lambda t: (t.s * t.c[0] + t.c[1], True),
     "finite-fill": lambda t: (torch.where(t.c[0], t.x, -3.3895313892515355e38), True),
@@ -134,7 +136,7 @@ def test_dropout_drops_weights_and_keeps_their_mean() -> None:
     assert 0.6 < (weights > 0).float().mean() < 0.9
 
 
-@pytest.mark.parametrize("name", ["causal", "swin", "documents", "alibi"])
+@pytest.mark.parametrize("name", ["causal", "swin", "documents", "alibi", "band"])
 def test_sizes_stay_symbolic(name: str) -> None:
     sizes = SHAPES["tails"]
     spec = specification(name, sizes, torch.float32)

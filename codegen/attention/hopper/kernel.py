@@ -56,8 +56,7 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
         return f"inputs and results must be bfloat16 or float16 alike, not {dtype} and {spec.out_dtype}"
     if head_dim % 8 or value_dim % 8 or padded(head_dim) != padded(value_dim) or padded(head_dim) not in _CONFIGS:
         return f"head dimensions must be multiples of 8 from 40 that pad alike, not {head_dim} and {value_dim}"
-    planes = [n for n, c in enumerate(spec.captures) if c.dims[2] != "-" and c.dims[3] != "-"]
-    if planes:
+    if any(c.is_tile for c in spec.captures):
         return "a captured tensor varies with both row and key, which the portable kernel reads better"
     return None
 

@@ -44,6 +44,8 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
     reason = portable.objection(spec, head_dim, value_dim, dtype)
     if reason is None and max(head_dim, value_dim) > _LARGEST_HEAD:
         return f"with all keys at once head dimensions are at most {_LARGEST_HEAD}, not {head_dim} and {value_dim}"
+    if reason is None and any(c.is_band for c in spec.captures):
+        return "a captured tensor varies with the distance of key and row, which it does not read"
     return reason
 
 

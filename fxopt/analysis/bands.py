@@ -1,0 +1,233 @@
+"""Biases that depend on the distance of key and row alone: proved, and planned as a computation over distances.
+
+    table[bucket(j - i), h]      for all i, j        ->        table[bucket(d), h]      for -Sq < d < Sk
+
+The walk follows one element ``[…, i, j]`` to where it comes from. Integers made of positions must read ``i`` and ``j``
+as ``j - i``, pointwise operators are kept to be applied to a row of distances instead of to a plane, tables are read
+where the distances say. What reads ``i`` or ``j`` in any other way ends the proof.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.fx import Node
+
+from fxopt.analysis.constants import Constants
+from fxopt.analysis.domain import Domain
+from fxopt.analysis.elements import pointwise_operands
+from fxopt.analysis.index import IndexLifter
+from fxopt.analysis.linear import Bounds, Sum, as_expr, as_sum, tidy
+from fxopt.analysis.views import Index, Unreadable, Views
+from fxopt.ir.expression import Expr, I, J, call, const, symbol
+from fxopt.ir.nodes import arguments, is_tensor, same_size, shape, tensor
+
+aten = torch.ops.aten
+
+_LEADING: Final = (symbol("b"), symbol("h"))
+_DEEPEST: Final = 60
+
+
+@dataclass(frozen=True)
+class Positions:
+    """An expression over the distance, called ``j``, and sizes; its dtype."""
+
+    expr: Expr
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The operator of ``node`` applied to operands over distances, by argument position; other arguments stay."""
+
+    node: Node
+    operands: tuple[tuple[int, Step], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A tensor read at ``b``, ``h``, fixed places, and on at most one axis where ``place`` says."""
+
+    node: Node
+    index: tuple[Expr | None, ...]
+    place: Step | None = None
+
+
+@dataclass(frozen=True)
+class Diagonals:
+    """A constant tensor that is the same along diagonals of the axes read at ``i`` and ``j``."""
+
+    node: Node
+    index: Index
+
+
+Step = Positions | Applied | Table | Diagonals
+
+
+class BandPlanner:
+    """Plans bands of one program."""
+
+    def __init__(self, constants: Constants, lifter: IndexLifter) -> None:
+        self._constants = constants
+        self._lifter = lifter
+        self._known: dict[tuple[Any, ...], Step | None] = {}
+
+    def plan(self, node: Node, index: Index, domain: Domain) -> Step | None:
+        """How to compute ``node`` at ``index`` over distances, or ``None`` where it isn't known to depend on them."""
+        key = (node, index, *(str(s) for s in (domain.rows, domain.columns, domain.heads, domain.batch)))
+        if key not in self._known:
+            try:
+                self._known[key] = _Plan(self._constants, self._lifter, domain).step(node, index)
+            except Unreadable:
+                self._known[key] = None
+        return self._known[key]
+
+
+class _Plan:
+    def __init__(self, constants: Constants, lifter: IndexLifter, domain: Domain) -> None:
+        self.constants, self.lifter, self.domain = constants, lifter, domain
+        self.views = Views(domain)
+        self.depth = 0
+
+    def step(self, node: Node, index: Index) -> Step:
+        """The plan of one element; raises `Unreadable`."""
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise Unreadable("it lies too deep", node)
+        found = self._positions(node, index) or self._moved(node, index) or self._read(node, index)
+        self.depth -= 1
+        return found
+
+    def _positions(self, node: Node, index: Index) -> Step | None:
+        lifted = self.lifter.lift(node, index, self.domain)
+        if isinstance(lifted, Unreadable) or any(e.op == "capture" for e in lifted.expr.walk()):
+            return None
+        found = over_distance(lifted.expr)
+        return None if found is None else Positions(found, tensor(node).dtype)
+
+    def _moved(self, node: Node, index: Index) -> Step | None:
+        source = self.views.source(node, index)
+        return None if source is None else self.step(*source)
+
+    def _read(self, node: Node, index: Index) -> Step:
+        looked_up = _LOOKUPS.get(node.target) if node.op == "call_function" else None
+        if looked_up is not None:
+            return looked_up(self, node, index)
+        operands = pointwise_operands(node)
+        if operands is not None and _varies(index):
+            return Applied(node, tuple((n, self._operand(x, node, index)) for n, x in operands))
+        return self._leaf(node, index)
+
+    def _operand(self, value: Node, node: Node, index: Index) -> Step:
+        return self.step(value, self.views.broadcast(value, index, node))
+
+    def _leaf(self, node: Node, index: Index) -> Step:
+        if not _varies(index):
+            return table(node, index)
+        if self._same_along_diagonals(node, index):
+            return Diagonals(node, index)
+        raise Unreadable("it is run-time data that varies with rows or keys", node)
+
+    def _same_along_diagonals(self, node: Node, index: Index) -> bool:
+        plain = [p for p in index if p.op == "symbol"]
+        if I not in index or J not in index or len(set(plain)) != len(plain) or any(p.op not in _PLAIN for p in index):
+            return False
+        row, column = index.index(I), index.index(J)
+        sizes = shape(node)
+        if not same_size(sizes[row], self.domain.rows) or not same_size(sizes[column], self.domain.columns):
+            return False
+        values = self.constants.value(node)
+        if not isinstance(values, torch.Tensor):
+            return False
+        plane = values.movedim((row, column), (-2, -1))
+        return bool((plane[..., 1:, 1:] == plane[..., :-1, :-1]).all())
+
+
+_PLAIN: Final = ("symbol", "const")
+
+
+def table(node: Node, index: tuple[Expr | None, ...], place: Step | None = None) -> Table:
+    """A tensor read at ``b``, ``h`` and fixed places."""
+    named = [part for part in index if part is not None and part.op == "symbol"]
+    fits = all(part is None or part in _LEADING or part.op == "const" for part in index)
+    if not fits or len(set(named)) != len(named):
+        raise Unreadable("a table that is not read at b, h and fixed places", node)
+    return Table(node, index, place)
+
+
+def _varies(index: Index) -> bool:
+    return any(part.reads(I) or part.reads(J) for part in index)
+
+
+def over_distance(expr: Expr) -> Expr | None:
+    """``expr`` at row 0, if it reads row and key as their distance only: the same for ``(i, j)`` as for ``(0, j - i)``.
+
+    Nothing is taken to be known of the indices, since distances go below 0.
+    """
+    moved = expr.replace(lambda e: call("add", J, I) if e == J else e)
+    result = moved.replace(_tidy_node)
+    return None if result.reads(I) else result
+
+
+class _Unbounded(Bounds):
+    """No bounds at all."""
+
+    def lower(self, total: Sum) -> float:
+        """None known, unless it is a number."""
+        return -math.inf if total.terms else total.constant
+
+
+_NOTHING: Final = _Unbounded(Domain(1, 1, 1, 1))
+
+
+def _tidy_node(expr: Expr) -> Expr:
+    if expr.op in ("add", "sub", "mul", "neg") and _is_whole(expr):
+        return as_expr(as_sum(expr))
+    if expr.op in ("minimum", "maximum", "floordiv", "mod", "abs") and _is_whole(expr):
+        return tidy(expr, _NOTHING)
+    if expr.op in ("lt", "le", "gt", "ge", "eq", "ne") and _is_whole(expr):
+        return call(expr.op, as_expr(as_sum(expr.args[0]) - as_sum(expr.args[1])), const(0))
+    return expr
+
+
+def _is_whole(expr: Expr) -> bool:
+    """Whether all constants are integers and nothing makes a real number."""
+    return not any(
+        (e.op == "const" and isinstance(e.value, float)) or e.op in ("float", "div", "exp", "log") for e in expr.walk()
+    )
+
+
+def _embedding(plan: _Plan, node: Node, index: Index) -> Step:
+    given = arguments(node)
+    return table(given["weight"], (None, index[-1]), plan.step(given["indices"], index[:-1]))
+
+
+def _index(plan: _Plan, node: Node, index: Index) -> Step:
+    """``x[…, t, …]`` with one tensor of positions."""
+    source, given = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    given += [None] * (len(shape(source)) - len(given))
+    places = [n for n, t in enumerate(given) if t is not None]
+    if len(places) != 1 or not is_tensor(given[places[0]]) or tensor(given[places[0]]).dtype is torch.bool:
+        raise Unreadable("more than one tensor of positions", node)
+    (axis,) = places
+    rank = len(shape(given[axis]))
+    place = plan.step(given[axis], index[axis : axis + rank])
+    return table(source, (*index[:axis], None, *index[axis + rank :]), place)  # type: ignore[arg-type]
+
+
+def _index_select(plan: _Plan, node: Node, index: Index) -> Step:
+    given = arguments(node)
+    axis = int(given["dim"]) % len(index)
+    place = plan.step(given["index"], (index[axis],))
+    return table(given["self"], (*index[:axis], None, *index[axis + 1 :]), place)
+
+
+_LOOKUPS: Final[dict[Any, Callable[[_Plan, Node, Index], Step]]] = {
+    aten.embedding.default: _embedding,
+    aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
+}

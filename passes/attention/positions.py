@@ -1,0 +1,178 @@
+"""Operands of a site read as positions: masks and biases become expressions, and smaller tensors are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+from torch.fx import Node
+
+from fxopt.analysis.domain import Domain
+from fxopt.analysis.index import IndexLifter, Lifted, Reading, renumbered
+from fxopt.analysis.views import ZERO, Index, Unreadable
+from fxopt.ir.attention import Capture
+from fxopt.ir.expression import Expr, call, capture, const, symbol
+from fxopt.ir.nodes import Size, same_size, shape, tensor
+from fxopt.passes.attention.space import Operand, Space, split_lead, with_adjacent_keys
+from fxopt.rewriter.builder import Builder
+
+aten = torch.ops.aten
+
+_LETTERS: Final = "bhij"
+
+
+class Captured(Protocol):
+    """A tensor that a site captures."""
+
+    @property
+    def node(self) -> Node:
+        """Where it comes from."""
+        ...
+
+    def obstacle(self, space: Space) -> str:
+        """Why it can't be read in ``space``; empty when it can."""
+        ...
+
+    def capture(self, builder: Builder, space: Space) -> tuple[Node, Capture]:
+        """Build the rank-4 view and describe it."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReadTensor:
+    """A tensor of any rank whose axes are read at some of ``b h i j`` or at fixed places."""
+
+    reading: Reading
+
+    @property
+    def node(self) -> Node:
+        """The tensor."""
+        return self.reading.node
+
+    def obstacle(self, space: Space) -> str:
+        """None: the reading was made for the space."""
+        return ""
+
+    def capture(self, builder: Builder, space: Space) -> tuple[Node, Capture]:
+        """Fixed axes selected, the others in the order ``b h i j``, the missing ones added with size 1."""
+        node = self.node
+        letters: list[str] = []
+        for axis, part in reversed(list(enumerate(self.reading.index))):
+            if part.op == "symbol":
+                letters.insert(0, str(part))
+            else:
+                node = builder.call(aten.select.int, node, axis, int(part.value or 0))
+        order = sorted(range(len(letters)), key=lambda axis: _LETTERS.index(letters[axis]))
+        if order != sorted(order):
+            node = builder.call(aten.permute.default, node, order)
+        for axis, letter in enumerate(_LETTERS):
+            if letter not in letters:
+                node = builder.call(aten.unsqueeze.default, node, axis)
+        dims = "".join(letter if letter in letters else "-" for letter in _LETTERS)
+        node = with_adjacent_keys(builder, node)
+        return node, Capture(dims, tensor(node).dtype)
+
+
+def domain_of(space: Space) -> Domain:
+    """The domain of the indices of a site."""
+    return Domain(space.batch, space.heads, space.rows, space.columns)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """An expression whose operands were read as positions as far as that goes, and why some were not."""
+
+    expression: Expr
+    operands: tuple[Captured, ...]
+    notes: tuple[str, ...]
+
+
+def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter: IndexLifter) -> Explained:
+    """Replace operands of ``expression`` by expressions over positions where those capture less."""
+    domain = domain_of(space)
+    found: list[Captured] = list(operands)
+    terms: dict[int, Expr] = {}
+    notes: list[str] = []
+    for number, operand in enumerate(operands):
+        lifted = _lift(operand, space, domain, lifter)
+        if isinstance(lifted, str):
+            notes.append(f"{operand.node}: {lifted}")
+            continue
+        offset = len(found)
+        found.extend(ReadTensor(reading) for reading in lifted.readings)
+        terms[number] = _shifted(lifted.expr, offset)
+
+    def change(expr: Expr) -> Expr:
+        return terms.get(int(expr.value or 0), expr) if expr.op == "capture" else expr
+
+    return Explained(expression.replace(change), tuple(found), tuple(notes))
+
+
+def _shifted(expr: Expr, by: int) -> Expr:
+    """``expr`` with its captures numbered from ``by``."""
+
+    def change(node: Expr) -> Expr:
+        return capture(int(node.value or 0) + by) if node.op == "capture" else node
+
+    return expr.replace(change)
+
+
+def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter) -> Lifted | str:
+    """The operand as an expression, or why it stays as it is (empty when it is as small as can be)."""
+    found = read_at(operand, space)
+    if found is None:
+        return "its leading axes don't divide into batch and heads"
+    node, at = found
+    lifted = lifter.lift(node, at, domain)
+    if isinstance(lifted, Unreadable):
+        return str(lifted)
+    lifted = renumbered(lifted)
+    if lifted.expr == capture(0) and lifted.readings[0].letters == _letters(at):
+        return "it is run-time data"
+    return lifted
+
+
+def read_at(operand: Captured, space: Space) -> tuple[Node, Index] | None:
+    """The tensor that is captured and the index at which it is read, where those can be said."""
+    if isinstance(operand, ReadTensor):
+        return operand.node, operand.reading.index
+    if not isinstance(operand, Operand):
+        return None
+    index = stage_index(operand.stage, space)
+    if index is None:
+        return None
+    known = shape(operand.node)
+    inner = index[len(index) - len(known) :]
+    return operand.node, tuple(ZERO if same_size(size, 1) else part for size, part in zip(known, inner, strict=True))
+
+
+def _letters(index: Index) -> frozenset[str]:
+    return frozenset(name for name in _LETTERS if any(part.reads(symbol(name)) for part in index))
+
+
+def stage_index(stage: tuple[Size, ...], space: Space) -> Index | None:
+    """The index of each axis of a stage ``[*lead, S, T]``: which part of ``b`` and ``h`` each leading axis is."""
+    lead, tail = stage[:-2], (symbol("i"), symbol("j"))
+    split = split_lead(lead, space)
+    if split is not None:
+        batch, heads = _digits(lead[:split], "b"), _digits(lead[split:], "h")
+        return None if batch is None or heads is None else (*batch, *heads, *tail)
+    if len(lead) == 1 and isinstance(space.heads, int) and same_size(lead[0], space.batch * space.heads):
+        return (call("add", call("mul", symbol("b"), const(space.heads)), symbol("h")), *tail)
+    return None
+
+
+def _digits(sizes: tuple[Size, ...], name: str) -> Index | None:
+    """``name`` as digits to the base of ``sizes``."""
+    if len(sizes) <= 1:
+        return (symbol(name),) * len(sizes)
+    result: list[Expr] = []
+    rest: Expr = symbol(name)
+    for size in reversed(sizes[1:]):
+        if not isinstance(size, int):
+            return None
+        result.insert(0, call("mod", rest, const(size)))
+        rest = call("floordiv", rest, const(size))
+    return (rest, *result)

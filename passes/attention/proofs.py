@@ -1,0 +1,78 @@
+"""What is proved of the masks of a site: conditions in their simplest form, rows that keep a key, readable text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from fxopt.analysis.fills import FILLS
+from fxopt.analysis.logic import TRUE, Logic, readable
+from fxopt.analysis.simplify import simplify
+from fxopt.ir.expression import Expr, J, Kind, call, conjunction, conjuncts, const
+from fxopt.ir.nodes import tensor
+from fxopt.passes.attention.positions import Captured, domain_of
+from fxopt.passes.attention.space import Space
+
+_LOWEST: Final = frozenset(FILLS) - {const(-math.inf)}
+
+
+def logic_of(operands: Sequence[Captured], space: Space) -> Logic:
+    """The logic over the positions of a site."""
+    return Logic(domain_of(space), tuple(_kind(operand) for operand in operands))
+
+
+def _kind(operand: Captured) -> Kind:
+    dtype = tensor(operand.node).dtype
+    return "bool" if dtype is torch.bool else "float" if dtype.is_floating_point else "int"
+
+
+def captures_of(*expressions: Expr | None) -> frozenset[int]:
+    """The numbers of the captures that expressions read."""
+    return frozenset(int(e.value or 0) for x in expressions if x for e in x.walk() if e.op == "capture")
+
+
+def settled(expression: Expr, logic: Logic) -> Expr:
+    """A score with every condition in its simplest form."""
+
+    def change(expr: Expr) -> Expr:
+        if expr.op != "where":
+            return expr
+        return simplify(call("where", logic.simplify(expr.args[0]), *expr.args[1:]))
+
+    return simplify(expression.replace(change))
+
+
+def rows_kept(expression: Expr, logic: Logic) -> frozenset[Expr]:
+    """The conditions of ``expression``, and their negations, that some key is certain to fulfil for every row."""
+    conditions = {e.args[0] for e in expression.walk() if e.op == "where"}
+    both = conditions | {simplify(call("not", c)) for c in conditions}
+    return frozenset(c for c in both if logic.every_row_keeps_a_key(logic.simplify(c)))
+
+
+def joined(terms: Sequence[Expr], logic: Logic) -> Expr | None:
+    """The conjunction of masks in its simplest form; ``None`` when it keeps everything."""
+    mask = TRUE
+    for term in terms:
+        mask = logic.both(mask, logic.simplify(term))
+    return None if mask == TRUE else conjunction(tuple(sorted(conjuncts(mask), key=_order)))
+
+
+def _order(term: Expr) -> int:
+    """Bounds from above come first, then those from below, then the rest."""
+    bounds = {"le": 0, "ge": 1} if term.args and term.args[0] == J else {}
+    return bounds.get(term.op, 2)
+
+
+def fills_left(score: Expr) -> tuple[Expr, ...]:
+    """The conditions under which ``score`` is not filled with a lowest number."""
+    chosen = [e.args for e in score.walk() if e.op == "where"]
+    kept = [condition for condition, _, otherwise in chosen if otherwise in _LOWEST]
+    return (*kept, *(call("not", condition) for condition, filled, _ in chosen if filled in _LOWEST))
+
+
+def described(mask: Expr | None) -> str:
+    """The mask as the report prints it; empty where there is none."""
+    return "" if mask is None else f"mask: {readable(mask)}"

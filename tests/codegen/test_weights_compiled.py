@@ -72,7 +72,7 @@ def test_first_candidate_compiles_without_spills(
     architecture: int, name: str, width: int, dtype: torch.dtype, kind: str, tmp_path: Path
 ) -> None:
     spec = SPECS[name]
-    config = candidates(spec, width, dtype, (architecture // 10, 0))[0]
+    config = candidates(spec, width, dtype)[0]
     for kernel_name in ("rows_kernel", *(("columns_kernel",) if kind == "column_sum" else ())):
         kernel = compiled(kernel_name, spec, width, dtype, kind, config, architecture)
         ptx = kernel.asm["ptx"]
@@ -80,11 +80,11 @@ def test_first_candidate_compiles_without_spills(
         assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0, (kernel_name, str(config))
         assert ("wgmma.mma_async" in ptx) == (architecture == 90 and dtype is HALF)
         assert re.search(r"mul(\.lo|\.wide)\.[su]\d+\s+%rd", ptx), "addresses are not computed in 64 bits"
-        assert "atom." not in ptx and "red.global" not in ptx, "sums must not depend on the order of blocks"
+        assert not re.search(r"(?<![\w.])(atom|red)\.", ptx), "sums must not depend on the order of blocks"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_compile_without_spills(kind: str, tmp_path: Path) -> None:
-    config = candidates(SPECS["plain"], 64, HALF, (9, 0), rows=1)[0]
+    config = candidates(SPECS["plain"], 64, HALF, rows=1)[0]
     kernel = compiled("rows_kernel", SPECS["plain"], 64, HALF, kind, config, 90)
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from fxopt.codegen.attention.portable.config import Config, fitting, read_config
+from fxopt.codegen.attention.portable.config import Config, padded, read_config
 from fxopt.codegen.attention.portable.kernel import objection as portable_objection
 from fxopt.codegen.attention.weights.source import KINDS, WEIGHT, WeightsText
 from fxopt.errors import LoweringError
@@ -17,6 +17,17 @@ from fxopt.ir.attention import AttentionSpec
 KIND: Final = "attention_weights_triton"
 #: Configurations measured for a site.
 _TRIED: Final = 2
+#: Best guess first, by the width that the head dimension is padded to; the last ones are for few rows. Each fits the
+#: shared memory of every device from compute capability 8.0 on.
+_HALF: Final[dict[int, tuple[str, ...]]] = {
+    128: ("64x64w4s2", "128x64w8s2", "16x64w4s2"),
+    256: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
+}
+_SINGLE: Final[dict[int, tuple[str, ...]]] = {
+    64: ("32x32w4s2", "16x32w4s2"),
+    128: ("32x32w8s2", "16x32w4s2"),
+    256: ("16x16w4s1",),
+}
 
 
 def objection(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> str | None:
@@ -26,23 +37,23 @@ def objection(spec: AttentionSpec, head_dim: int, dtype: torch.dtype) -> str | N
     return portable_objection(replace(spec, dropout=0.0), head_dim, head_dim, dtype)
 
 
-def candidates(
-    spec: AttentionSpec, head_dim: int, dtype: torch.dtype, capability: tuple[int, int], rows: int | None = None
-) -> tuple[Config, ...]:
+def candidates(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, rows: int | None = None) -> tuple[Config, ...]:
     """The configurations worth measuring, best guess first, at most two; none where no kernel can be generated.
 
     Args:
         spec: the attention.
         head_dim: ``D``, of queries and keys.
         dtype: of ``q`` and ``k``.
-        capability: of the device, as ``torch.cuda.get_device_capability`` gives it.
         rows: the number of queries, where that is known: few of them want small blocks.
     """
     if objection(spec, head_dim, dtype) is not None:
         return ()
-    tiles = any({"i", "j"} <= set(c.dims) for c in spec.captures)
-    found = fitting(head_dim, head_dim, dtype, capability, tiles, rows)
-    return tuple(c for c in found if c.loads == "pointer" and not c.registers)[:_TRIED]
+    table = _SINGLE if dtype is torch.float32 else _HALF
+    width = min(size for size in table if size >= padded(head_dim))
+    found = [read_config(text) for text in table[width]]
+    if rows is not None:
+        found.sort(key=lambda c: -(-rows // c.block_m) * c.block_m > 2 * max(rows, 16))
+    return tuple(found[:_TRIED])
 
 
 def source(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, kind: str, config: str) -> str:

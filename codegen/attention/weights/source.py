@@ -232,6 +232,7 @@ class WeightsText:
     def _reaches(self) -> list[tuple[int, str]]:
         rows, keys, width = self.config.block_m, self.config.block_n, padded(self.head_dim)
         tiles = [(rows, "q.stride(2)"), (width, "q.stride(3)"), (keys, "k.stride(2)"), (width, "k.stride(3)")]
+        tiles += [(rows, "keys")] if self.kind == "weights" else []
         return tiles + [reach for c in self._logits.captures for reach in c.reaches(rows, keys)]
 
     def _emit(self, expr: Expr | None, names: Mapping[str, str] = MappingProxyType({})) -> str:

@@ -184,7 +184,7 @@ tl.store(out_base + start + out_tile, p.to(out_ptr.dtype.element_ty), mask=insid
 
 FINISH_WEIGHTS: Final = """\
 out_base = out_ptr + ((b_wide * heads + h_wide) * Sq + first) * Sk
-out_tile = (rows - first).to(tl.int64) * Sk + n[None, :]
+out_tile = (rows - first).to(n.dtype) * Sk + n[None, :]
 $write_loops
 $outside"""
 

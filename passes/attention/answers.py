@@ -45,9 +45,10 @@ class Operands:
 def answer(builder: Builder, readers: Readers, softmax: Node, operands: Operands) -> None:
     """Build what ``readers`` need just before ``softmax`` and have it replace them."""
     if readers.whole:
+        read = _as_read(softmax)
         with builder.before(softmax):
-            weights = _weights(builder, operands, tensor(softmax).dtype)
-            builder.also(softmax, _with_lead(builder, weights, shape(softmax)[:-2]), "weights")
+            weights = _weights(builder, operands, tensor(read).dtype)
+            builder.also(read, _with_lead(builder, weights, shape(softmax)[:-2]), "weights")
         return
     made: dict[tuple[Rows | Statistic, Node], Node] = {}
     for reader in readers.readers:
@@ -65,6 +66,15 @@ def answer(builder: Builder, readers: Readers, softmax: Node, operands: Operands
             builder.also(reader.node, _finished(builder, reader, small, operands), _title(reader))
 
 
+def _as_read(softmax: Node) -> Node:
+    """``softmax``, or the cast to fewer bits that alone reads it: weights are then rounded as they are written."""
+    users = tuple(softmax.users)
+    if len(users) != 1 or not is_call(users[0], *CASTS) or tensor(users[0]).device != tensor(softmax).device:
+        return softmax
+    narrow, wide = tensor(users[0]).dtype, tensor(softmax).dtype
+    return users[0] if narrow.is_floating_point and torch.promote_types(narrow, wide) == wide else softmax
+
+
 def _title(reader: Reader) -> str:
     if isinstance(reader.need, Rows):
         return str(reader.need)
@@ -74,12 +84,20 @@ def _title(reader: Reader) -> str:
 def _least(builder: Builder, reader: Reader, softmax: Node, operands: Operands) -> Node:
     """The weights of the rows that are read, or the statistic with an axis of size 1 in place of the one it lacks."""
     if isinstance(reader.need, Rows):
-        return _weights(builder, of_rows(builder, operands, reader.need), tensor(softmax).dtype)
+        return _row_weights(builder, reader.need, operands, tensor(softmax).dtype)
     dtype = torch.promote_types(tensor(softmax).dtype, torch.float32)
     spec = replace(operands.spec, dropout=0.0, out_dtype=dtype, out_layout="bhsd")
     sources = (operands.queries, operands.keys, list(operands.captures))
     found = builder.call(overload("attention_statistics"), *sources, str(spec), reader.need)
     return builder.call(aten.unsqueeze.default, found, 2 if reader.need == "column_sum" else 3)
+
+
+def _row_weights(builder: Builder, rows: Rows, operands: Operands, dtype: torch.dtype) -> Node:
+    # A capture that is indexed by something else than the row itself can't be cut down to some rows.
+    if all(how.dims[2] in "i-" and how.dims[3] in "j-" for how in operands.spec.captures):
+        return _weights(builder, of_rows(builder, operands, rows), dtype)
+    whole = _weights(builder, operands, dtype)
+    return builder.call(aten.slice.Tensor, whole, 2, rows.start, rows.stop, rows.step)
 
 
 def _weights(builder: Builder, operands: Operands, dtype: torch.dtype) -> Node:

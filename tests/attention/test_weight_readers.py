@@ -66,6 +66,23 @@ def test_reports_say_what_is_read(number: str, titles: str) -> None:
     assert site.reason.endswith(f"(out, {titles})")
 
 
+def test_weights_read_through_a_cast_are_written_in_its_dtype() -> None:
+    def narrow(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        p = torch.softmax(q @ k.mT, -1, dtype=torch.float32).to(q.dtype)
+        return p @ v, p
+
+    def narrow_and_wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        p = torch.softmax(q @ k.mT, -1, dtype=torch.float32)
+        return p.to(q.dtype) @ v, p
+
+    operands = tuple(torch.randn(1, 2, 8, 4, dtype=torch.bfloat16) for _ in range(3))
+    for function, dtype in ((narrow, torch.bfloat16), (narrow_and_wide, torch.float32)):
+        program = driver.rewrite(from_export(function, operands), Options(verify="numeric", strict=True)).program
+        (node,) = program.graph.find_nodes(op="call_function", target=torch.ops.fxopt.attention_weights.default)
+        assert node.meta["val"].dtype is dtype
+        assert program.operators().get("aten.to", 0) == 0
+
+
 def test_many_rows_are_read_from_whole_weights() -> None:
     def rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         p = (q @ k.mT).softmax(-1)

@@ -23,6 +23,11 @@ _HALF: Final[dict[int, tuple[str, ...]]] = {
     128: ("64x64w4s2", "128x64w8s2", "16x64w4s2"),
     256: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
 }
+#: The same where a captured tensor varies with both row and key: its blocks take registers too.
+_HALF_TILES: Final[dict[int, tuple[str, ...]]] = {
+    128: ("64x64w8s2", "64x32w4s2", "16x64w4s2"),
+    256: ("64x32w8s2", "32x32w4s2", "16x32w4s2"),
+}
 _SINGLE: Final[dict[int, tuple[str, ...]]] = {
     64: ("32x32w4s2", "16x32w4s2"),
     128: ("32x32w8s2", "16x32w4s2"),
@@ -48,7 +53,8 @@ def candidates(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, rows: int
     """
     if objection(spec, head_dim, dtype) is not None:
         return ()
-    table = _SINGLE if dtype is torch.float32 else _HALF
+    tiles = any(c.dims[3] != "-" and c.dims[2:] != "-j" for c in spec.captures)
+    table = _SINGLE if dtype is torch.float32 else _HALF_TILES if tiles else _HALF
     width = min(size for size in table if size >= padded(head_dim))
     found = [read_config(text) for text in table[width]]
     if rows is not None:

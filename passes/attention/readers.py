@@ -26,8 +26,8 @@ Statistic = Literal["column_sum", "diagonal"]
 SUMS: Final = (aten.sum.dim_IntList, aten.mean.dim)
 CUTS: Final = (aten.select.int, aten.slice.Tensor)
 _SAME: Final = (aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default)
-#: Different rows beyond which the whole weights are computed once.
-_MOST_ROWS: Final = 4
+#: Different parts of the rows beyond which the whole weights are computed once.
+_MOST_PARTS: Final = 4
 _END: Final = 2**63 - 1
 
 
@@ -38,6 +38,10 @@ class Rows:
     start: int
     stop: int
     step: int = 1
+
+    def count(self, rows: int) -> int:
+        """How many they are of ``rows``."""
+        return len(range(rows)[self.start : self.stop : self.step])
 
     def __str__(self) -> str:
         if self.stop == _stop_after(self.start):
@@ -86,7 +90,13 @@ def read_readers(softmax: Node, chain: tuple[Node, ...], root: Node, rows: Size)
     order = {node: position for position, node in enumerate(softmax.graph.nodes)}
     found.sort(key=lambda reader: order[reader.node])
     taken = {reader.need for reader in found if isinstance(reader.need, Rows)}
-    return Readers((), True) if whole or len(taken) > _MOST_ROWS else Readers(tuple(found))
+    return Readers((), True) if whole or _are_many(taken, rows) else Readers(tuple(found))
+
+
+def _are_many(taken: set[Rows], rows: Size) -> bool:
+    """Whether the weights of several parts cost more than whole ones, which the output can be computed from as well."""
+    count = rows if isinstance(rows, int) else _END
+    return len(taken) > _MOST_PARTS or 2 * sum(part.count(count) for part in taken) > count
 
 
 def _outside(softmax: Node, chain: set[Node], root: Node) -> Iterator[tuple[Node, Node, tuple[Node, ...]]]:
@@ -111,7 +121,8 @@ def _unfit(operand: Node, reader: Node, path: tuple[Node, ...]) -> Rejection | N
     if any(is_call(node, aten.dropout.default) and arguments(node)["train"] for node in path):
         reason = f"{operand}, after dropout, is also read by {reader}; what dropout leaves exists in the graph only"
         return Rejection(f"the attention weights escape: {reason}", nodes)
-    if is_call(reader, aten.matmul.default, aten.bmm.default) and reader.args[0] is operand:
+    unchanged = not any(is_call(node, *SUMS, *CUTS) for node in path)
+    if unchanged and is_call(reader, aten.matmul.default, aten.bmm.default) and reader.args[0] is operand:
         reason = f"{operand} is also multiplied with other values by {reader}; one attention has values of one kind"
         return Rejection(f"the attention weights escape: {reason}", nodes)
     schema = getattr(reader.target, "_schema", None)
@@ -124,7 +135,7 @@ def _is_step(node: Node, user: Node) -> bool:
     """Whether ``user`` keeps the rows and keys of ``node`` in place: a cast, a view, or what concerns heads alone."""
     rank = len(shape(node))
     if is_call(user, *CASTS):
-        return tensor(user).device == tensor(node).device
+        return tensor(user).device == tensor(node).device and tensor(user).dtype.is_floating_point
     if is_call(user, *_SAME):
         return True
     if is_call(user, *RESHAPES):
@@ -153,7 +164,7 @@ def _need(operand: Node, reader: Node, rows: Size) -> Rows | Statistic | None:
     given = arguments(reader) if reader.op == "call_function" else {}
     if is_call(reader, *CUTS) and int(given["dim"]) % rank == rank - 2:
         return _rows(reader, given.get("index"), given.get("start"), given.get("end"), given.get("step", 1), rows)
-    if is_call(reader, *SUMS):
+    if is_call(reader, *SUMS) and tensor(reader).dtype.is_floating_point:
         axes = summed_axes(reader)
         return "column_sum" if rank - 2 in axes and rank - 1 not in axes else None
     if is_call(reader, aten.diagonal.default) and given["offset"] == 0:

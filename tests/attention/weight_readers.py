@@ -34,7 +34,7 @@ def last_row(q: Tensor, k: Tensor, v: Tensor) -> Two:
 
 def several_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p = causal_weights(q, k)
-    return p @ v, p[:, :, 1:4], p[:, :, 0::2]
+    return p @ v, p[:, :, 1:3], p[:, :, 0::4]
 
 
 def row_of_a_biased_head(q: Tensor, k: Tensor, v: Tensor) -> Two:
@@ -103,6 +103,11 @@ def rank_2(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return p @ v, p[0], p.sum(0)
 
 
+def mean_over_heads_as_weights(q: Tensor, k: Tensor, v: Tensor) -> Two:
+    p = weights_of(q, k)
+    return p @ v, p.mean(1) @ v[:, 0]
+
+
 class BeforeDropout(nn.Module):
     """The weights are read before dropout, which is active while training."""
 
@@ -167,6 +172,7 @@ WEIGHT_READERS: Final[tuple[Case, ...]] = (
     _row("n", "weights of grouped heads returned", grouped_and_returned, GROUPED),
     _row("o", "rank 2", rank_2, plan("SD", "SD", "SD")),
     _row("p", "row read before dropout", BeforeDropout),
+    _row("q", "mean over heads as weights", mean_over_heads_as_weights),
 )
 WEIGHT_NEAR_MISSES: Final[tuple[Case, ...]] = (
     _kept("a", "weights returned after dropout", AfterDropout, "escape: .* after dropout", modes=("training",)),

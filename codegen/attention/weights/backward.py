@@ -39,7 +39,7 @@ def gradients(
         found = weights_BHST if kind == "weights" else reduction(kind)(weights_BHST)
         return found.to(spec.out_dtype)
 
-    _, pull_back = torch.func.vjp(result, q, k, *(captures[n] for n in places))
+    pull_back = torch.func.vjp(result, q, k, *(captures[n] for n in places))[1]
     dq, dk, *changing = pull_back(grad)
     found: dict[int, Tensor] = dict(zip(places, changing, strict=True))
     return dq, dk, [found.get(n) for n in range(len(captures))]

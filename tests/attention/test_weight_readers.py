@@ -128,9 +128,11 @@ def test_expressions_count_rows_as_before(rows: Rows, dynamic: bool) -> None:
 def _take(program: Program, spec: AttentionSpec, rows: Rows) -> AttentionSpec:
     """Make ``program`` return the weights of ``rows`` of its outputs; the specification for them."""
     output = program.graph.output_node()
-    q, k, *captures = output.args[0]  # type: ignore[misc]
+    results = output.args[0]
+    assert isinstance(results, list | tuple)
+    q, k, *captures = (node for node in results if isinstance(node, torch.fx.Node))
     builder = Builder(program, output, "test")
-    found = of_rows(builder, Operands(q, k, tuple(captures), spec), rows)  # type: ignore[arg-type]
+    found = of_rows(builder, Operands(q, k, tuple(captures), spec), rows)
     call = torch.ops.fxopt.attention_weights.default
     weights = builder.call(call, found.queries, found.keys, list(found.captures), str(found.spec))
     output.args = ((weights, k, *captures),)

@@ -14,6 +14,7 @@ from fxopt import driver
 from fxopt.errors import FxoptWarning
 from fxopt.frontend.export import from_export
 from fxopt.ir.decision import Decision
+from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.lowering.attention import candidates
 from fxopt.lowering.lower import lower
@@ -29,7 +30,8 @@ def rewritten(function: Callable[..., object], operands: tuple[Tensor, ...] = OP
 
 
 def site(program: Program, name: str) -> Node:
-    (node,) = program.graph.find_nodes(op="call_function", target=getattr(torch.ops.fxopt, name).default)
+    found: list[Node] = list(program.graph.find_nodes(op="call_function", target=overload(name)))
+    (node,) = found
     return node
 
 

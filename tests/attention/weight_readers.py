@@ -18,7 +18,7 @@ def weights_of(q: Tensor, k: Tensor) -> Tensor:
 
 
 def causal_weights(q: Tensor, k: Tensor) -> Tensor:
-    kept = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    kept = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     return scores(q, k).masked_fill(~kept, float("-inf")).softmax(-1)
 
 

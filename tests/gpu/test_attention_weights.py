@@ -14,7 +14,8 @@ from fxopt.codegen.attention.weights.operator import attention_weights_forward
 from fxopt.codegen.attention.weights.reference import exact_weights, reduction
 from fxopt.codegen.attention.weights.source import KINDS
 from fxopt.ir.attention import AttentionSpec
-from fxopt.testing import assert_within_budget, evaluate, oracle_gradients
+from fxopt.testing import Sizes, assert_within_budget, evaluate, oracle_gradients
+from tests.attention.case import Case
 from tests.attention.weight_readers import WEIGHT_READERS
 from tests.codegen.cases import EXPRESSIONS, specification
 from tests.gpu.test_attention_kernels import ALL_SHAPES, DTYPES, LARGE, on_gpu
@@ -27,10 +28,15 @@ def meaning(spec: AttentionSpec, q: Tensor, k: Tensor, captures: list[Tensor], k
     return (weights if kind == "weights" else reduction(kind)(weights)).to(spec.out_dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("name", EXPRESSIONS)
+#: Every expression with every shape, and every dtype and kind with each of both.
+CROSS = [
+    (name, shape, list(DTYPES)[(n + m) % 3], list(KINDS)[(n + 2 * m + m // 3) % 3])
+    for n, name in enumerate(EXPRESSIONS)
+    for m, shape in enumerate(ALL_SHAPES)
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype", "kind"), CROSS)
 def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str, kind: str) -> None:
     sizes = ALL_SHAPES[shape]
     spec = specification(name, sizes, DTYPES[dtype])
@@ -73,20 +79,11 @@ def test_two_runs_agree_to_the_last_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("lower", ["auto", "triton"])
 @pytest.mark.parametrize("case", WEIGHT_READERS, ids=lambda case: case.number)
-def test_sites_run_end_to_end(case: object, lower: str) -> None:
-    from fxopt.testing import Sizes
-    from tests.attention.case import Case
-
-    assert isinstance(case, Case)
+def test_sites_run_end_to_end(case: Case, lower: str) -> None:
     torch._dynamo.reset()
     module, args = case.build(Sizes(B=2, H=4, G=2, S=130, T=150, D=64, E=32), torch.float32)
     args = tuple(x.cuda() for x in args)
-    torch.set_default_device("cuda")
-    try:
-        with torch.no_grad():
-            report = fxopt.explain(module, *args)
-            assert report.count("attention") == 1
-            compiled = torch.compile(module, backend="fxopt", options={"lower": lower, "strict": True})
-            assert_within_budget(compiled(*args), module(*args), oracle_gradients(module, *args).outputs)
-    finally:
-        torch.set_default_device(None)
+    with torch.no_grad():
+        assert fxopt.explain(module, *args).count("attention") == 1
+        compiled = torch.compile(module, backend="fxopt", options={"lower": lower, "strict": True})
+        assert_within_budget(compiled(*args), module(*args), oracle_gradients(module, *args).outputs, floor=1.0)

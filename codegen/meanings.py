@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fxopt.codegen.attention import reference as attention
+from fxopt.codegen.attention.weights import reference as weights
 from fxopt.codegen.heads import reference as heads
 from fxopt.codegen.mlp import reference as mlp
 from fxopt.codegen.norm import reference as norm
 
-__all__ = ["attention", "heads", "mlp", "norm"]
+__all__ = ["attention", "heads", "mlp", "norm", "weights"]

@@ -70,7 +70,8 @@ class OperatorPage:
         """The page in Markdown."""
         schema = f"```\nfxopt::{self.name}{self.schema}\n```"
         parts = [f"# {self.name}", schema, markdown(self.text), "## Reference", markdown(self.summary)]
-        return _page(parts, f"`fxopt.codegen.{self.path.parent.name}.reference.{self.name}`", self.path)
+        module = ".".join(self.path.relative_to(ROOT).with_suffix("").parts)
+        return _page(parts, f"`fxopt.{module}.{self.name}`", self.path)
 
 
 def passes() -> list[PassPage]:
@@ -102,10 +103,10 @@ def passes_in(path: Path) -> Iterator[PassPage]:
 
 
 def operators() -> list[OperatorPage]:
-    """Every operator whose meaning some ``codegen/<kind>/reference.py`` defines, by name."""
+    """Every operator whose meaning some ``reference.py`` below ``codegen`` defines, by name."""
     schemas = _schemas()
     found = (
-        page for path in sorted((ROOT / "codegen").glob("*/reference.py")) for page in _operators_in(path, schemas)
+        page for path in sorted((ROOT / "codegen").glob("*/**/reference.py")) for page in _operators_in(path, schemas)
     )
     return sorted(found, key=lambda page: page.name)
 

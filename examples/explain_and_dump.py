@@ -14,35 +14,37 @@ import fxopt
 
 
 class Pooling(nn.Module):
-    """Attention of a few learned queries over a sequence. With ``look`` it also returns the attention weights."""
+    """Attention of a few learned queries over a sequence. With ``cut`` small weights count as none."""
 
-    def __init__(self, channels: int = 64, queries: int = 4, *, look: bool) -> None:
+    def __init__(self, channels: int = 64, queries: int = 4, *, cut: float = 0.0) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(queries, channels))
         self.keys = nn.Linear(channels, channels)
         self.values = nn.Linear(channels, channels)
-        self.look = look
+        self.cut = cut
 
-    def forward(self, x_BTC: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x_BTC: Tensor) -> Tensor:
         """``[B, T, C]`` to ``[B, Q, C]``."""
         queries_BQC = self.queries.expand(len(x_BTC), -1, -1)
         scores_BQT = queries_BQC @ self.keys(x_BTC).transpose(-2, -1) * 0.125
         weights_BQT = scores_BQT.softmax(-1)
-        pooled_BQC = weights_BQT @ self.values(x_BTC)
-        return (pooled_BQC, weights_BQT) if self.look else pooled_BQC
+        if self.cut:
+            weights_BQT = torch.relu(weights_BQT - self.cut)
+        pooled_BQC: Tensor = weights_BQT @ self.values(x_BTC)
+        return pooled_BQC
 
 
 def main(directory: str | Path = "out/pooling") -> tuple[fxopt.Report, fxopt.Report]:
-    """Explain the module that returns its weights and the one that doesn't; dump the second. Return both reports."""
+    """Explain the module that cuts its weights and the one that doesn't; dump the second. Return both reports."""
     torch.manual_seed(0)
     x_BTC = torch.randn(2, 50, 64)
     with torch.no_grad():
-        before = fxopt.explain(Pooling(look=True), x_BTC)
+        before = fxopt.explain(Pooling(cut=0.01), x_BTC)
         for site in before.sites:
             print(f"{site.kind} {site.status} at {site.source.location}\n    {site.source.code}\n    {site.reason}")
 
-        print("\nWithout returning the weights:")
-        mended = Pooling(look=False)
+        print("\nWithout the cut:")
+        mended = Pooling()
         after = fxopt.explain(mended, x_BTC)
         for site in after.sites:
             print(f"{site.kind} {site.status}: {site.reason}")

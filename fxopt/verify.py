@@ -38,11 +38,11 @@ def verify_numerically(before: Program, after: Program, outcome: PassResult) -> 
 
 def _verify_site(before: Program, after: Program, replacement: Replacement, constants: Constants) -> None:
     roots = _roots(before, after, replacement)
-    if roots is None:
+    if not roots:
         return
-    old, new = roots
-    old_names = {node.name for node in before.graph.nodes}
-    new_names = {node.name for node in after.graph.nodes}
+    old, new = (list(nodes) for nodes in zip(*roots, strict=True))
+    old_names = {node.name for node in before.graph.nodes} - _below(new)
+    new_names = {node.name for node in after.graph.nodes} - _below(old)
     shared = {*_boundary(old, new_names), *_boundary(new, old_names)}
     by_name = {node.name: node for node in before.graph.nodes}
     inputs = [by_name[name] for name in sorted(shared)]
@@ -75,21 +75,26 @@ def _check(
         )
 
 
-def _roots(before: Program, after: Program, replacement: Replacement) -> tuple[fx.Node, fx.Node] | None:
-    """The replaced node in the old graph, and the node that took its place in the new one."""
-    old = next((n for n in before.graph.nodes if n.name == replacement.site.nodes[0]), None)
-    created = set(replacement.site.nodes[1:])
-    candidates = [n for n in after.graph.nodes if n.name in created]
-    return (old, candidates[-1]) if old is not None and candidates else None
+def _roots(before: Program, after: Program, replacement: Replacement) -> list[tuple[fx.Node, fx.Node]]:
+    """Every replaced node of the old graph, with the node that took its place in the new one."""
+    old = {node.name: node for node in before.graph.nodes}
+    new = {node.name: node for node in after.graph.nodes}
+    names = [(a, b) for a, b in replacement.outputs if a in old and b in new]
+    if names:
+        return [(old[a], new[b]) for a, b in names]
+    # What took its place was replaced in turn by a later rule of the pass: the last of the site's nodes that are left.
+    created = [node for node in after.graph.nodes if node.name in replacement.site.nodes[1:]]
+    first = old.get(replacement.site.nodes[0])
+    return [(first, created[-1])] if first is not None and created else []
 
 
-def _boundary(root: fx.Node, known: set[str]) -> set[str]:
-    """Names of the nearest nodes above ``root`` that the other graph has too (constants aside)."""
+def _boundary(roots: Sequence[fx.Node], known: set[str]) -> set[str]:
+    """Names of the nearest nodes above ``roots`` that the other graph has too (constants aside)."""
     found: set[str] = set()
-    pending, seen = [root], {root}
+    pending, seen = list(roots), set(roots)
     while pending:
         node = pending.pop()
-        if node is not root and node.name in known:
+        if node not in roots and node.name in known:
             found.add(node.name)
             continue
         fresh = [n for n in node.all_input_nodes if n not in seen]
@@ -98,19 +103,28 @@ def _boundary(root: fx.Node, known: set[str]) -> set[str]:
     return found
 
 
-def _callable(program: Program, root: fx.Node, inputs: Sequence[fx.Node]) -> Callable[..., Any]:
-    """The part of ``program`` from ``inputs`` to ``root`` as a function."""
+def _below(roots: Sequence[fx.Node]) -> set[str]:
+    """Names of everything that is computed from ``roots``: a value in both graphs, but not the same one."""
+    below = set(roots)
+    for node in roots[0].graph.nodes:
+        if not below.isdisjoint(node.all_input_nodes):
+            below.add(node)
+    return {node.name for node in below}
+
+
+def _callable(program: Program, roots: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> Callable[..., Any]:
+    """The part of ``program`` from ``inputs`` to ``roots`` as a function."""
     graph = fx.Graph()
     made = {node.name: graph.placeholder(node.name) for node in inputs}
     copies: dict[fx.Node, fx.Node] = {n: made[n.name] for n in program.graph.nodes if n.name in made}
-    for node in _cone(program, root, set(copies)):
+    for node in _cone(program, roots, set(copies)):
         copies[node] = graph.node_copy(node, lambda operand: copies[operand])
-    graph.output(copies[root])
+    graph.output(tuple(copies[root] for root in roots))
     return fx.GraphModule(program.module, graph)
 
 
-def _cone(program: Program, root: fx.Node, stop: set[fx.Node]) -> list[fx.Node]:
-    needed, pending = {root}, [root]
+def _cone(program: Program, roots: Sequence[fx.Node], stop: set[fx.Node]) -> list[fx.Node]:
+    needed, pending = set(roots), list(roots)
     while pending:
         fresh = [n for n in pending.pop().all_input_nodes if n not in needed and n not in stop]
         needed.update(fresh)

@@ -19,6 +19,9 @@ _LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901 - live
 SCHEMAS: Final[dict[str, str]] = {
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor[] captures, str spec) -> Tensor",
     "attention_sdpa": "(Tensor q, Tensor k, Tensor v, Tensor[] captures, str spec, str backend) -> Tensor",
+    "attention_weights": "(Tensor q, Tensor k, Tensor[] captures, str spec) -> Tensor",
+    "attention_statistics": "(Tensor q, Tensor k, Tensor[] captures, str spec, str kind) -> Tensor",
+    "attention_values": "(Tensor weights, Tensor v, str spec) -> Tensor",
     "layer_norm": "(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, "
     "bool scale_after_cast) -> Tensor",
     "rms_norm": "(Tensor x, int axes, Tensor? weight, float eps, ScalarType dtype, bool scale_after_cast) -> Tensor",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
@@ -22,6 +21,8 @@ from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import source
 from fxopt.ir.operators import overload
+from fxopt.lowering import weights
+from fxopt.lowering.candidate import Candidate, triton_objection
 from fxopt.lowering.measure import materialise, median_seconds
 from fxopt.lowering.versions import fingerprint
 
@@ -31,28 +32,10 @@ __all__ = ["Candidate", "candidates", "choose", "operator"]
 MEASUREMENT_SECONDS = {"total": 0.0}
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run a site: a call of ``target`` on the site's operands followed by ``extra``.
-
-    ``family`` is what the option ``lower`` names; ``first`` tells that the result is the first of several outputs.
-    """
-
-    name: str
-    family: str
-    target: Callable[..., Any]
-    extra: tuple[Any, ...] = ()
-    first: bool = False
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> Tensor:
-        """Run the site on real operands."""
-        result: Any = self.target(q, k, v, captures, spec, *self.extra)
-        out: Tensor = result[0] if self.first else result
-        return out
-
-
 def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, str]]:
     """The ways to run ``site``, best guess first, and why others can't, by family or backend."""
+    if site.target is not overload("attention"):
+        return weights.candidates(site)
     q, k, v, _ = _operands(site)
     spec = read_spec(str(site.args[4]))
     refused: dict[str, str] = {}
@@ -69,7 +52,8 @@ def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, s
             found.append(Candidate(f"sdpa-{backend}", "sdpa", overload("attention_sdpa"), (backend,)))
         else:
             refused[f"sdpa-{backend}"] = reason
-    return [*found, plain], refused
+    known = weights.from_known_weights(site)
+    return [*found, *((known,) if known else ()), plain], refused
 
 
 def _sdpa_objection(
@@ -85,18 +69,9 @@ def _sdpa_objection(
 def _generated(
     spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool, refused: dict[str, str]
 ) -> list[Candidate]:
-    if q.device.type != "cuda":
-        refused["triton"] = f"Triton kernels run on CUDA devices, not on {q.device.type}"
-        return []
-    if find_spec("triton") is None:
-        refused["triton"] = "triton is not installed"
-        return []
-    widths: tuple[object, ...] = (q.shape[3], v.shape[3])
-    if not all(isinstance(width, int) for width in widths):
-        refused["triton"] = "the head dimension is dynamic"
-        return []
-    if not q.dtype == k.dtype == v.dtype:
-        refused["triton"] = f"operands of several dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
+    reason = triton_objection((q, k, v), (q.shape[3], v.shape[3]))
+    if reason is not None:
+        refused["triton"] = reason
         return []
     configs, reasons = kernels.candidates(_problem(spec, q, k, v, training))
     for prefix, reason in reasons.items():
@@ -157,14 +132,14 @@ def _forced(
 
 def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
     """Median seconds of each candidate (forward, and backward in training); one that fails is refused and left out."""
-    q, k, v, captures = _operands(site)
-    q, k, v, *captures = (_real(x, seed) for seed, x in enumerate((q, k, v, *captures)))
+    nodes = [n for c in found for n in _tensor_nodes(c.arguments)] + _tensor_nodes(site.args)
+    real = {node: _real(node.meta["val"], seed) for seed, node in enumerate(dict.fromkeys(nodes))}
     seconds = {}
     for candidate in found:
-        run = _timed_call(candidate, q, k, v, captures, str(site.args[4]), training)
         try:
+            run = _timed_call(candidate, site, real, training)
             with torch.set_grad_enabled(training):
-                seconds[candidate.name] = median_seconds(run, q.device)
+                seconds[candidate.name] = median_seconds(run, _flat(site)[0].device)
         except Exception as error:
             if candidate.family == "aten":
                 raise
@@ -172,16 +147,22 @@ def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[s
     return seconds
 
 
-def _timed_call(
-    candidate: Candidate, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor], spec: str, training: bool
-) -> Callable[[], Any]:
+def _timed_call(candidate: Candidate, site: Node, real: dict[Node, Tensor], training: bool) -> Callable[[], Any]:
+    """A run of the candidate, in training with the gradients of its operands and of captures that may need one."""
+    given = site.args if candidate.arguments is None else candidate.arguments
+
+    def forward(operands: Mapping[Node, Tensor]) -> Tensor:
+        return candidate(*map_arg(given, lambda node: operands[node]))
+
     if not training:
-        return lambda: candidate(q, k, v, captures, spec)
+        return lambda: forward(real)
+    leaves = [node for node in _tensor_nodes(given) if node in given or may_need_gradient(node)]
+    cotangent = torch.randn_like(forward({node: x.detach() for node, x in real.items()}))
 
     def forward_and_backward() -> None:
-        leaf_q, leaf_k, leaf_v = (x.detach().requires_grad_() for x in (q, k, v))
+        fresh = {node: x.detach().requires_grad_(node in leaves) for node, x in real.items()}
         with torch.enable_grad():
-            candidate(leaf_q, leaf_k, leaf_v, captures, spec).sum().backward()
+            torch.autograd.grad(forward(fresh), [fresh[node] for node in leaves], cotangent, allow_unused=True)
 
     return forward_and_backward
 
@@ -208,8 +189,14 @@ def _has_hint(size: int | torch.SymInt) -> bool:
 
 
 def _flat(site: Node) -> list[Tensor]:
-    q, k, v, captures = _operands(site)
-    return [q, k, v, *captures]
+    return [node.meta["val"] for node in _tensor_nodes(site.args)]
+
+
+def _tensor_nodes(arguments: Any) -> list[Node]:
+    """The nodes among ``arguments``, those in lists too, in order."""
+    nodes: list[Node] = []
+    map_arg(arguments, nodes.append)
+    return nodes
 
 
 def _hint(size: int | torch.SymInt) -> int:
@@ -228,7 +215,8 @@ def _key(site: Node, training: bool, found: list[Candidate]) -> str:
     ]
     mode = "training" if training else "inference"
     names = [candidate.name for candidate in found]
-    return "\n".join([str(site.args[4]), *operands, mode, *names, fingerprint(_flat(site)[0].device)])
+    constants = [str(value) for value in site.args if isinstance(value, str)]
+    return "\n".join([str(site.target), *constants, *operands, mode, *names, fingerprint(_flat(site)[0].device)])
 
 
 def _bucket(size: int | torch.SymInt) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator as python_operator
+from typing import Final
 
 import torch
 from torch.fx import Node
@@ -16,16 +17,20 @@ from fxopt.lowering.attention import Candidate, choose
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
 
+_LOWERED: Final = ("attention", "attention_weights", "attention_statistics")
+
 
 def lower(
     program: Program, *, training: bool, option: str = "auto", strict: bool = False
 ) -> tuple[Program, tuple[Decision, ...]]:
     """A copy of ``program`` in which every site runs as decided, and the decisions.
 
-    Canonical operators other than attention decompose into their reference, which the base compiler fuses.
+    Canonical operators other than attention and its weights decompose into their reference, which the base compiler
+    fuses.
     """
     lowered = program.copy()
-    sites = lowered.graph.find_nodes(op="call_function", target=overload("attention"))
+    # Outputs first: one may be computed from weights that another node computes anyway.
+    sites = [s for name in _LOWERED for s in lowered.graph.find_nodes(op="call_function", target=overload(name))]
     decisions = tuple(_lower_site(lowered, site, training, option, strict) for site in sites)
     lowered.graph.lint()
     lowered.module.recompile()
@@ -34,7 +39,7 @@ def lower(
 
 def _lower_site(program: Program, site: Node, training: bool, option: str, strict: bool) -> Decision:
     candidate, decision = choose(site, training, option, strict)
-    if candidate.family == "aten":
+    if candidate.target is site.target:
         return decision
     new = _write(Builder(program, site, f"lower-{candidate.family}"), site, candidate)
     flaw = difference(site, new)
@@ -48,5 +53,6 @@ def _lower_site(program: Program, site: Node, training: bool, option: str, stric
 
 def _write(builder: Builder, site: Node, candidate: Candidate) -> Node:
     assert isinstance(candidate.target, torch._ops.OpOverload)
-    call = builder.call(candidate.target, *site.args, *candidate.extra)
+    operands = site.args if candidate.arguments is None else candidate.arguments
+    call = builder.call(candidate.target, *operands, *candidate.extra)
     return builder.call(python_operator.getitem, call, 0) if candidate.first else call

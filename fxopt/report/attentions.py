@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 ACCEPTED: Final = (
     "softmax over the keys of a score of q @ k.transpose(-2, -1), then @ v, "
-    "with q [B,H,S,D], k [B,G,T,D] and v [B,G,T,E], the weights read by nothing else"
+    "with q [B,H,S,D], k [B,G,T,D] and v [B,G,T,E]; the weights may be read elsewhere, as they are"
 )
 _SOFTMAX: Final = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "_sparse_softmax"})
 #: What may happen to the weights on their way to the values, besides views and casts.

@@ -23,7 +23,10 @@ from fxopt.rewriter.passes import NearMiss
 from fxopt.rewriter.pipeline import PipelineResult
 
 #: The kind of site that a canonical operator stands for.
-_CANONICAL = {"attention": "attention", "layer_norm": "norm", "rms_norm": "norm", "glu": "mlp"}
+_CANONICAL = {
+    "attention": "attention", "attention_weights": "attention", "attention_statistics": "attention",
+    "layer_norm": "norm", "rms_norm": "norm", "glu": "mlp",
+}  # fmt: skip
 
 
 def collect_sites(result: PipelineResult) -> tuple[Site, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,15 @@ from fxopt.ir.program import Program
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Further:
+    """A node that a rewrite replaces besides the root of its match, and what reports call its value."""
+
+    old: Node
+    new: Node
+    title: str
+
+
 class Builder:
     """Adds calls just before ``at``; each new node inherits the source line and module of ``at``.
 
@@ -30,7 +41,21 @@ class Builder:
         self.at = at
         self.rule = rule
         self.created: list[Node] = []
+        self.further: list[Further] = []
         self._mode = program.fake_mode
+
+    @contextmanager
+    def before(self, node: Node) -> Iterator[None]:
+        """Inside the block calls are added just before ``node``, and inherit from it."""
+        at, self.at = self.at, node
+        try:
+            yield
+        finally:
+            self.at = at
+
+    def also(self, old: Node, new: Node, title: str) -> None:
+        """Have the engine replace ``old`` by ``new`` too; ``new`` stands before every reader of ``old``."""
+        self.further.append(Further(old, new, title))
 
     def call(self, target: OpOverload | Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Add ``target(*args, **kwargs)``; operands are nodes or constants."""

@@ -18,12 +18,16 @@ from fxopt.rewriter.rule import Rejection, Rule
 
 @dataclass(frozen=True)
 class Replacement:
-    """One rewrite that was applied: the rule, the spelling it matched, and what stood where."""
+    """One rewrite that was applied: the rule, the spelling it matched, and what stood where.
+
+    ``outputs`` are the names of every replaced value and of what took its place, the site's own first.
+    """
 
     rule: str
     spelling: str
     site: Site
     operator: str
+    outputs: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,20 +149,36 @@ def _rejected(rule: Rule, spelling: str, rejection: Rejection, node: Node, depth
 def _replace(program: Program, node: Node, rule: Rule, spelling: str, bindings: object, trace: _Trace) -> bool:
     builder = Builder(program, node, rule.name)
     new = rule.rewrite(builder, bindings)
-    flaw = difference(node, new)
+    replaced = [(node, new), *((further.old, further.new) for further in builder.further)]
+    flaw = next(filter(None, (difference(before, after) for before, after in replaced)), "")
     if flaw:
-        for created in reversed(builder.created):
+        for created in _readers_first(builder.created):
             program.graph.erase_node(created)
         trace.miss(_rejected(rule, spelling, Rejection(f"the replacement would have {flaw}"), node, 0))
         return False
     covered = (node.name, *(n.name for n in builder.created))
     name = _chief_operator(new, builder)
-    became = "; ".join(text for text in (f"{spelling} -> {name}", rule.describe(bindings)) if text)
-    site = Site(rule.kind, "rewritten", rule.name, became, source(node), covered)
-    node.replace_all_uses_with(new)
-    erase_unused(program, node)
-    trace.replacements.append(Replacement(rule.name, spelling, site, name))
+    became = f"{spelling} -> {name}{_titles(builder)}"
+    reason = "; ".join(text for text in (became, rule.describe(bindings)) if text)
+    site = Site(rule.kind, "rewritten", rule.name, reason, source(node), covered)
+    outputs = tuple((before.name, after.name) for before, after in replaced)
+    for before, after in replaced:
+        before.replace_all_uses_with(after)
+        erase_unused(program, before)
+    trace.replacements.append(Replacement(rule.name, spelling, site, name, outputs))
     return True
+
+
+def _titles(builder: Builder) -> str:
+    """What the site gives, where that is more than its result."""
+    titles = dict.fromkeys(further.title for further in builder.further)
+    return f" (out, {', '.join(titles)})" if titles else ""
+
+
+def _readers_first(nodes: list[Node]) -> list[Node]:
+    """``nodes`` in the reverse of their order in the graph."""
+    order = {node: position for position, node in enumerate(nodes[0].graph.nodes)} if nodes else {}
+    return sorted(nodes, key=lambda node: order[node], reverse=True)
 
 
 def _chief_operator(new: Node, builder: Builder) -> str:

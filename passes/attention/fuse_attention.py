@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from fxopt.ir.nodes import is_call, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
+from fxopt.passes.attention.answers import Operands, answer
 from fxopt.passes.attention.axes import is_key_like
 from fxopt.passes.attention.band import length_of, with_bands
 from fxopt.passes.attention.captures import renumbered, write_captures
@@ -25,6 +26,7 @@ from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
 from fxopt.passes.attention.positions import Captured, explain
 from fxopt.passes.attention.proofs import described
+from fxopt.passes.attention.readers import lead_sizes
 from fxopt.passes.attention.region import Region, lift_region
 from fxopt.passes.attention.space import Space, space_of
 from fxopt.passes.attention.weights import Weights, read_weights
@@ -53,7 +55,7 @@ class Site:
 
 
 def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
-    weights = read_weights(match["weights"])
+    weights = read_weights(match["weights"], match.root)
     if weights is None or isinstance(weights, Rejection):
         return weights
     logits = weights.softmax.args[0]
@@ -76,6 +78,9 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
+    if weights.readers and lead_sizes((space.batch, space.heads), shape(weights.softmax)[:-2]) is None:
+        reason = f"the attention weights escape in a shape of which several sizes are dynamic: {weights.softmax}"
+        return Rejection(reason, (weights.softmax,))
     lengths = length_of(queries, -2, space), length_of(keys, -1, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
     return Site(match.root, queries, keys, match["values"], operands, weights, space, masked, heads)
@@ -99,24 +104,38 @@ def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: 
 
 
 def _write(builder: Builder, site: Site) -> Node:
+    readers, softmax = site.weights.readers, site.weights.softmax
+    # Other readers of the weights may stand before the site's result, and what they get before them.
+    with builder.before(softmax if readers else builder.at):
+        operands = _operands(builder, site)
+    if readers:
+        answer(builder, readers, softmax, operands)
+    values = site.heads.values(builder, operands.queries)
+    spec = replace(
+        operands.spec,
+        dropout=site.weights.dropout,
+        out_dtype=tensor(site.output).dtype,
+        out_layout=output_layout(site.output),
+    )
+    sources = (operands.queries, operands.keys, values, list(operands.captures))
+    result = builder.call(overload("attention"), *sources, str(spec))
+    return site.heads.restore(builder, result, site.output)
+
+
+def _operands(builder: Builder, site: Site) -> Operands:
+    """Queries, keys and captured tensors, and the specification but for what only the result knows."""
     score, mask, nodes, captures = write_captures(builder, site.masked, site.operands, site.space)
     queries, factor = unscaled(builder, site.heads.queries(builder))
     keys, key_factor = unscaled(builder, site.heads.keys(builder, queries))
-    score = _scale(score, factor * key_factor)
     spec = AttentionSpec(
-        score=score,
+        score=_scale(score, factor * key_factor),
         mask=mask,
         captures=captures,
         kv_map=site.heads.kv_map,
         empty_rows=_empty_rows(site),
         softmax_dtype=tensor(site.weights.softmax).dtype,
-        dropout=site.weights.dropout,
-        out_dtype=tensor(site.output).dtype,
-        out_layout=output_layout(site.output),
     )
-    values = site.heads.values(builder, queries)
-    result = builder.call(overload("attention"), queries, keys, values, nodes, str(spec))
-    return site.heads.restore(builder, result, site.output)
+    return Operands(queries, keys, tuple(nodes), spec)
 
 
 def _empty_rows(site: Site) -> EmptyRows:
@@ -151,9 +170,8 @@ def rules(program: Program) -> tuple[Rule, ...]:
 class FuseAttention:
     """``dropout(softmax(f(q @ kᵀ))) @ v -> fxopt.attention(q, k, v, captures, spec)``.
 
-    ``f`` is any composition of pointwise operations, casts and views that keep rows and keys apart; every operand
-    that is
-    broadcast onto the scores is lifted into the score and mask expressions. See `fxopt.ir.attention.AttentionSpec`.
+    ``f`` is any composition of pointwise operations, casts and views that keep rows and keys apart; every operand that
+    is broadcast onto the scores is lifted into the score and mask expressions. See `fxopt.ir.attention.AttentionSpec`.
 
     Masks that fill with the lowest finite number of a dtype, or add it, become masks as those of −inf do:
 
@@ -164,6 +182,10 @@ class FuseAttention:
     (2·10³¹ for bfloat16's in float32; not so in float16, where such sums stay scores). A gradient flows through the sum
     even in a row without keys, so where one may be needed the sum stays a score too. Masks that fill with different
     numbers, or overflow when they are added to one another, stay scores as well.
+
+    Weights that are read elsewhere too are computed apart, exactly, and as little of them as is read: those of some
+    rows by ``fxopt.attention_weights`` on those queries, sums over the queries and the diagonal by
+    ``fxopt.attention_statistics``, and the whole weights only for a reader that needs them.
     """
 
     name: ClassVar[str] = "fuse-attention"

@@ -8,7 +8,8 @@ from typing import Final
 import torch
 from torch.fx import Node
 
-from fxopt.ir.nodes import arguments, is_call, same_size, shape
+from fxopt.ir.nodes import arguments, is_call, shape
+from fxopt.passes.attention.readers import Readers, keeps_rows, read_readers
 from fxopt.passes.attention.region import CASTS, RESHAPES
 from fxopt.rewriter.rule import Rejection
 
@@ -25,18 +26,21 @@ _SEEN_THROUGH: Final = (
 
 @dataclass(frozen=True)
 class Weights:
-    """The way from a softmax to the contraction with the values: dropout on it, and the nodes it covers."""
+    """The way from a softmax to the contraction with the values: dropout on it, the nodes it covers, and who else reads
+    the weights.
+    """
 
     softmax: Node
     dropout: float
     nodes: tuple[Node, ...]
+    readers: Readers
 
 
-def read_weights(weights: Node) -> Weights | Rejection | None:
-    """Follow ``weights`` back to a softmax over the last axis.
+def read_weights(weights: Node, root: Node) -> Weights | Rejection | None:
+    """Follow ``weights``, an operand of the contraction ``root``, back to a softmax over the last axis.
 
     ``None`` when no softmax is there at all; a `Rejection` when there is one but something else lies in between, or its
-    axis is not the key axis, or the weights are read elsewhere too.
+    axis is not the key axis, or the weights are read elsewhere in a way that can't be served.
     """
     nodes: list[Node] = []
     dropout = 0.0
@@ -55,23 +59,9 @@ def read_weights(weights: Node) -> Weights | Rejection | None:
         return Rejection(
             f"the softmax runs over axis {axis} of {rank}; attention normalises over keys, the last axis", (node,)
         )
-    escaping = escape([*nodes, node], weights)
-    return escaping or Weights(node, dropout, (*nodes, node))
-
-
-def escape(nodes: list[Node], last: Node) -> Rejection | None:
-    """A rejection when a node of the chain that ends at ``last`` is read from outside it."""
-    inside = set(nodes)
-    for node in nodes:
-        readers = [user for user in node.users if user not in inside]
-        allowed = 1 if node is last else 0
-        if len(readers) > allowed:
-            others = ", ".join(sorted(r.name for r in readers))
-            reason = (
-                f"the attention weights escape: {node} is also read by {others}; kept until a kernel can return them"
-            )
-            return Rejection(reason, (node, *readers))
-    return None
+    chain = (*nodes, node)
+    readers = read_readers(node, chain, root, shape(node)[-2])
+    return readers if isinstance(readers, Rejection) else Weights(node, dropout, chain, readers)
 
 
 def _active_dropout(node: Node) -> float:
@@ -81,14 +71,7 @@ def _active_dropout(node: Node) -> float:
 
 def _keeps_rows(node: Node) -> bool:
     """A view that leaves the last two axes (query rows, keys) as they are."""
-    if not is_call(node, *RESHAPES):
-        return False
-    before, after = shape(node.args[0]), shape(node)
-    return (
-        len(before) >= 2
-        and len(after) >= 2
-        and all(same_size(x, y) for x, y in zip(before[-2:], after[-2:], strict=True))
-    )
+    return is_call(node, *RESHAPES) and keeps_rows(node)
 
 
 def _explain(node: Node) -> Rejection | None:

@@ -202,9 +202,9 @@ def _exact(number: str, name: str, program: Any, inputs: Inputs = QKV, **more: A
 
 
 SOFTMAX_NEAR_MISSES: Final[tuple[Case, ...]] = (
-    _kept("8a", "weights returned", returns_weights),
-    _kept("8b", "a reduction of the weights returned", returns_class_row),
-    _kept("8c", "entropy of the weights returned", entropy_of_weights),
+    _exact("8a", "weights returned", returns_weights),
+    _exact("8b", "a reduction of the weights returned", returns_class_row),
+    _exact("8c", "entropy of the weights returned", entropy_of_weights),
     _kept("16a", "weights multiplied", multiplied, _FACTOR),
     _row("16b", "weights multiplied and renormalised", renormalised, _FACTOR, constant=(3,)),
     _kept("18", "dropout on scores", DropoutOnScores, why=r"(?i)dropout|random", modes=("training",)),
@@ -227,7 +227,7 @@ SOFTMAX_NEAR_MISSES: Final[tuple[Case, ...]] = (
     _exact("32b", "two separate softmaxes", separate_softmaxes, _TWO, sites=2),
     _row("33", "cascaded heads", cascaded, _two_heads, sites=2),
     _kept("34a", "weights edited in place", relu_in_place, modes=("inference",)),
-    _kept("34b", "a view of the weights returned", weights_returned_as_view),
+    _exact("34b", "a view of the weights returned", weights_returned_as_view),
     _kept("35a", "linear attention", linear_attention, sites=0),
     _kept("35b", "softmax over features", feature_softmaxes, sites=0),
     _kept("35c", "gated", gated, sites=0),

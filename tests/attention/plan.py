@@ -13,6 +13,7 @@ from tests.attention.check import Run, runs
 from tests.attention.further_spellings import FURTHER
 from tests.attention.near_misses import NEAR_MISSES
 from tests.attention.spellings import SPELLINGS
+from tests.attention.weight_readers import WEIGHT_NEAR_MISSES, WEIGHT_READERS
 
 Condition = tuple[Mode, str, torch.dtype]
 
@@ -50,8 +51,8 @@ def _near_miss_conditions(position: int) -> Iterable[Condition]:
     return (*_ALWAYS, (mode, shapes, dtype), ("training", shapes, dtype))
 
 
-SPELLING_RUNS: Final[list[Run]] = runs((*SPELLINGS, *FURTHER), _spelling_conditions)
-NEAR_MISS_RUNS: Final[list[Run]] = runs(NEAR_MISSES, _near_miss_conditions)
+SPELLING_RUNS: Final[list[Run]] = runs((*SPELLINGS, *FURTHER, *WEIGHT_READERS), _spelling_conditions)
+NEAR_MISS_RUNS: Final[list[Run]] = runs((*NEAR_MISSES, *WEIGHT_NEAR_MISSES), _near_miss_conditions)
 
 
 def planned_keys() -> list[tuple[str, ...]]:

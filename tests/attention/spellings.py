@@ -112,11 +112,15 @@ class SwinBias(nn.Module):
         return ((q * scale_of(q)) @ key_t(k) + self.bias[None]).softmax(-1) @ v
 
 
-def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def alibi_bias(q: Tensor) -> Tensor:
     heads, size = q.shape[1:3]
     sl = torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=q.dtype, device=q.device)
     i = torch.arange(size, device=q.device)
-    return (scores(q, k) + (sl[:, None, None] * (i[None] - i[:, None]))[None]).softmax(-1) @ v
+    return (sl[:, None, None] * (i[None] - i[:, None]))[None]
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k) + alibi_bias(q)).softmax(-1) @ v
 
 
 def rotary(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -257,7 +261,6 @@ def _sizes(dims: Dims, dtype: torch.dtype) -> Tensor:
 
 _MASKED: Final = plan("BHSD", "BHSD", "BHSD", "B1SS")
 _DECODE: Final = plan("BH1D", "BH1D", "BH1D", "BHSD", "BHSD")
-_ESCAPES: Final = r"(?i)weights|probabilit|escape|returned|other use"
 
 
 def _row(number: int, name: str, program: Any, inputs: Inputs = QKV, **more: Any) -> Case:
@@ -298,7 +301,7 @@ SPELLINGS: Final[tuple[Case, ...]] = (
     _row(31, "BSHD permuted", permuted, plan("BSHD", "BSHD", "BSHD")),
     _row(32, "decode with cat cache", decode, _DECODE),
     _row(33, "baddbmm and bmm, 3-D", batched_3d, plan("BHSD", "BHSD", "BHSD", "BHSS")),
-    _row(34, "returns the weights", returns_weights, expected="kept", why=_ESCAPES),
-    _row(35, "returns the mean class-token row", returns_class_row, expected="kept", why=_ESCAPES),
+    _row(34, "returns the weights", returns_weights),
+    _row(35, "returns the mean class-token row", returns_class_row),
     _row(36, "proportional attention", proportional, then(QKV, _sizes)),
 )

@@ -35,7 +35,7 @@ def test_explain_and_dump_shows_why_and_what(tmp_path: Path) -> None:
     before, after = explain_and_dump.main(tmp_path / "dump")
     (kept,) = before.sites
     assert kept.status == "kept"
-    assert "the attention weights escape" in kept.reason
+    assert "relu stands between the softmax and the values" in kept.reason
     assert "weights_BQT = scores_BQT.softmax(-1)" in kept.source.code
     assert after.count("attention") == 1
     assert (tmp_path / "dump" / "01-fuse-attention.diff").read_text().count("fxopt.attention")

@@ -74,6 +74,16 @@ def padded() -> Inputs:
     return {"input_ids": _ids() * mask, "attention_mask": mask}
 
 
+def text_with_weights() -> Inputs:
+    """Token ids with a padding mask, and the wish to see the attention weights of every layer."""
+    return {**padded(), "output_attentions": True}  # type: ignore[dict-item]
+
+
+def image_with_weights() -> Inputs:
+    """Images, and the wish to see the attention weights of every layer."""
+    return {**image(), "output_attentions": True}  # type: ignore[dict-item]
+
+
 def decoder() -> Inputs:
     """Token ids for a decoder that keeps no cache."""
     return {"input_ids": _ids(), "use_cache": False}  # type: ignore[dict-item]
@@ -165,6 +175,7 @@ _EAGER: Final[tuple[Implementation, ...]] = ("eager",)
 #: Name, class, configuration, inputs and, if a padding mask is a variant of its own, the inputs with one.
 _ENTRIES: Final[tuple[tuple[Any, ...], ...]] = (
     ("bert", "BertModel", _ENCODER, _BOTH, text, padded),
+    ("bert_weights", "BertModel", _ENCODER, _EAGER, text_with_weights, None),
     ("roberta", "RobertaModel", _ENCODER, _BOTH, text, padded),
     ("distilbert", "DistilBertModel", _DISTILBERT, _BOTH, text, padded),
     ("electra", "ElectraModel", {**_ENCODER, "embedding_size": 16}, _BOTH, text, padded),
@@ -188,6 +199,7 @@ _ENTRIES: Final[tuple[tuple[Any, ...], ...]] = (
     ("bart", "BartModel", {**_SEQUENCES, **_COMMON, "max_position_embeddings": 64}, _BOTH, text_to_text, None),
     ("whisper", "WhisperModel", _WHISPER, _BOTH, speech, None),
     ("vit", "ViTModel", _VISION, _BOTH, image, None),
+    ("vit_weights", "ViTModel", _VISION, _EAGER, image_with_weights, None),
     ("deit", "DeiTModel", _VISION, _BOTH, image, None),
     ("swin", "SwinModel", _SWIN, _BOTH, image, None),
     ("clip", "CLIPModel", _CLIP, _BOTH, image_and_text, None),

@@ -16,6 +16,8 @@ from torch.fx import Node
 from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
 from fxopt.codegen.attention import kernels, operator, sdpa
+from fxopt.codegen.attention.backward import kernel as backward
+from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import FxoptWarning, LoweringError
 from fxopt.ir.attention import AttentionSpec, read_spec
@@ -98,11 +100,24 @@ def _generated(
     if not q.dtype == k.dtype == v.dtype:
         refused["triton"] = f"operands of several dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
         return []
-    configs, reasons = kernels.candidates(_problem(spec, q, k, v, training))
+    problem = _problem(spec, q, k, v, training)
+    configs, reasons = kernels.candidates(problem)
+    configs = _with_backward(problem, configs, refused) if training else configs
     for prefix, reason in reasons.items():
         refused[f"triton-{prefix}" if prefix else "triton"] = reason
     target = torch.ops.fxopt.attention_forward.default
     return [Candidate(f"triton-{c}", "triton", target, (c, training), first=True) for c in configs]
+
+
+def _with_backward(problem: Problem, configs: tuple[str, ...], refused: dict[str, str]) -> tuple[str, ...]:
+    """Every configuration of the forward with the best guess for the backward, and the first one with the second."""
+    sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
+    found = [str(config) for config in backward.candidates(*sizes, problem.capability)]
+    if not found:
+        refused["triton-backward"] = backward.objection(*sizes) or "no configuration of the backward fits the device"
+        found = [RECOMPUTE]
+    paired = [f"{config}/{found[0]}" for config in configs]
+    return tuple(paired + [f"{configs[0]}/{other}" for other in found[1:] if configs])
 
 
 def _problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Problem:
@@ -156,14 +171,15 @@ def _forced(
 
 def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
     """Median seconds of each candidate (forward, and backward in training); one that fails is refused and left out."""
-    q, k, v, captures = _operands(site)
-    q, k, v, *captures = (_real(x, seed) for seed, x in enumerate((q, k, v, *captures)))
+    operands = [_real(x, seed) for seed, x in enumerate(_flat(site))]
+    needed = [True] * 3 + [may_need_gradient(node) for node in _capture_nodes(site)]
+    leaves = [n for n, need in enumerate(needed) if need] if training else []
     seconds = {}
     for candidate in found:
-        run = _timed_call(candidate, q, k, v, captures, str(site.args[4]), training)
         try:
             with torch.set_grad_enabled(training):
-                seconds[candidate.name] = median_seconds(run, q.device)
+                run = _timed_call(candidate, operands, str(site.args[4]), leaves)
+                seconds[candidate.name] = median_seconds(run, operands[0].device)
         except Exception as error:
             if candidate.family == "aten":
                 raise
@@ -171,16 +187,19 @@ def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[s
     return seconds
 
 
-def _timed_call(
-    candidate: Candidate, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor], spec: str, training: bool
-) -> Callable[[], Any]:
-    if not training:
-        return lambda: candidate(q, k, v, captures, spec)
+def _timed_call(candidate: Candidate, operands: list[Tensor], spec: str, leaves: list[int]) -> Callable[[], Any]:
+    """A run of the candidate, with the gradients of those operands that are ``leaves``."""
+
+    def forward(*given: Tensor) -> Tensor:
+        return candidate(given[0], given[1], given[2], given[3:], spec)
+
+    if not leaves:
+        return lambda: forward(*operands)
+    cotangent = torch.randn_like(forward(*(x.detach() for x in operands)))
 
     def forward_and_backward() -> None:
-        leaf_q, leaf_k, leaf_v = (x.detach().requires_grad_() for x in (q, k, v))
-        with torch.enable_grad():
-            candidate(leaf_q, leaf_k, leaf_v, captures, spec).sum().backward()
+        given = [x.detach().requires_grad_(n in leaves) for n, x in enumerate(operands)]
+        torch.autograd.grad(forward(*given), [given[n] for n in leaves], cotangent, allow_unused=True)
 
     return forward_and_backward
 

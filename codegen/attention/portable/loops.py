@@ -53,13 +53,13 @@ def loop_spans(found: KeyRange) -> tuple[Span, ...]:
 def key_range_text(found: KeyRange, emit: Emitter) -> str:
     """The lines that compute the limits which `loop_spans` names."""
     upper, lower = found.side("upper"), found.side("lower")
-    lines = [f"stop = {_nested('minimum', 'Sk', (_limit(b, 'last', 1, emit) for b in upper))}"]
-    full_stop = _nested("minimum", "Sk", (_limit(b, "first", 1, emit) for b in upper))
+    lines = [f"stop = {nested('minimum', 'Sk', (_limit(b, 'last', 1, emit) for b in upper))}"]
+    full_stop = nested("minimum", "Sk", (_limit(b, "first", 1, emit) for b in upper))
     lines.append(f"full_stop = {full_stop}")
     lines.append("full_stop = tl.maximum(full_stop, 0) // BLOCK_N * BLOCK_N")
     if lower:
-        start = _nested("maximum", "0", (_limit(b, "first", 0, emit) for b in lower))
-        full_start = _nested("maximum", "0", (_limit(b, "last", 0, emit) for b in lower))
+        start = nested("maximum", "0", (_limit(b, "first", 0, emit) for b in lower))
+        full_start = nested("maximum", "0", (_limit(b, "last", 0, emit) for b in lower))
         lines.append(f"start_block = {start} // BLOCK_N * BLOCK_N")
         lines.append(f"full_start = tl.cdiv({full_start}, BLOCK_N) * BLOCK_N")
     return "\n".join(lines)
@@ -75,7 +75,8 @@ def _limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:
     return f"tl.minimum(tl.maximum({text}, -1), Sk).to(tl.int32)"
 
 
-def _nested(function: str, first: str, others: Iterable[str]) -> str:
+def nested(function: str, first: str, others: Iterable[str]) -> str:
+    """Calls of ``tl.minimum`` or ``tl.maximum`` that fold ``others`` into ``first``."""
     text = first
     for other in others:
         text = f"tl.{function}({text}, {other})"

@@ -14,8 +14,8 @@ from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr
 
 LOG2E: Final = math.log2(math.e)
-#: Constants of this size and captured tensors may be finite stand-ins for −inf. From here on neighbouring float32 are 64
-#: apart: rounding their product with log2(e) would move an exponent beyond what float32 holds.
+#: Constants of this size and captured tensors may be finite stand-ins for −inf. From here on neighbouring float32 are
+#: 64 apart: rounding their product with log2(e) would move an exponent beyond what float32 holds.
 _HUGE: Final = 2.0**30
 
 

@@ -8,9 +8,9 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.gradients import may_need_gradient
-from fxopt.codegen.attention import operator
-from fxopt.codegen.attention.backward import operator as backward_operator
 from fxopt.codegen.attention.backward.config import RECOMPUTE, split_config
+from fxopt.codegen.attention.backward.operator import source_of as backward_source_of
+from fxopt.codegen.attention.operator import source_of
 from fxopt.ir.nodes import tensor
 from fxopt.ir.program import Program
 
@@ -31,9 +31,9 @@ def kernel_sources(program: Program) -> dict[str, str]:
 def _sources(node: Node) -> Iterator[tuple[str, str]]:
     q, _, v, captures, spec, config = node.args[:6]
     sizes = (str(spec), int(tensor(q).shape[3]), int(tensor(v).shape[3]), tensor(q).dtype)
-    yield node.name, operator.source_of(*sizes, str(config))
+    yield node.name, source_of(*sizes, str(config))
     backward = split_config(str(config))[1]
     if backward and backward != RECOMPUTE:
         assert isinstance(captures, list | tuple)
         wanted = [isinstance(c, Node) and may_need_gradient(c) for c in captures]
-        yield f"{node.name}_backward", backward_operator.source_of(*sizes, backward, wanted)
+        yield f"{node.name}_backward", backward_source_of(*sizes, backward, wanted)

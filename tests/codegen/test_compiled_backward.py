@@ -13,7 +13,7 @@ import torch
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention.backward.config import BackwardConfig, table_config
-from fxopt.codegen.attention.backward.kernel import KIND, candidates, read_backward, source
+from fxopt.codegen.attention.backward.kernel import KIND, candidates, source
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
@@ -32,6 +32,7 @@ CASES = {
         parse("s * 0.125 + c0 * float(j - i)"), parse("j <= i"), (Capture("-h--", torch.float32),), out_dtype=HALF
     ),
 }
+_SINGLE = ("lse", "dlse", "delta", "shift", "count", "spoilt")
 _INNERMOST = re.compile(r"(q|k|v|out|dout)_stride_[de]|c0_stride_j")
 
 
@@ -51,7 +52,12 @@ def compiled(
     wanted = [c.kind == "float" for c in spec.captures]
     function = getattr(import_source(KIND, source(spec, width, width, dtype, config, wanted)), f"{kernel}_kernel")
     blocks = _blocks(kernel, config, width)
-    constants = {"BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "BLOCK_D": padded(width), "GROUP": 1}
+    constants: dict[str, Any] = {
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_N": blocks.block_n,
+        "BLOCK_D": padded(width),
+        "GROUP": 1,
+    }
     constants |= {"BLOCK_E": padded(width), "PRECISION": "ieee", "FAST_TANH": dtype is not torch.float32}
     constants |= {"EVEN": even, "WIDE": False, "WITH_DLSE": False}
     signature: dict[str, str] = {}
@@ -81,7 +87,7 @@ def _blocks(kernel: str, config: BackwardConfig, width: int) -> Config:
 def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
     if not name.endswith("_ptr"):
         return "i32"
-    if name.split("_")[0] in ("lse", "dlse", "delta", "shift", "count", "spoilt") or name.endswith("_grad_ptr"):
+    if name.removesuffix("_ptr") in _SINGLE or name.endswith("_grad_ptr"):
         return "*fp32"
     return POINTER[spec.captures[int(name[1])].dtype if name[0] == "c" else dtype]
 

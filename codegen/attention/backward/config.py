@@ -12,6 +12,8 @@ from fxopt.errors import LoweringError
 
 #: What asks for the recomputation in plain PyTorch in place of a configuration.
 RECOMPUTE: Final = "recompute"
+#: Configurations measured for a site.
+_TRIED: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +53,17 @@ _HOPPER: Final[dict[int, tuple[str, ...]]] = {
     16: ("64x128w4s2-128x64w4s2", "64x64w4s2-64x64w4s2"),
     32: ("64x128w4s2-128x64w4s2", "64x64w4s2-64x64w4s2"),
     64: ("64x128w8s2-128x64w8s2", "64x64w4s2-64x64w4s2"),
-    128: ("64x128w8s2-128x64w8s2", "32x128w8s2-128x64w8s2"),
+    128: ("64x128w8s2-128x64w8s2", "32x128w8s2-128x64w8s2", "64x64w8s1-64x64w8s1"),
     256: ("32x64w8s1-64x32w8s1", "32x32w4s1-32x32w4s1"),
 }
 #: The same where a block holds more than scores: derivatives that are not constant, tiles of captured tensors.
 _HOPPER_HEAVY: Final[dict[int, tuple[str, ...]]] = {
     64: ("64x128w8s2-128x64w8s2", "32x128w8s2-128x64w8s2"),
-    128: ("32x128w8s2-128x64w8s2", "64x64w8s2-64x64w4s2"),
+    128: ("32x128w8s2-128x64w8s2", "64x64w8s2-64x64w4s2", "64x64w8s1-64x64w8s1"),
 }
 _BLACKWELL_HEAVY: Final[dict[int, tuple[str, ...]]] = {
     64: ("64x64w4s2-128x64w8s2", "32x128w8s2-128x64w8s2"),
-    128: ("32x128w8s2-128x64w8s2", "64x64w8s2-64x64w4s2"),
+    128: ("32x128w8s2-128x64w8s2", "64x64w8s2-64x64w4s2", "64x64w8s1-64x64w8s1"),
 }
 _OTHERS: Final[dict[int, tuple[str, ...]]] = {
     16: ("64x64w4s2-64x64w4s2", "32x64w4s2-64x32w4s2"),
@@ -94,7 +96,7 @@ def fitting(
     width = max(padded(head_dim), padded(value_dim))
     configs = (read_backward(text) for text in table.get(width, ()))
     limit = shared_limit(capability)
-    return tuple(c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit)
+    return tuple(c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit)[:_TRIED]
 
 
 def _half(capability: tuple[int, int], heavy: bool) -> dict[int, tuple[str, ...]]:
@@ -114,9 +116,9 @@ def shared_bytes(config: BackwardConfig, head_dim: int, value_dim: int, dtype: t
     return (max(keys, rows) * widths + tile) * dtype.itemsize
 
 
-def table_config(config: BackwardConfig, head_dim: int, value_dim: int) -> Config:
+def table_config(config: BackwardConfig) -> Config:
     """The blocks of the kernel that computes the gradient of a captured tensor per row and key."""
-    if config.rows.block_m * config.rows.block_n < 64 * 64:
-        return Config(config.rows.block_m, config.rows.block_n, config.rows.num_warps, 1)
-    wide = max(padded(head_dim), padded(value_dim)) > 64
-    return Config(64, 64, 8 if wide else 4, 1)
+    rows = config.rows
+    if rows.block_m >= 64 and rows.block_n >= 32:
+        return Config(64, 32, 4, 1)
+    return Config(rows.block_m, rows.block_n, rows.num_warps, 1)

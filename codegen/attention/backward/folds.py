@@ -79,7 +79,8 @@ class Folds:
         """The holes of the update functions and of the loops that call them."""
         rows, keys = self._sums("rows"), self._sums("keys")
         rest = {
-            "ds": "dx" if self.slope[0] is None else f"(dx * ({self.emit(self.slope[0])}))",
+            "ds": "dx" if self.slope[0] is None else "ds",
+            "slope": "" if self.slope[0] is None else f"ds = dx * ({self.emit(self.slope[0])})",
             "row_sums": "\n".join(self._row_sums(rows)),
             "key_sums": "\n".join(f"{f.name}_sum += tl.sum(dx * ({self.emit(f.slope)}), 1)" for f in keys),
             "row_zeros": "\n".join(f"{name} = tl.zeros([BLOCK_M], tl.float32)" for name in self._targets("rows")[1:]),
@@ -134,7 +135,7 @@ class Folds:
     def table_holes(self, flow: Flow) -> dict[str, str]:
         """The holes of the kernel that computes the gradient of one captured tensor per row and key."""
         names = ("grad", *self._row_names)
-        batch, head = flow.how.dims[:2]
+        batch, head = flow.how.dims[0], flow.how.dims[1]
         update = f"grad = fold_{flow.name}(\n{_indented(self._arguments(names, 'BLOCK_N', bounded=True))}\n)"
         visited = ["start < stop"] * bool(self.range.side("upper"))
         visited += ["start >= start_block"] * bool(self.range.side("lower"))

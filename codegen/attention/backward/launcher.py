@@ -34,7 +34,7 @@ def launch(
     $unpack_captures
     $allocate
     if min(batch, heads, rows, keys) == 0:
-        return [x.zero_() for x in $zeroed]
+        $nothing
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     with_dlse = dlse is not None
@@ -107,6 +107,14 @@ if __name__ == "__main__":
     main()
 '''
 
+FOLDED: Final = '''
+def folded(x: torch.Tensor, period: int) -> torch.Tensor:
+    """The sums over batches that lie ``period`` apart."""
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, -x.shape[0] % period))
+    return x.reshape(-1, period, *x.shape[1:]).sum(0)
+
+'''
+
 _ALLOCATE: Final = {
     "bhsd": "{0} = torch.empty((batch, {1}, {2}, {3}), dtype={4}.dtype, device=q.device)",
     "bshd": "{0} = torch.empty((batch, {2}, {1}, {3}), dtype={4}.dtype, device=q.device).transpose(1, 2)",
@@ -121,12 +129,14 @@ def launch_holes(text: BackwardText) -> dict[str, str]:
     wanted = [n for n, want in enumerate(text.wanted) if want]
     flows = {flow.index: flow for flow in text.flows}
     results = ["dq", "dk", "dv", *(_result(n, flows.get(n)) for n in wanted)]
-    empty = ", ".join(f"torch.empty(c{n}.shape, dtype=c{n}.dtype, device=q.device)" for n in wanted)
+    shown = "".join(f"c{n}, " for n in wanted)
+    zeros = f"\n    *(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in ({shown.strip()})),"
+    empty = zeros if wanted else ""
     return {
         "returned": "".join(f", c{n}" for n in wanted),
         "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else _unpacked(names),
         "allocate": _allocated(text),
-        "zeroed": f"(dq, dk, dv, {empty})" if empty else "(dq, dk, dv)",
+        "nothing": f"return [\n    *(x.zero_() for x in (dq, dk, dv)),{empty}\n]",
         "statistics": _statistics(text),
         "wide": wide(text.reaches),
         "tensors": listing(text.pointers),
@@ -185,7 +195,7 @@ def _parts(flow: Flow, text: BackwardText) -> list[str]:
 
 
 def _table_config(text: BackwardText) -> Config:
-    return table_config(text.config, text.head_dim, text.value_dim)
+    return table_config(text.config)
 
 
 def _launches(text: BackwardText) -> list[str]:

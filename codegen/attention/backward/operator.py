@@ -59,10 +59,27 @@ def attention_backward(
         tensors that are wanted, contiguous.
     """
     meaning = reference.specification(spec)
-    lse_gradient = grad_lse if lse.numel() else None
-    dq, dk, dv, dcaptures = gradients(meaning, q, k, v, captures, wanted, grad_out, lse_gradient)
-    laid_out = [reference.lay_out(dataclasses.replace(meaning, out_dtype=q.dtype), x) for x in (dq, dk, dv)]
+    return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None)
+
+
+def _recomputed(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    wanted: Sequence[bool],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+) -> list[Tensor]:
+    dq, dk, dv, dcaptures = gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse)
+    laid_out = [_laid_out(spec, x, q.dtype) for x in (dq, dk, dv)]
     return [*laid_out, *(x.contiguous() for x in dcaptures if x is not None)]
+
+
+def _laid_out(spec: AttentionSpec, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient in the memory order of the result, where models have their queries, keys and values too."""
+    return reference.lay_out(dataclasses.replace(spec, out_dtype=dtype), x)
 
 
 @attention_backward.register_kernel("cuda")
@@ -82,10 +99,7 @@ def _cuda(
     meaning = reference.specification(spec)
     chosen = chosen_config(meaning, q, v, lse, config)
     if chosen == RECOMPUTE:
-        recomputed: list[Tensor] = attention_backward._init_fn(
-            q, k, v, captures, out, lse, grad_out, grad_lse, wanted, spec, config
-        )
-        return recomputed
+        return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None)
     width = v.shape[3]
     v, out, grad_out = (_widened(x, q.shape[3]) for x in (v, out, grad_out))
     # A gradient that was broadcast, as that of a sum, would be read without coalescing.
@@ -93,7 +107,7 @@ def _cuda(
     launched = module(spec, q.shape[3], v.shape[3], q.dtype, chosen, tuple(wanted))
     found: list[Tensor] = launched.launch(q, k, v, captures, out, lse, grad_out, grad_lse)
     if v.shape[3] != width:
-        found[2] = reference.lay_out(dataclasses.replace(meaning, out_dtype=q.dtype), found[2][..., :width])
+        found[2] = _laid_out(meaning, found[2][..., :width], q.dtype)
     return found
 
 

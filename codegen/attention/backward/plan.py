@@ -1,6 +1,8 @@
 """What the backward of an attention computes, read off its specification: weights, slopes, gradients of captures.
 
-p = exp(x − lse),  dx = p·(dp − delta),  delta = Σ_e dout·out − dlse,  ds = dx·∂x/∂s,  dc = dx·∂x/∂c
+With a weight ``p``, its gradient ``dp`` and one ``delta`` per row:
+
+    p = exp(x − lse),  dx = p·(dp − delta),  delta = Σ_e dout·out − dlse,  ds = dx·∂x/∂s,  dc = dx·∂x/∂c
 """
 
 from __future__ import annotations

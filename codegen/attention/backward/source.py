@@ -12,7 +12,7 @@ import torch
 from fxopt.codegen.attention.backward import plan, template
 from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.folds import Folds
-from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes
+from fxopt.codegen.attention.backward.launcher import FOLDED, LAUNCH, MAIN, launch_holes
 from fxopt.codegen.attention.backward.plan import Flow, Weights
 from fxopt.codegen.attention.backward.row_range import row_range_text
 from fxopt.codegen.attention.portable.config import padded
@@ -53,6 +53,7 @@ class BackwardText:
             kernels.insert(0, template.RECOUNTED)
         texts = [fill(text, holes) for text in kernels]
         texts += [fill(template.TABLE, {**holes, **self._folds.table_holes(flow)}) for flow in self._tables]
+        texts += [FOLDED] * any(flow.how.dims[0] == "p" and flow.side != "table" for flow in self.flows)
         body = "".join(texts) + fill(LAUNCH, {**holes, **launch_holes(self)})
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         return fill(template.HEADER, holes) + devices + body + fill(MAIN, {**holes, **self._script})
@@ -136,7 +137,7 @@ class BackwardText:
             "score_maths": str(spec.score),
             "captures": "\n".join(c.description + self._wish(c.index) for c in self._folds.captures),
             "kept": "" if spec.mask is None else f" with {spec.mask}",
-            "tables": f"\nOne more for {names}, an element for each row and key." if names else "",
+            "tables": f"One more for {names}, an element for each row and key." if names else "",
         }
 
     def _wish(self, index: int) -> str:
@@ -150,12 +151,12 @@ class BackwardText:
         factor = self._folds.slope[1]
         scaled = "({0} * " + repr(factor) + ")" if factor != 1.0 else "{0}"
         parameters = (*(f"{name}_ptr" for name in self.pointers), *self.strides, *self.sizes, *_CONSTANTS)
-        also = [", and how many keys the rows of far logits have"] * self.recounted
-        also += ["; whether its weights are finite"] * self.spoils
+        also = ["Also the largest logit of rows, and how many keys share it, where lse is too coarse."] * self.recounted
+        also += ["Also whether all weights of the block are finite."] * self.spoils
         return {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in self.sizes) + "]",
             "kernel_parameters": listing(parameters, annotate=True),
-            "also_prepared": "".join(also),
+            "also_prepared": "\n".join(also) or "Its gradient of a softmax is p·(dp − delta).",
             "kv_head": _KV_HEAD[spec.kv_map],
             "query_head": _QUERY_HEAD[spec.kv_map],
             "d_masked": f", mask={d_inside}, other=0.0" if d_inside else "",

@@ -15,7 +15,9 @@ HEADER: Final = '''\
     ds = dx·∂x/∂s,  dq = Σ_j ds·k,  dk = Σ_i ds·q,  dv = Σ_i P·dout
 $captures
 Three kernels: delta; dq, which keeps rows and goes through the keys; dk and dv, which keep keys and go through the rows
-of every query head they serve.$tables No sum is shared between programs: the same inputs give the same bits.
+of every query head they serve.
+$tables
+No sum is shared between programs: the same inputs give the same bits.
 
 Specification:
 $spec
@@ -41,7 +43,8 @@ i = tl.minimum(rows, Sq - 1)[:, None]
 row = (b_wide * heads + h_wide) * Sq + tl.minimum(rows, Sq - 1)
 row_tile = (i - first).to(n.dtype)
 dout_base = dout_ptr + b_wide * dout_stride_b + h_wide * dout_stride_h + first.to(tl.int64) * dout_stride_i
-dout = tl.load(dout_base + row_tile * dout_stride_i + e[None, :] * dout_stride_e$e_masked)
+dout_tile = row_tile * dout_stride_i + e[None, :] * dout_stride_e
+dout = tl.load(dout_base + dout_tile$e_masked)
 """
 
 INDICES: Final = """\
@@ -67,7 +70,10 @@ PREPARE: Final = '''
 def prepare_kernel(
     $kernel_parameters
 ):
-    """delta of one block of query rows of one head$also_prepared."""
+    """delta of one block of query rows of one head.
+
+    $also_prepared
+    """
     blocks = tl.cdiv(Sq, BLOCK_M)
     program = tl.program_id(0)
     first = program % blocks * BLOCK_M
@@ -192,6 +198,7 @@ def fold_keys(
     """
     $by_row
     $row_sums
+    $slope
     dq = tl.dot($ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return $rows_returned
 
@@ -256,6 +263,7 @@ def fold_rows(
     dx = p * (dp - delta[None, :])
     $mask_dx
     $key_sums
+    $slope
     dk = tl.dot($ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return $keys_returned
 

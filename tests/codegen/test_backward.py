@@ -39,8 +39,9 @@ def test_same_specification_same_bytes_and_valid_python(name: str) -> None:
         spec = specification(name, SHAPES["packed"], torch.bfloat16)
     else:
         score, mask, dims = FLOWS[name]
-        spec = AttentionSpec(parse(score), mask and parse(mask), (Capture(dims, torch.bfloat16),),
-                             out_dtype=torch.bfloat16)  # type: ignore[arg-type]  # fmt: skip
+        captures = (Capture(dims, torch.bfloat16),)
+        kept = None if mask is None else parse(mask)
+        spec = AttentionSpec(parse(score), kept, captures, out_dtype=torch.bfloat16)
     wanted = [c.kind == "float" for c in spec.captures]
     text = source(spec, 80, 80, torch.bfloat16, CONFIG, wanted)
     assert text == source(spec, 80, 80, torch.bfloat16, CONFIG, wanted)

@@ -43,7 +43,7 @@ def compiled(
     config: BackwardConfig,
     architecture: int,
     dtype: torch.dtype = HALF,
-    even: bool = True,
+    **changes: Any,
 ) -> Any:
     """One kernel as Triton would specialise it for aligned, contiguous operands."""
     from triton.backends.compiler import GPUTarget
@@ -51,7 +51,7 @@ def compiled(
 
     wanted = [c.kind == "float" for c in spec.captures]
     function = getattr(import_source(KIND, source(spec, width, width, dtype, config, wanted)), f"{kernel}_kernel")
-    blocks = _blocks(kernel, config, width)
+    blocks = _blocks(kernel, config)
     constants: dict[str, Any] = {
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
@@ -59,7 +59,7 @@ def compiled(
         "GROUP": 1,
     }
     constants |= {"BLOCK_E": padded(width), "PRECISION": "ieee", "FAST_TANH": dtype is not torch.float32}
-    constants |= {"EVEN": even, "WIDE": False, "WITH_DLSE": False}
+    constants |= {"EVEN": True, "WIDE": False, "WITH_DLSE": False, **changes}
     signature: dict[str, str] = {}
     values: dict[tuple[int], Any] = {}
     aligned: dict[tuple[int], Any] = {}
@@ -76,11 +76,11 @@ def compiled(
     return triton.compile(text, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def _blocks(kernel: str, config: BackwardConfig, width: int) -> Config:
+def _blocks(kernel: str, config: BackwardConfig) -> Config:
     if kernel == "prepare":
         return dataclasses.replace(config.rows, num_warps=4, num_stages=1)
     if kernel[0] == "c":
-        return table_config(config, width, width)
+        return table_config(config)
     return config.keys if kernel == "dkdv" else config.rows
 
 
@@ -105,3 +105,22 @@ def test_first_candidate_compiles_without_spills(architecture: int, name: str, w
         assert ("wgmma.mma_async" in found.asm["ptx"]) == (architecture == 90)
         assert ("tcgen05.mma" in found.asm["ptx"]) == (architecture == 100)
         assert not re.search(r"\b(atom|red)\.", found.asm["ptx"]), f"{kernel} adds across programs"
+
+
+@pytest.mark.parametrize("kernel", ["prepare", "dkdv", "dq", "c0"])
+def test_offsets_of_huge_strides_take_64_bits(kernel: str) -> None:
+    """With a tail, heads that share keys, a gradient of the log-sum-exp: none of it keeps 32-bit offsets in a block."""
+    spec = CASES["bias"]
+    config = candidates(spec, 64, 64, HALF, (9, 0))[0]
+    changes = {"WIDE": True, "EVEN": False, "GROUP": 4, "WITH_DLSE": True}
+    text = compiled(kernel, spec, 64, config, 90, **changes).asm["ttir"]
+    products = [line for line in text.splitlines() if "arith.muli" in line]
+    assert not [line for line in products if "xi32>" in line]
+    assert [line for line in products if "xi64>" in line]
+
+
+def test_float32_does_not_spill(tmp_path: Path) -> None:
+    spec = dataclasses.replace(CASES["causal"], out_dtype=torch.float32)
+    config = candidates(spec, 64, 64, torch.float32, (9, 0))[0]
+    for kernel in ("dkdv", "dq"):
+        assert stack_bytes(compiled(kernel, spec, 64, config, 90, torch.float32).asm["cubin"], tmp_path) == 0, kernel

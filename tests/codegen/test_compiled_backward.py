@@ -78,7 +78,7 @@ def compiled(
 
 def _blocks(kernel: str, config: BackwardConfig) -> Config:
     if kernel == "prepare":
-        return dataclasses.replace(config.rows, num_warps=4, num_stages=1)
+        return dataclasses.replace(config.rows, num_stages=1)
     if kernel[0] == "c":
         return table_config(config)
     return config.keys if kernel == "dkdv" else config.rows
@@ -112,7 +112,7 @@ def test_offsets_of_huge_strides_take_64_bits(kernel: str) -> None:
     """With a tail, heads that share keys, a gradient of the log-sum-exp: none of it keeps 32-bit offsets in a block."""
     spec = CASES["bias"]
     config = candidates(spec, 64, 64, HALF, (9, 0))[0]
-    changes = {"WIDE": True, "EVEN": False, "GROUP": 4, "WITH_DLSE": True}
+    changes: dict[str, Any] = {"WIDE": True, "EVEN": False, "GROUP": 4, "WITH_DLSE": True}
     text = compiled(kernel, spec, 64, config, 90, **changes).asm["ttir"]
     products = [line for line in text.splitlines() if "arith.muli" in line]
     assert not [line for line in products if "xi32>" in line]

@@ -50,8 +50,8 @@ def split_config(config: str) -> tuple[str, str]:
 
 #: Best guess first, by padded head dimension.
 _HOPPER: Final[dict[int, tuple[str, ...]]] = {
-    16: ("64x128w4s2-128x64w4s2", "64x64w4s2-64x64w4s2"),
-    32: ("64x128w4s2-128x64w4s2", "64x64w4s2-64x64w4s2"),
+    16: ("64x128w8s2-128x64w8s2", "64x64w4s2-64x64w4s2"),
+    32: ("64x128w8s2-128x64w8s2", "64x64w4s2-64x64w4s2"),
     64: ("64x128w8s2-128x64w8s2", "64x64w4s2-64x64w4s2"),
     128: ("64x128w8s2-128x64w8s2", "32x128w8s2-128x64w8s2", "64x64w8s1-64x64w8s1"),
     256: ("32x64w8s1-64x32w8s1", "32x32w4s1-32x32w4s1"),

@@ -200,7 +200,7 @@ def _table_config(text: BackwardText) -> Config:
 
 def _launches(text: BackwardText) -> list[str]:
     rows, keys = text.config.rows, text.config.keys
-    prepare = Config(rows.block_m, rows.block_n, 8 if padded(text.head_dim) > 128 else 4, 1)
+    prepare = Config(rows.block_m, rows.block_n, rows.num_warps if text.recounted else 4, 1)
     lines = [
         _launch("prepare", prepare, f"triton.cdiv(rows, {rows.block_m}) * batch * heads", "keys", prepare.block_n),
         _launch("dkdv", keys, f"triton.cdiv(keys, {keys.block_n}) * batch * kv_heads", "rows", keys.block_m),

@@ -61,7 +61,7 @@ def test_gradients_of_captured_tensors(name: str, dtype: str) -> None:
     shape = Shape(64, 64, 200, 200, 2, "group", "bshd", batch=5, heads=4)
     spec = AttentionSpec(parse(score), None if mask is None else parse(mask), (Capture(dims, DTYPES[dtype]),),
                          empty_rows="zero", out_dtype=DTYPES[dtype], out_layout="bshd")  # fmt: skip
-    inputs, _ = on_gpu("plain", shape, spec, DTYPES[dtype])
+    inputs, _ = on_gpu("plain", shape, specification("plain", shape, DTYPES[dtype]), DTYPES[dtype])
     capture = torch.randn([sizes[x] for x in dims], device="cuda").to(DTYPES[dtype])
     dout = torch.randn_like(inputs[0])
     for config in configurations(spec, shape, DTYPES[dtype]):
@@ -83,7 +83,7 @@ def test_the_same_inputs_give_the_same_bits(name: str) -> None:
 def test_rows_of_finite_fills_share_their_weight_equally(fill: float) -> None:
     shape = Shape(64, 64, 200, 300, heads=4)
     spec = specification("additive-mask", shape, torch.bfloat16)
-    (q, k, v), _ = on_gpu("plain", shape, spec, torch.bfloat16)
+    (q, k, v), _ = on_gpu("plain", shape, specification("plain", shape, torch.bfloat16), torch.bfloat16)
     q = q * 0 if fill == -1e4 else q  # such a fill does not absorb the scores
     mask = torch.zeros(2, 1, 1, 300, device="cuda", dtype=torch.bfloat16)
     mask[0], mask[1, ..., :200] = fill, fill

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
-from fxopt.codegen.attention.backward import gradients
+from fxopt.codegen.attention.backward.config import split_config
+from fxopt.codegen.attention.backward.operator import attention_backward
+from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.kernels import family, source
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.kernel import KIND, objection
@@ -36,7 +38,8 @@ def attention_forward(
         v: ``[B, G, T, E]``, any strides.
         captures: the captured tensors, any strides.
         spec: the printed `AttentionSpec`; dropout is not supported.
-        config: the printed `Config`.
+        config: the printed configuration, followed by ``/`` and that of the backward where it is not to be the first
+            that fits.
         with_lse: whether to return the log-sum-exp of the logits.
 
     Returns:
@@ -60,7 +63,7 @@ def _cuda(
     q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
     meaning = _checked(q, k, v, captures, spec)
-    width = v.shape[3]
+    config, width = split_config(config)[0], v.shape[3]
     v = _widened(v, q.shape[3]) if family(config).pads_values else v
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
     out, lse = kernel.launch(q, k, v, captures, with_lse)
@@ -84,7 +87,7 @@ def module(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config:
 
 def source_of(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:
     """The source that ``attention_forward`` runs for printed ``spec`` and ``config``."""
-    return source(reference.specification(spec), head_dim, value_dim, dtype, config)
+    return source(reference.specification(spec), head_dim, value_dim, dtype, split_config(config)[0])
 
 
 @attention_forward.register_fake
@@ -110,17 +113,25 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captures, spec, _, with_lse = inputs
-    ctx.save_for_backward(q, k, v, *captures)
-    ctx.spec, ctx.with_lse = spec, with_lse
+    q, k, v, captures, spec, config, with_lse = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, *captures)
+    ctx.spec, ctx.with_lse, ctx.config = spec, with_lse, split_config(config)[1]
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    q, k, v, *captures = ctx.saved_tensors
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *captures = ctx.saved_tensors
     wanted = [bool(need) for need in ctx.needs_input_grad[3]]
-    spec = reference.specification(ctx.spec)
-    lse = grad_lse if ctx.with_lse else None
-    return (*gradients(spec, q, k, v, captures, wanted, grad_out, lse), None, None, None)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_lse = grad_lse if ctx.with_lse else None
+    if torch.is_grad_enabled():
+        # Gradients that are differentiated again need operations that can be.
+        spec = reference.specification(ctx.spec)
+        return (*gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse), None, None, None)
+    arguments = (q, k, v, captures, out, lse, grad_out, grad_lse, wanted, ctx.spec, ctx.config)
+    dq, dk, dv, *found = attention_backward(*arguments)
+    rest = iter(found)
+    return dq, dk, dv, [next(rest) if want else None for want in wanted], None, None, None
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -13,9 +13,10 @@ from typing import Final
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr
 
-_LOG2E: Final = math.log2(math.e)
-#: Constants of this size and captured tensors may be finite stand-ins for −inf, which log2(e) would overflow.
-_HUGE: Final = 1e30
+LOG2E: Final = math.log2(math.e)
+#: Constants of this size and captured tensors may be finite stand-ins for −inf. From here on neighbouring float32 are
+#: 64 apart: rounding their product with log2(e) would move an exponent beyond what float32 holds.
+_HUGE: Final = 2.0**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,14 @@ class Exponent:
 
 def exponent(spec: AttentionSpec, exact: bool) -> Exponent:
     """Plan the softmax of ``spec``; ``exact`` subtracts before scaling (one instruction more, for float32 inputs)."""
-    inner, factor = (spec.score, 1.0) if _may_be_huge(spec) else _split_factor(spec.score)
-    scale = repr(factor * _LOG2E)
+    inner, factor = (spec.score, 1.0) if _may_be_huge(spec) else split_factor(spec.score)
+    scale = repr(factor * LOG2E)
     if exact:
         return Exponent(inner, factor, "", f"(x - shift[:, None]) * {scale}", scale)
     if not _may_be_huge(spec):
         return Exponent(inner, factor, "", f"x * {scale} - (shift * {scale})[:, None]", scale)
-    # Around a huge maximum weights are 0 or 1 in any base, and the product with log2(e) would overflow.
-    unit = f"unit = tl.where(tl.abs(shift) < 1e38, {scale}, 1.0)"
+    # Around a huge maximum weights are 0 or 1 in any base.
+    unit = f"unit = tl.where(tl.abs(shift) < {_HUGE!r}, {scale}, 1.0)"
     return Exponent(inner, factor, unit, "x * unit[:, None] - (shift * unit)[:, None]", scale)
 
 
@@ -65,7 +66,8 @@ def _may_be_huge(spec: AttentionSpec) -> bool:
     return False
 
 
-def _split_factor(score: Expr) -> tuple[Expr, float]:
+def split_factor(score: Expr) -> tuple[Expr, float]:
+    """``score`` as the product of an expression and a positive constant, 1.0 where there is none."""
     if score.op not in ("mul", "div"):
         return score, 1.0
     first, second = score.args
@@ -73,6 +75,6 @@ def _split_factor(score: Expr) -> tuple[Expr, float]:
         first, second = second, first
     if second.op != "const" or not 1e-6 < float(second.value or 0) < 1e6:
         return score, 1.0
-    inner, factor = _split_factor(first)
+    inner, factor = split_factor(first)
     value = float(second.value or 0)
     return inner, factor * value if score.op == "mul" else factor / value

@@ -15,6 +15,8 @@ from torch.fx.node import map_arg
 from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
 from fxopt.codegen.attention import kernels, operator, sdpa
+from fxopt.codegen.attention.backward import kernel as backward
+from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import FxoptWarning, LoweringError
 from fxopt.ir.attention import AttentionSpec, read_spec
@@ -73,11 +75,24 @@ def _generated(
     if reason is not None:
         refused["triton"] = reason
         return []
-    configs, reasons = kernels.candidates(_problem(spec, q, k, v, training))
+    problem = _problem(spec, q, k, v, training)
+    configs, reasons = kernels.candidates(problem)
+    configs = _with_backward(problem, configs, refused) if training else configs
     for prefix, reason in reasons.items():
         refused[f"triton-{prefix}" if prefix else "triton"] = reason
     target = torch.ops.fxopt.attention_forward.default
     return [Candidate(f"triton-{c}", "triton", target, (c, training), first=True) for c in configs]
+
+
+def _with_backward(problem: Problem, configs: tuple[str, ...], refused: dict[str, str]) -> tuple[str, ...]:
+    """Every configuration of the forward with the best guess for the backward, and the first one with the second."""
+    sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
+    found = [str(config) for config in backward.candidates(*sizes, problem.capability)]
+    if not found:
+        refused["triton-backward"] = backward.objection(*sizes) or "no configuration of the backward fits the device"
+        found = [RECOMPUTE]
+    paired = [f"{config}/{found[0]}" for config in configs]
+    return tuple(paired + [f"{configs[0]}/{other}" for other in found[1:] if configs])
 
 
 def _problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Problem:

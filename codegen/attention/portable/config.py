@@ -106,6 +106,11 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def shared_limit(capability: tuple[int, int]) -> int:
+    """Largest shared memory of one block in bytes on a device of this compute capability."""
+    return _SHARED.get(capability, _SHARED_DEFAULT)
+
+
 def shared_bytes(config: Config, head_dim: int, value_dim: int, dtype: torch.dtype) -> int:
     """Shared memory that the query block and the key and value blocks in flight take."""
     rows = config.block_m * padded(head_dim)
@@ -129,7 +134,7 @@ def fitting(
     width = max(padded(head_dim), padded(value_dim))
     half = _half(capability, captured)
     table = {torch.bfloat16: half, torch.float16: half, torch.float32: _SINGLE}.get(dtype, {})
-    limit = _SHARED.get(capability, _SHARED_DEFAULT)
+    limit = shared_limit(capability)
     configs = (read_config(text) for text in table.get(width, ()))
     fit = [c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit]
     if rows is not None:

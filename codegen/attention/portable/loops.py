@@ -58,11 +58,11 @@ def key_range_text(found: KeyRange, emit: Emitter, hull: bool = False) -> str:
     upper, lower = found.side("upper"), found.side("lower")
     begin, end = (["hull_start"], ["hull_stop"]) if hull else ([], [])
     lines = [stop_text(found, emit, end)]
-    full_stop = _nested("minimum", "Sk", (*(_limit(b, "first", 1, emit) for b in upper), *end))
+    full_stop = nested("minimum", "Sk", (*(_limit(b, "first", 1, emit) for b in upper), *end))
     lines.append(f"full_stop = {full_stop}")
     lines.append("full_stop = tl.maximum(full_stop, 0) // BLOCK_N * BLOCK_N")
     if lower:
-        full_start = _nested("maximum", "0", (*(_limit(b, "last", 0, emit) for b in lower), *begin))
+        full_start = nested("maximum", "0", (*(_limit(b, "last", 0, emit) for b in lower), *begin))
         lines.append(start_text(found, emit, begin))
         lines.append(f"full_start = tl.cdiv({full_start}, BLOCK_N) * BLOCK_N")
     elif hull:
@@ -73,13 +73,13 @@ def key_range_text(found: KeyRange, emit: Emitter, hull: bool = False) -> str:
 def stop_text(found: KeyRange, emit: Emitter, ends: Sequence[str] = ()) -> str:
     """The line that computes ``stop``, not beyond any of ``ends``."""
     limits = (_limit(b, "last", 1, emit) for b in found.side("upper"))
-    return f"stop = {_nested('minimum', 'Sk', (*limits, *ends))}"
+    return f"stop = {nested('minimum', 'Sk', (*limits, *ends))}"
 
 
 def start_text(found: KeyRange, emit: Emitter, begins: Sequence[str] = ()) -> str:
     """The line that computes ``start_block``, the first key of the block that holds the first one needed."""
     limits = (_limit(b, "first", 0, emit) for b in found.side("lower"))
-    return f"start_block = {_nested('maximum', '0', (*limits, *begins))} // BLOCK_N * BLOCK_N"
+    return f"start_block = {nested('maximum', '0', (*limits, *begins))} // BLOCK_N * BLOCK_N"
 
 
 def _limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:
@@ -92,7 +92,8 @@ def _limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:
     return f"tl.minimum(tl.maximum({text}, -1), Sk).to(tl.int32)"
 
 
-def _nested(function: str, first: str, others: Iterable[str]) -> str:
+def nested(function: str, first: str, others: Iterable[str]) -> str:
+    """Calls of ``tl.minimum`` or ``tl.maximum`` that fold ``others`` into ``first``."""
     text = first
     for other in others:
         text = f"tl.{function}({text}, {other})"

@@ -77,19 +77,21 @@ def gradients(
     dq = reference.unfold_heads(ds @ k, q, spec.kv_map)
     dk = ds.transpose(-2, -1) @ folded(q)
     dcaptures = [
-        _unread(chained(n), tensor, how) if want else None
+        unread(chained(n), tensor, how) if want else None
         for n, (tensor, how, want) in enumerate(zip(captures, spec.captures, wanted, strict=True))
     ]
     return dq, dk, dv, dcaptures
 
 
-def _unread(grad_BHST: Tensor, tensor: Tensor, how: Capture) -> Tensor:
+def unread(grad_BHST: Tensor, tensor: Tensor, how: Capture) -> Tensor:
     """The transpose of reading a capture: sum over the axes it was broadcast along."""
     axes = [axis for axis, letter in enumerate(how.dims) if letter == "-" and not (how.is_band and axis == 2)]
     grad = grad_BHST.sum(axes, keepdim=True) if axes else grad_BHST
     if how.dims[0] == "p":
-        batch = torch.arange(grad.shape[0], device=grad.device)
-        grad = grad.new_zeros(tensor.shape).index_add(0, batch % tensor.shape[0], grad)
+        # Batches a period apart stand below one another; adding them by index would be in no fixed order on CUDA.
+        period = tensor.shape[0]
+        grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, 0, 0, 0, -grad.shape[0] % period))
+        grad = grad.reshape(-1, period, *grad.shape[1:]).sum(0)
     if how.is_band:
         grad = _along_diagonals(grad)
     return grad.to(tensor.dtype)

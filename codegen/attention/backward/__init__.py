@@ -1,0 +1,1 @@
+"""Gradients of an attention: generated kernels, and the recomputation in plain PyTorch that serves everywhere else."""

@@ -1,0 +1,124 @@
+"""How the generated backward of an attention is cut into blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from fxopt.codegen.attention.portable.config import Config, padded, read_config, shared_limit
+from fxopt.errors import LoweringError
+
+#: What asks for the recomputation in plain PyTorch in place of a configuration.
+RECOMPUTE: Final = "recompute"
+#: Configurations measured for a site.
+_TRIED: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardConfig:
+    """The blocks of the two kernels, rows by keys each; prints as ``64x128w8s2-128x64w8s2``.
+
+    Attributes:
+        keys: of the kernel of dk and dv, which keeps a block of keys and goes through the rows.
+        rows: of the kernel of dq, which keeps a block of rows and goes through the keys.
+    """
+
+    keys: Config
+    rows: Config
+
+    def __str__(self) -> str:
+        return f"{self.keys}-{self.rows}"
+
+
+def read_backward(text: str) -> BackwardConfig:
+    """Read what ``str(BackwardConfig)`` printed; raises `LoweringError` on anything else."""
+    keys, dash, rows = text.partition("-")
+    if not dash or "tma" in text:
+        raise LoweringError(
+            f"not a configuration of the backward: {text!r}; an example is '64x128w8s2-128x64w8s2', without tma"
+        )
+    return BackwardConfig(read_config(keys), read_config(rows))
+
+
+def split_config(config: str) -> tuple[str, str]:
+    """Forward and backward in ``"<forward>/<backward>"``; the second is empty where it is missing."""
+    forward, _, backward = config.partition("/")
+    return forward, backward
+
+
+#: Best guess first, by padded head dimension.
+_HOPPER: Final[dict[int, tuple[str, ...]]] = {
+    16: ("64x128w8s2-128x64w8s2", "64x64w4s2-64x64w4s2"),
+    32: ("64x128w8s2-128x64w8s2", "64x64w4s2-64x64w4s2"),
+    64: ("64x128w8s2-128x64w8s2", "64x64w4s2-64x64w4s2"),
+    128: ("64x128w8s2-128x64w8s2", "32x128w8s2-128x64w8s2", "64x64w8s1-64x64w8s1"),
+    256: ("32x64w8s1-64x32w8s1", "32x32w4s1-32x32w4s1"),
+}
+#: The same where a block holds more than scores: derivatives that are not constant, tiles of captured tensors.
+_HOPPER_HEAVY: Final[dict[int, tuple[str, ...]]] = {
+    64: ("64x128w8s2-128x64w8s2", "32x128w8s2-128x64w8s2"),
+    128: ("32x128w8s2-128x64w8s2", "64x64w8s2-64x64w4s2", "64x64w8s1-64x64w8s1"),
+}
+_BLACKWELL_HEAVY: Final[dict[int, tuple[str, ...]]] = {
+    64: ("64x64w4s2-128x64w8s2", "32x128w8s2-128x64w8s2"),
+    128: ("32x128w8s2-128x64w8s2", "64x64w8s2-64x64w4s2", "64x64w8s1-64x64w8s1"),
+}
+_OTHERS: Final[dict[int, tuple[str, ...]]] = {
+    16: ("64x64w4s2-64x64w4s2", "32x64w4s2-64x32w4s2"),
+    32: ("64x64w4s2-64x64w4s2", "32x64w4s2-64x32w4s2"),
+    64: ("64x64w8s2-64x64w4s2", "32x64w4s2-64x64w4s2"),
+    128: ("64x64w8s1-64x64w8s1", "32x64w4s1-64x32w4s1"),
+    256: ("32x64w8s1-64x32w8s1", "32x32w8s1-32x32w8s1"),
+}
+_OTHERS_HEAVY: Final[dict[int, tuple[str, ...]]] = {
+    64: ("32x64w8s2-64x64w4s2", "32x64w4s1-64x64w4s2"),
+}
+_SINGLE: Final[dict[int, tuple[str, ...]]] = {
+    16: ("32x32w4s1-32x32w4s1", "16x32w4s1-32x16w4s1"),
+    32: ("32x32w4s1-32x32w4s1", "16x32w4s1-32x16w4s1"),
+    64: ("32x32w8s1-32x32w8s1", "16x32w4s1-32x16w4s1"),
+    128: ("16x32w8s1-32x16w8s1", "16x16w4s1-16x16w4s1"),
+    256: ("16x16w8s1-16x16w8s1",),
+}
+
+
+def fitting(
+    head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int], heavy: bool = False
+) -> tuple[BackwardConfig, ...]:
+    """The configurations for these sizes that fit the device, best first, at most two; none for other dtypes.
+
+    ``heavy`` says that the derivative of the score is no constant, or that a captured tensor varies with row and key.
+    """
+    half = _half(capability, heavy)
+    table = {torch.bfloat16: half, torch.float16: half, torch.float32: _SINGLE}.get(dtype, {})
+    width = max(padded(head_dim), padded(value_dim))
+    configs = (read_backward(text) for text in table.get(width, ()))
+    limit = shared_limit(capability)
+    return tuple(c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit)[:_TRIED]
+
+
+def _half(capability: tuple[int, int], heavy: bool) -> dict[int, tuple[str, ...]]:
+    if capability[0] < 9:
+        return _OTHERS | _OTHERS_HEAVY if heavy else _OTHERS
+    if not heavy:
+        return _HOPPER
+    return _HOPPER | (_HOPPER_HEAVY if capability[0] == 9 else _BLACKWELL_HEAVY)
+
+
+def shared_bytes(config: BackwardConfig, head_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+    """Shared memory that the blocks kept and the blocks in flight take, in the larger of the two kernels."""
+    widths = padded(head_dim) + padded(value_dim)
+    keys = config.keys.block_n + config.keys.num_stages * config.keys.block_m
+    rows = config.rows.block_m + config.rows.num_stages * config.rows.block_n
+    tile = max(config.keys.block_m * config.keys.block_n, config.rows.block_m * config.rows.block_n)
+    return (max(keys, rows) * widths + tile) * dtype.itemsize
+
+
+def table_config(config: BackwardConfig) -> Config:
+    """The blocks of the kernel that computes the gradient of a captured tensor per row and key."""
+    rows = config.rows
+    if rows.block_m >= 64 and rows.block_n >= 32:
+        return Config(64, 32, 4, 1)
+    return Config(rows.block_m, rows.block_n, rows.num_warps, 1)

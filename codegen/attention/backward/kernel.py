@@ -1,0 +1,67 @@
+"""The generated backward of an attention: where it can serve, which configurations to try, and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from fxopt.codegen.attention.backward import plan
+from fxopt.codegen.attention.backward.config import BackwardConfig, fitting, read_backward
+from fxopt.codegen.attention.backward.source import BackwardText
+from fxopt.codegen.attention.portable.kernel import objection as forward_objection
+from fxopt.errors import LoweringError
+from fxopt.ir.attention import AttentionSpec
+
+__all__ = ["KIND", "candidates", "objection", "read_backward", "source"]
+
+#: The kind under which generated sources are kept in the cache.
+KIND: Final = "attention_backward"
+
+
+def objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
+    """Why no kernels can be generated, as a sentence, or ``None`` when they can."""
+    reason = forward_objection(spec, head_dim, value_dim, dtype)
+    if reason is not None:
+        return reason
+    if spec.empty_rows == "uniform":
+        return "rows without keys give the mean of the values, whose gradient it does not compute"
+    if any(c.is_band for c in spec.captures):
+        return "a captured tensor varies with the distance of key and row, which it does not read"
+    if spec.out_dtype.itemsize < dtype.itemsize:
+        return f"the result is {spec.out_dtype}, too coarse to be summed in place of the weights of {dtype} inputs"
+    return None
+
+
+def candidates(
+    spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> tuple[BackwardConfig, ...]:
+    """The configurations worth measuring, best guess first, at most two; none where no kernels can be generated."""
+    if objection(spec, head_dim, value_dim, dtype) is not None:
+        return ()
+    heavy = plan.slope(spec)[0] is not None or any({"i", "j"} <= set(c.dims) for c in spec.captures)
+    return fitting(head_dim, value_dim, dtype, capability, heavy)
+
+
+def source(
+    spec: AttentionSpec,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    config: BackwardConfig,
+    wanted: Sequence[bool],
+) -> str:
+    """The source of the backward: a module that runs alone and defines
+
+        launch(q, k, v, captures, out, lse, dout, dlse) -> [dq, dk, dv, gradient of each captured tensor in ``wanted``]
+
+    The same arguments always give the same text.
+
+    Raises:
+        LoweringError: no kernels can be generated; `objection` says why.
+    """
+    reason = objection(spec, head_dim, value_dim, dtype)
+    if reason is not None:
+        raise LoweringError(f"no Triton kernels for the backward of this attention: {reason} ({spec})")
+    return str(BackwardText(spec, head_dim, value_dim, dtype, config, tuple(wanted)))

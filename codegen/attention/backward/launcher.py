@@ -1,0 +1,239 @@
+"""The host side of a generated backward: allocation, launches, and the part that runs when the file is run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from fxopt.codegen.attention.backward.config import table_config
+from fxopt.codegen.attention.backward.plan import Flow
+from fxopt.codegen.attention.portable.config import Config, padded
+from fxopt.codegen.attention.portable.tiles import wide
+from fxopt.codegen.template import listing
+
+if TYPE_CHECKING:
+    from fxopt.codegen.attention.backward.source import BackwardText
+
+LAUNCH: Final = '''
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captures: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """The gradients of q, k, v$returned, from the forward's out and lse and the gradients of those.
+
+    q, dq [B, H, Sq, $head_dim]; k, dk [B, G, Sk, $head_dim]; v, dv [B, G, Sk, $value_dim];
+    out, dout [B, H, Sq, $value_dim]; lse, dlse [B, H, Sq] in float32.
+    """
+    batch, heads, rows, _ = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    $unpack_captures
+    $allocate
+    if min(batch, heads, rows, keys) == 0:
+        $nothing
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    with_dlse = dlse is not None
+    dlse = dlse.float().contiguous() if with_dlse else delta
+    $statistics
+    # Strides so long that offsets within a block need 64 bits.
+    $wide
+    exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    tensors = (
+        $tensors
+    )
+    strides = (
+        $strides
+    )
+    sizes = ($sizes)
+    switches = {
+        "GROUP": heads // kv_heads,
+        "BLOCK_D": $block_d,
+        "BLOCK_E": $block_e,
+        "PRECISION": "ieee" if exact else "tf32",
+        "FAST_TANH": q.is_cuda and q.dtype != torch.float32,
+        "WIDE": wide,
+        "WITH_DLSE": with_dlse,
+    }
+    with torch.cuda.device_of(q):
+        $launches
+    return $results
+
+'''
+
+MAIN: Final = '''
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward in plain PyTorch, in float64: the result and the log-sum-exp."""
+    q, k, v = q.double(), k.double(), v.double()
+    head = torch.arange(q.shape[1], device=q.device)
+    served = $served
+    s = q @ k[:, served].transpose(-2, -1)
+    $reference_symbols
+    x = $reference_score
+    x = torch.as_tensor(x, dtype=s.dtype, device=s.device).expand_as(s)
+    $reference_mask
+    out = torch.softmax(x, -1) @ v[:, served]
+    return $reference_result, torch.logsumexp(x, -1)
+
+
+def main() -> None:
+    """Check against autograd in float64 on a small case, then time a large one."""
+    for batch, length in ((2, 257), (4, 2048)):
+        q = torch.randn(batch, 8, length, $head_dim, device="cuda", dtype=torch.$dtype, requires_grad=True)
+        k = torch.randn(batch, 4, length, $head_dim, device="cuda", dtype=torch.$dtype, requires_grad=True)
+        v = torch.randn(batch, 4, length, $value_dim, device="cuda", dtype=torch.$dtype, requires_grad=True)
+        $main_captures
+        leaves = [q, k, v$wanted_captures]
+        out, lse = reference(q, k, v, [x.requires_grad_(any(x is leaf for leaf in leaves)) for x in captures])
+        dout = torch.randn_like(out, dtype=q.dtype)
+        given = (q, k, v, captures, out.detach().to(q.dtype), lse.detach().float(), dout)
+        if length < 1000:
+            expected = torch.autograd.grad(out, leaves, dout.double())
+            found = launch(*given)
+            error = max((x.double() - y).abs().max().item() for x, y in zip(found, expected, strict=True))
+            print(f"largest error against float64: {error:.3g}")
+        else:
+            milliseconds = triton.testing.do_bench(lambda: launch(*given))
+            print(f"{batch} x 8 heads x {length}: {milliseconds:.3f} ms")
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+FOLDED: Final = '''
+def folded(x: torch.Tensor, period: int) -> torch.Tensor:
+    """The sums over batches that lie ``period`` apart."""
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, -x.shape[0] % period))
+    return x.reshape(-1, period, *x.shape[1:]).sum(0)
+
+'''
+
+_ALLOCATE: Final = {
+    "bhsd": "{0} = torch.empty((batch, {1}, {2}, {3}), dtype={4}.dtype, device=q.device)",
+    "bshd": "{0} = torch.empty((batch, {2}, {1}, {3}), dtype={4}.dtype, device=q.device).transpose(1, 2)",
+}
+#: Programs that a kernel of few blocks is split into, several for each multiprocessor of the largest devices.
+_PROGRAMS: Final = 512
+
+
+def launch_holes(text: BackwardText) -> dict[str, str]:
+    """The holes of the host side."""
+    names = [f"c{n}" for n in range(len(text.spec.captures))]
+    wanted = [n for n, want in enumerate(text.wanted) if want]
+    flows = {flow.index: flow for flow in text.flows}
+    results = ["dq", "dk", "dv", *(_result(n, flows.get(n)) for n in wanted)]
+    shown = "".join(f"c{n}, " for n in wanted)
+    zeros = f"\n    *(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in ({shown.strip()})),"
+    empty = zeros if wanted else ""
+    return {
+        "returned": "".join(f", c{n}" for n in wanted),
+        "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else _unpacked(names),
+        "allocate": _allocated(text),
+        "nothing": f"return [\n    *(x.zero_() for x in (dq, dk, dv)),{empty}\n]",
+        "statistics": _statistics(text),
+        "wide": wide(text.reaches),
+        "tensors": listing(text.pointers),
+        "strides": listing(text.strides.values()),
+        "sizes": ", ".join("1" if size == "parts" else size for size in text.sizes.values()),
+        "block_d": str(padded(text.head_dim)),
+        "block_e": str(padded(text.value_dim)),
+        "launches": "\n".join(_launches(text)),
+        "results": f"[{', '.join(results)}]",
+    }
+
+
+def _unpacked(names: list[str]) -> str:
+    return f"{', '.join(names)} = captures" if names else ""
+
+
+def _allocated(text: BackwardText) -> str:
+    layout = _ALLOCATE[text.spec.out_layout]
+    return "\n".join((
+        layout.format("dq", "heads", "rows", text.head_dim, "q"),
+        layout.format("dk", "kv_heads", "keys", text.head_dim, "k"),
+        layout.format("dv", "kv_heads", "keys", text.value_dim, "v"),
+    ))  # fmt: skip
+
+
+def _statistics(text: BackwardText) -> str:
+    lines = ["shift, count = torch.empty_like(lse), torch.empty_like(lse)"] * text.recounted
+    if text.spoils:
+        blocks = f"triton.cdiv(rows, {text.config.rows.block_m})"
+        lines.append(f"spoilt = torch.empty((batch, heads, {blocks}), dtype=torch.float32, device=q.device)")
+    for flow in text.flows:
+        lines += _sums(flow) if flow.side != "table" else _parts(flow, text)
+    return "\n".join(lines)
+
+
+def _sums(flow: Flow) -> list[str]:
+    shape = "(batch, heads, rows, 1)" if flow.side == "rows" else "(batch, heads, 1, keys)"
+    return [f"{flow.name}_grad = torch.empty({shape}, dtype=torch.float32, device=q.device)"]
+
+
+def _parts(flow: Flow, text: BackwardText) -> list[str]:
+    """The table, in parts where its blocks alone would leave the device idle."""
+    name, config = flow.name, _table_config(text)
+    batches = {"b": "batch", "p": f"{name}.shape[0]", "-": "1"}[flow.how.dims[0]]
+    heads = "heads" if flow.how.dims[1] == "h" else "1"
+    blocks = f"triton.cdiv(rows, {config.block_m}) * triton.cdiv(keys, {config.block_n})"
+    return [
+        f"{name}_programs = {blocks} * {batches} * {heads}",
+        f"{name}_parts = max(1, min(batch * heads // ({batches} * {heads}), {_PROGRAMS} // {name}_programs))",
+        f"{name}_grad = torch.empty(",
+        f"    ({name}_parts, {batches}, {heads}, rows, keys),",
+        f"    dtype=torch.float32 if {name}_parts > 1 else {name}.dtype,",
+        "    device=q.device,",
+        ")",
+    ]
+
+
+def _table_config(text: BackwardText) -> Config:
+    return table_config(text.config)
+
+
+def _launches(text: BackwardText) -> list[str]:
+    rows, keys = text.config.rows, text.config.keys
+    prepare = Config(rows.block_m, rows.block_n, rows.num_warps if text.recounted else 4, 1)
+    lines = [
+        _launch("prepare", prepare, f"triton.cdiv(rows, {rows.block_m}) * batch * heads", "keys", prepare.block_n),
+        _launch("dkdv", keys, f"triton.cdiv(keys, {keys.block_n}) * batch * kv_heads", "rows", keys.block_m),
+        _launch("dq", rows, f"triton.cdiv(rows, {rows.block_m}) * batch * heads", "keys", rows.block_n),
+    ]
+    config = _table_config(text)
+    for flow in (flow for flow in text.flows if flow.side == "table"):
+        grid = f"{flow.name}_programs * {flow.name}_parts"
+        launch = _launch(flow.name, config, grid, "keys", config.block_n)
+        lines.append(launch.replace("*sizes,", f"*sizes[:-1], {flow.name}_parts,"))
+    return lines
+
+
+def _launch(kernel: str, config: Config, grid: str, length: str, block: int) -> str:
+    limit = f", maxnreg={config.registers}" if config.registers else ""
+    return "\n".join((
+        f"{kernel}_kernel[({grid},)](",
+        "    *tensors, *strides, *sizes,",
+        f"    BLOCK_M={config.block_m}, BLOCK_N={config.block_n}, EVEN={length} % {block} == 0, **switches,",
+        f"    num_warps={config.num_warps}, num_stages={config.num_stages}{limit},",
+        ")",
+    ))  # fmt: skip
+
+
+def _result(index: int, flow: Flow | None) -> str:
+    """The gradient of a captured tensor out of the sums: added up over the axes along which it was broadcast."""
+    name = f"c{index}"
+    if flow is None:
+        return f"torch.zeros({name}.shape, dtype={name}.dtype, device=q.device)"
+    if flow.side == "table":
+        return f"{name}_grad.sum(0).to({name}.dtype)"
+    axes = [str(axis) for axis, letter in enumerate(flow.how.dims) if letter == "-"]
+    axes = [axis for axis in axes if axis != ("3" if flow.side == "rows" else "2")]
+    text = f"folded({name}_grad, {name}.shape[0])" if flow.how.dims[0] == "p" else f"{name}_grad"
+    summed = f"{text}.sum(({', '.join(axes)},), keepdim=True)" if axes else text
+    return f"{summed}.to({name}.dtype)"

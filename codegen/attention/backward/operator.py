@@ -1,0 +1,175 @@
+"""``fxopt::attention_backward``: the gradients of an attention, as a PyTorch operator.
+
+On CUDA it runs generated kernels where they can serve; elsewhere the weights are recomputed in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fxopt.cache import import_source
+from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.backward import kernel
+from fxopt.codegen.attention.backward.config import RECOMPUTE
+from fxopt.codegen.attention.backward.recompute import gradients
+from fxopt.codegen.attention.portable.config import padded
+from fxopt.ir.attention import AttentionSpec
+
+_NO_LSE: Final = "the forward did not return the log-sum-exp"
+
+
+@torch.library.custom_op("fxopt::attention_backward", mutates_args=(), device_types="cpu")
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: Sequence[bool],
+    spec: str,
+    config: str,
+) -> list[Tensor]:
+    """The gradients of ``fxopt::attention_forward``.
+
+    Args:
+        q: ``[B, H, S, D]``, any strides.
+        k: ``[B, G, T, D]``, any strides.
+        v: ``[B, G, T, E]``, any strides.
+        captures: the captured tensors, any strides.
+        out: ``[B, H, S, E]``, what the forward gave.
+        lse: ``[B, H, S]``, the log-sum-exp of the logits in float32; empty if the forward did not return it.
+        grad_out: ``[B, H, S, E]``, the gradient of ``out``, any strides.
+        grad_lse: ``[B, H, S]``, the gradient of ``lse``, if it was read.
+        wanted: for each captured tensor, whether it needs a gradient.
+        spec: the printed `AttentionSpec`; dropout is not supported.
+        config: the printed `BackwardConfig`, ``""`` for the first that fits, or ``"recompute"``.
+
+    Returns:
+        The gradients of ``q``, ``k``, ``v``, in the memory order of the specification's result, and of the captured
+        tensors that are wanted, contiguous.
+    """
+    meaning = reference.specification(spec)
+    return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None)
+
+
+def _recomputed(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    wanted: Sequence[bool],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+) -> list[Tensor]:
+    dq, dk, dv, dcaptures = gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse)
+    laid_out = [_laid_out(spec, x, q.dtype) for x in (dq, dk, dv)]
+    return [*laid_out, *(x.contiguous() for x in dcaptures if x is not None)]
+
+
+def _laid_out(spec: AttentionSpec, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient in the memory order of the result, where models have their queries, keys and values too."""
+    return reference.lay_out(dataclasses.replace(spec, out_dtype=dtype), x)
+
+
+@attention_backward.register_kernel("cuda")
+def _cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: Sequence[bool],
+    spec: str,
+    config: str,
+) -> list[Tensor]:
+    meaning = reference.specification(spec)
+    chosen = chosen_config(meaning, q, v, lse, config)
+    if chosen == RECOMPUTE:
+        return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None)
+    width = v.shape[3]
+    v, out, grad_out = (_widened(x, q.shape[3]) for x in (v, out, grad_out))
+    # A gradient that was broadcast, as that of a sum, would be read without coalescing.
+    grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
+    launched = module(spec, q.shape[3], v.shape[3], q.dtype, chosen, tuple(wanted))
+    found: list[Tensor] = launched.launch(q, k, v, captures, out, lse, grad_out, grad_lse)
+    if v.shape[3] != width:
+        found[2] = _laid_out(meaning, found[2][..., :width], q.dtype)
+    return found
+
+
+def chosen_config(spec: AttentionSpec, q: Tensor, v: Tensor, lse: Tensor, config: str) -> str:
+    """The configuration that runs on CUDA operands: ``config``, the first that fits, or ``"recompute"``."""
+    if config == RECOMPUTE or objection(spec, q, v, lse) is not None:
+        return RECOMPUTE
+    if config:
+        return config
+    capability = torch.cuda.get_device_capability(q.device)
+    found = kernel.candidates(spec, q.shape[3], v.shape[3], q.dtype, capability)
+    return str(found[0]) if found else RECOMPUTE
+
+
+def objection(spec: AttentionSpec, q: Tensor, v: Tensor, lse: Tensor) -> str | None:
+    """Why the generated kernels can't serve, as a sentence, or ``None`` when they can."""
+    if lse.dim() != 3:
+        return _NO_LSE
+    return kernel.objection(spec, q.shape[3], v.shape[3], q.dtype)
+
+
+def _widened(x: Tensor, head_dim: int) -> Tensor:
+    """``x``, padded with zeros where its block would be narrower than that of the keys, as in the forward."""
+    missing = padded(head_dim) - x.shape[3]
+    return torch.nn.functional.pad(x, (0, missing)) if padded(x.shape[3]) < padded(head_dim) else x
+
+
+@lru_cache(maxsize=1024)
+def module(
+    spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config: str, wanted: tuple[bool, ...]
+) -> ModuleType:
+    """The generated module for printed ``spec`` and ``config``, from the source cache."""
+    return import_source(kernel.KIND, source_of(spec, head_dim, value_dim, dtype, config, wanted))
+
+
+def source_of(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config: str, wanted: Sequence[bool]) -> str:
+    """The source that ``attention_backward`` runs for printed ``spec`` and ``config``."""
+    meaning, blocks = reference.specification(spec), kernel.read_backward(config)
+    return kernel.source(meaning, head_dim, value_dim, dtype, blocks, wanted)
+
+
+@attention_backward.register_fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: Sequence[bool],
+    spec: str,
+    config: str,
+) -> list[Tensor]:
+    meaning = reference.specification(spec)
+    gradients = [_empty(meaning, x) for x in (q, k, v)]
+    return gradients + [c.new_empty(c.shape) for c, want in zip(captures, wanted, strict=True) if want]
+
+
+def _empty(spec: AttentionSpec, x: Tensor) -> Tensor:
+    batch, heads, length, width = x.shape
+    if spec.out_layout == "bhsd":
+        return x.new_empty((batch, heads, length, width))
+    return x.new_empty((batch, length, heads, width)).transpose(1, 2)

@@ -1,0 +1,233 @@
+"""From an attention specification to the source of its backward kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Final
+
+import torch
+
+from fxopt.codegen.attention.backward import plan, template
+from fxopt.codegen.attention.backward.config import BackwardConfig
+from fxopt.codegen.attention.backward.folds import Folds
+from fxopt.codegen.attention.backward.launcher import FOLDED, LAUNCH, MAIN, launch_holes
+from fxopt.codegen.attention.backward.plan import Flow, Weights
+from fxopt.codegen.attention.backward.row_range import row_range_text
+from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.loops import key_range_text
+from fxopt.codegen.attention.script import script_holes
+from fxopt.codegen.attention.softmax import LOG2E
+from fxopt.codegen.printing import emit, helpers
+from fxopt.codegen.template import fill, listing
+from fxopt.ir.attention import AttentionSpec
+
+_KV_HEAD: Final = {"group": "h // GROUP", "tile": "h % kv_heads"}
+_QUERY_HEAD: Final = {"group": "g * GROUP + turn", "tile": "turn * kv_heads + g"}
+_KV_HEAD_MATHS: Final = {"group": "h // (H/G)", "tile": "h mod G"}
+_STRIDES: Final = {
+    "q": "bhid", "k": "bhjd", "v": "bhje", "out": "bhie", "dout": "bhie", "dq": "bhi", "dk": "bhj", "dv": "bhj",
+}  # fmt: skip
+_CONSTANTS: Final = (
+    "GROUP", "BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_E", "PRECISION", "FAST_TANH", "EVEN", "WIDE", "WITH_DLSE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BackwardText:
+    """The source for one specification, pair of head dimensions, input dtype, configuration and wanted captures."""
+
+    spec: AttentionSpec
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    config: BackwardConfig
+    wanted: tuple[bool, ...]
+
+    def __str__(self) -> str:
+        holes = {**self._description, **self._folds.holes, **self._kernels}
+        holes |= self._filled(holes)
+        kernels = [template.PREPARE, template.FOLD_KEYS, template.DQ, template.FOLD_ROWS, template.DKDV]
+        if self._weights.recounted:
+            kernels.insert(0, template.RECOUNTED)
+        texts = [fill(text, holes) for text in kernels]
+        texts += [fill(template.TABLE, {**holes, **self._folds.table_holes(flow)}) for flow in self._tables]
+        texts += [FOLDED] * any(flow.how.dims[0] == "p" and flow.side != "table" for flow in self.flows)
+        body = "".join(texts) + fill(LAUNCH, {**holes, **launch_holes(self)})
+        devices = "".join(f"\n{text}\n" for text in helpers(body))
+        return fill(template.HEADER, holes) + devices + body + fill(MAIN, {**holes, **self._script})
+
+    @cached_property
+    def flows(self) -> tuple[Flow, ...]:
+        """The gradients of captured tensors that the kernels compute."""
+        return plan.flows(self.spec, self.wanted)
+
+    @property
+    def _tables(self) -> list[Flow]:
+        return [flow for flow in self.flows if flow.side == "table"]
+
+    @cached_property
+    def _weights(self) -> Weights:
+        return plan.weights(self.spec, self.dtype)
+
+    @cached_property
+    def _folds(self) -> Folds:
+        d_inside, e_inside = self.inside("d", self.head_dim), self.inside("e", self.value_dim)
+        # A block peeled off a loop of float32 products spills.
+        peeled = self.dtype is not torch.float32
+        return Folds(self.spec, self._weights, self.flows, d_inside, e_inside, peeled)
+
+    @property
+    def recounted(self) -> bool:
+        """Whether rows of far logits are counted again."""
+        return self._weights.recounted
+
+    @property
+    def spoils(self) -> bool:
+        """Whether a row of NaN weights must be told to keys whose loops leave it out."""
+        return bool(self._folds.range.bounds)
+
+    @property
+    def pointers(self) -> tuple[str, ...]:
+        """The tensors that every kernel takes, by the names that the launcher gives them."""
+        captures = tuple(c.name for c in self._folds.captures)
+        statistics = ("delta", *(("shift", "count") if self.recounted else ()), *(("spoilt",) if self.spoils else ()))
+        results = ("dq", "dk", "dv", *(f"{flow.name}_grad" for flow in self.flows))
+        return ("q", "k", "v", *captures, "out", "lse", "dout", "dlse", *statistics, *results)
+
+    @property
+    def strides(self) -> dict[str, str]:
+        """The strides that every kernel takes, and how the launcher reads them."""
+        axes = {"b": 0, "h": 1, "i": 2, "j": 2, "d": 3, "e": 3}
+        named = {f"{t}_stride_{a}": f"{t}.stride({axes[a]})" for t, letters in _STRIDES.items() for a in letters}
+        captured = {n: v for c in self._folds.captures for n, v in zip(c.strides, c.stride_values, strict=True)}
+        return named | captured
+
+    @property
+    def sizes(self) -> dict[str, str]:
+        """The sizes that every kernel takes, and what the launcher calls them."""
+        periods = {name: f"{c.name}.shape[0]" for c in self._folds.captures for name in c.period}
+        parts = {"parts": "parts"} if self._tables else {}
+        return (
+            {"batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "Sq": "rows", "Sk": "keys"} | periods | parts
+        )
+
+    @property
+    def reaches(self) -> list[tuple[int, str]]:
+        """How far each axis of a block reaches: its extent and the stride, as the launcher writes it."""
+        rows = max(self.config.keys.block_m, self.config.rows.block_m)
+        keys = max(self.config.keys.block_n, self.config.rows.block_n)
+        extents = {"i": rows, "j": keys, "d": padded(self.head_dim), "e": padded(self.value_dim)}
+        tiles = [(extents[a], f"{t}.stride({2 if a in 'ij' else 3})")
+                 for t, letters in _STRIDES.items() for a in letters[2:]]  # fmt: skip
+        return tiles + [reach for c in self._folds.captures for reach in _reaches(c.axes, c.name, rows, keys)]
+
+    @property
+    def _description(self) -> dict[str, str]:
+        spec = self.spec
+        names = " and ".join(flow.name for flow in self._tables)
+        return {
+            "version": version("fxopt"),
+            "spec": "\n".join(f"    {field}" for field in str(spec).split("; ")),
+            "config": str(self.config),
+            "head_dim": str(self.head_dim),
+            "value_dim": str(self.value_dim),
+            "kv_head_maths": _KV_HEAD_MATHS[spec.kv_map],
+            "score_maths": str(spec.score),
+            "captures": "\n".join(c.description + self._wish(c.index) for c in self._folds.captures),
+            "kept": "" if spec.mask is None else f" with {spec.mask}",
+            "tables": f"One more for {names}, an element for each row and key." if names else "",
+        }
+
+    def _wish(self, index: int) -> str:
+        return ", whose gradient is wanted" if self.wanted[index] else ""
+
+    @property
+    def _kernels(self) -> dict[str, str]:
+        """The holes of the kernels around the inner loops."""
+        spec, found = self.spec, self._folds.range
+        d_inside, e_inside = self._folds.d_inside, self._folds.e_inside
+        factor = self._folds.slope[1]
+        scaled = "({0} * " + repr(factor) + ")" if factor != 1.0 else "{0}"
+        parameters = (*(f"{name}_ptr" for name in self.pointers), *self.strides, *self.sizes, *_CONSTANTS)
+        also = ["Also the largest logit of rows, and how many keys share it, where lse is too coarse."] * self.recounted
+        also += ["Also whether all weights of the block are finite."] * self.spoils
+        return {
+            "unspecialized": "[" + ", ".join(f'"{name}"' for name in self.sizes) + "]",
+            "kernel_parameters": listing(parameters, annotate=True),
+            "also_prepared": "\n".join(also) or "Its gradient of a softmax is p·(dp − delta).",
+            "kv_head": _KV_HEAD[spec.kv_map],
+            "query_head": _QUERY_HEAD[spec.kv_map],
+            "d_masked": f", mask={d_inside}, other=0.0" if d_inside else "",
+            "e_masked": f", mask={e_inside}, other=0.0" if e_inside else "",
+            "row_block": "blocks - 1 - program % blocks"
+            if any(b.slope for b in found.side("upper"))
+            else "program % blocks",
+            "capture_bases": "\n".join(c.base for c in self._folds.captures),
+            "key_range": key_range_text(found, lambda e, names: emit(e, names, spec.capture_kinds)),
+            "row_range": row_range_text(found, lambda e, names: emit(e, names, spec.capture_kinds)),
+            "dq_result": scaled.format("dq"),
+            "dk_result": scaled.format("dk"),
+            "dq_mask": _both("rows[:, None] < Sq", d_inside),
+            "dk_mask": _both("columns < Sk", d_inside),
+            "dv_mask": _both("columns < Sk", e_inside),
+            "store_row_sums": "\n".join(_stored_by_row(f) for f in self.flows if f.side == "rows"),
+            "store_key_sums": "\n".join(self._stored_by_key(f) for f in self.flows if f.side == "keys"),
+            "prepared_rows": str(self.config.rows.block_m),
+            "log2e": repr(LOG2E),
+            "far": repr(self._weights.far),
+            "count": self._weights.count,
+            "no_count": self._weights.no_count,
+            "first_key": "start_block" if found.side("lower") else "0",
+        }
+
+    def _filled(self, holes: dict[str, str]) -> dict[str, str]:
+        """The holes that hold holes themselves."""
+        empties = plan.empties_to_zero(self.spec)
+        parts = {
+            "indices": template.INDICES,
+            "rows": template.ROWS,
+            "load_q": template.LOAD_Q,
+            "kv_bases": template.KV_BASES,
+            "correction": template.CORRECTION if any(f.side == "rows" for f in self.flows) else "",
+            "spoil_dv": template.SPOIL_DV if self.spoils else "",
+        }
+        found = {name: fill(text, holes).rstrip("\n") for name, text in parts.items()}
+        empty = '{0} = tl.where({0} == float("-inf"), 0.0, {0})' if empties else ""
+        found["empty_shift"], found["empty_peaks"] = empty.format("shift"), empty.format("peaks")
+        later = {"recount": template.RECOUNT if self.recounted else "", "spoil": template.SPOIL if self.spoils else ""}
+        return found | {name: fill(text, holes | found).rstrip("\n") for name, text in later.items()}
+
+    @staticmethod
+    def _stored_by_key(flow: Flow) -> str:
+        place = "(b_wide * heads + h_wide) * Sk + columns"
+        return f"tl.store({flow.name}_grad_ptr + {place}, {flow.name}_sum[:, None], mask=columns < Sk)"
+
+    @property
+    def _script(self) -> dict[str, str]:
+        drawn = script_holes(self.spec, self.dtype)
+        wanted = ", ".join(f"captures[{n}]" for n, want in enumerate(self.wanted) if want)
+        return {**drawn, "wanted_captures": f", {wanted}" if wanted else ""}
+
+    def inside(self, index: str, width: int) -> str:
+        """The condition that a padded head dimension needs."""
+        return f"{index}[None, :] < {width}" if width != padded(width) else ""
+
+
+def _reaches(axes: tuple[str, ...], name: str, rows: int, keys: int) -> list[tuple[int, str]]:
+    extents = {"i": (rows, 2), "j": (keys, 3)}
+    return [(extents[a][0], f"{name}.stride({extents[a][1]})") for a in axes if a in extents]
+
+
+def _stored_by_row(flow: Flow) -> str:
+    name = flow.name
+    # A row without keys has weights of NaN and nothing to correct.
+    return f"""\
+{name}_off = off * {name}_mean
+{name}_sum -= tl.where({name}_off == {name}_off, {name}_off, 0.0)
+tl.store({name}_grad_ptr + row, {name}_sum, mask=rows < Sq)"""
+
+
+def _both(first: str, second: str) -> str:
+    return f"({first}) & ({second})" if second else first

@@ -30,8 +30,8 @@ def eager(build: Build) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor, *data: Tensor) -> Tensor:
         scores, mask = q @ k.transpose(-2, -1) * WIDTH**-0.5, build(q, k, *data)
         if mask.dtype is torch.bool:
-            return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-        return (scores + mask).softmax(-1) @ v
+            return torch.softmax(scores.masked_fill(~mask, -torch.inf), -1) @ v
+        return torch.softmax(scores + mask, -1) @ v
 
     return attention
 

@@ -32,8 +32,7 @@ def operands(rows: int, keys: int) -> tuple[Tensor, Tensor]:
 def captured(build: Build, data: tuple[Tensor, ...], rows: int, keys: int, shapes: Any) -> tuple[Program, Lifted]:
     """The program of a family, and its result as an expression."""
     program = from_export(build, (*operands(rows, keys), *data), None, shapes and (shapes,))
-    (result,) = program.graph.output_node().args[0]  # type: ignore[misc]
-    assert isinstance(result, fx.Node)
+    (result,) = program.graph.output_node().all_input_nodes
     q, k = program.graph.find_nodes(op="placeholder")[:2]
     domain = Domain(shape(q)[0], HEADS, shape(q)[2], shape(k)[2])
     index = tuple(symbol(name) for name in "bhij")[4 - len(shape(result)) :]
@@ -71,7 +70,8 @@ class Recorder(fx.Interpreter):
 
 def as_read(reading: Reading, values: dict[fx.Node, Any]) -> Tensor:
     """A reading as a tensor that broadcasts with ``[B, H, S, T]``."""
-    value, letters = values[reading.node], []
+    value: Tensor = values[reading.node]
+    letters: list[str] = []
     for axis, part in reversed(list(enumerate(reading.index))):
         if part.op == "symbol":
             letters.insert(0, str(part))

@@ -30,8 +30,8 @@ def eager(build: Build) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor, *data: Tensor) -> Tensor:
         scores, mask = q @ k.transpose(-2, -1) * WIDTH**-0.5, build(q, k, *data)
         if mask.dtype is torch.bool:
-            return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-        return (scores + mask).softmax(-1) @ v
+            return torch.softmax(scores.masked_fill(~mask, -torch.inf), -1) @ v
+        return torch.softmax(scores + mask, -1) @ v
 
     return attention
 
@@ -125,3 +125,20 @@ def test_finite_fills_of_rows_that_two_masks_leave_empty(alike: bool) -> None:
     assert ("where" in str(spec.score)) != alike
     assert (spec.empty_rows == "uniform") == alike
     check_numbers(attention, result, operands(7, 7))
+
+
+def test_a_cache_of_any_length_gives_a_causal_mask_from_its_end() -> None:
+    def attention(q: Tensor, past: Tensor, k: Tensor) -> Tensor:
+        keys = torch.cat([past, k], 2)
+        places = torch.arange(q.shape[2]) + past.shape[2]
+        keep = torch.arange(keys.shape[2])[None] <= places[:, None]
+        return F.scaled_dot_product_attention(q, keys, keys, attn_mask=keep[None, None])
+
+    def inputs(rows: int, past: int) -> tuple[Tensor, ...]:
+        return operands(rows, rows)[0], operands(past, past)[1], operands(rows, rows)[1]
+
+    rows, past = Dim("rows", min=2, max=64), Dim("past", min=2, max=64)
+    result, spec = rewritten(attention, inputs(5, 7), ({2: rows}, {2: past}, {2: rows}))
+    assert not spec.captures and str(spec.mask) in ("(j <= ((i + Sk) - Sq))", "(j <= (i + (Sk - Sq)))")
+    for size in ((5, 7), (2, 30), (31, 3)):
+        check_numbers(attention, result, inputs(*size))

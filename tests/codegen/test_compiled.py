@@ -56,8 +56,6 @@ CASES = [
     (90, "causal", 128, HALF),
     (90, "tile-bias", 128, HALF),
     (90, "band", 64, HALF),
-    (90, "band", 128, HALF),
-    (80, "band", 64, HALF),
     (90, "plain", 72, HALF),
     (90, "plain", 64, torch.float32),
     (80, "causal", 64, HALF),

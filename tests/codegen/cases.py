@@ -33,6 +33,10 @@ EXPRESSIONS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "documents": ("s * 0.125", "c0 == c1", ("b-i-:i64", "b--j:i64")),
     "prefix": ("s * 0.125", "(j <= i) | (j < 3)", ()),
 }
+#: Those without captured tensors that are read by the distance of key and row, for kernels that refuse these.
+WITHOUT_BANDS = {
+    name: parts for name, parts in EXPRESSIONS.items() if not any(c.split(":")[0][-1] == "d" for c in parts[2])
+}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short.kernel import candidates
 from fxopt.ir.attention import AttentionSpec
 from fxopt.testing import assert_within_budget
-from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, specification
+from tests.codegen.cases import WITHOUT_BANDS, Shape, captured, operands, specification
 
 pytestmark = pytest.mark.gpu
 
@@ -64,7 +64,7 @@ def exact(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: Sequen
 #: Every expression with every shape; dtypes and candidates in turn, all of both where it matters most.
 CROSS = [
     (name, shape, list(DTYPES)[(n + m) % 3], (n + m // 3) % 3)
-    for n, name in enumerate(EXPRESSIONS)
+    for n, name in enumerate(WITHOUT_BANDS)
     for m, shape in enumerate(SHAPES)
 ]
 USUAL = [

@@ -16,7 +16,7 @@ from fxopt.codegen.attention.short.kernel import source
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import parse
 from fxopt.testing import assert_within_budget
-from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, specification
+from tests.codegen.cases import WITHOUT_BANDS, Shape, captured, operands, specification
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered.*:RuntimeWarning")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -30,7 +30,9 @@ CASES = {
     "256": (Shape(80, 16, 33, 256, 1, "tile", heads=2, batch=2), "short:32x128+128w1r1"),
     "256 one piece": (Shape(16, 16, 17, 256, 1, batch=3), "short:16x256w4p2"),
 }
-CROSS = [(name, case, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(EXPRESSIONS) for m, case in enumerate(CASES)]
+CROSS = [
+    (name, case, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(WITHOUT_BANDS) for m, case in enumerate(CASES)
+]
 
 
 @pytest.fixture(autouse=True)

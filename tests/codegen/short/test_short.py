@@ -20,7 +20,7 @@ from fxopt.codegen.attention.short.sums import is_linear, moves_with, split_sum
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
-from tests.codegen.cases import EXPRESSIONS, SHAPES, specification
+from tests.codegen.cases import SHAPES, WITHOUT_BANDS, specification
 
 pytest.importorskip("triton")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -152,7 +152,7 @@ def test_golden(name: str, config: str) -> None:
 
 
 @pytest.mark.parametrize("config", ["short:64x64w4p8", "short:64x128+64+16w4r4"])
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@pytest.mark.parametrize("name", WITHOUT_BANDS)
 def test_same_specification_same_bytes_and_valid_python(name: str, config: str) -> None:
     spec = specification(name, SHAPES["packed"], HALF)
     text = source(spec, 80, 80, HALF, config)

@@ -34,9 +34,7 @@ EXPRESSIONS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "prefix": ("s * 0.125", "(j <= i) | (j < 3)", ()),
 }
 #: Those without captured tensors that are read by the distance of key and row, for kernels that refuse these.
-WITHOUT_BANDS = {
-    name: parts for name, parts in EXPRESSIONS.items() if not any(c.split(":")[0][-1] == "d" for c in parts[2])
-}
+WITHOUT_BANDS = {name: parts for name, parts in EXPRESSIONS.items() if "band" not in name}
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,12 @@ def cuda_graph(candidate: Candidate) -> Candidate:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         candidate()
-    return graph.replay
+
+    def replay(keep: Candidate = candidate) -> object:
+        """``keep`` holds on to the tensors that the graph reads and writes."""
+        return graph.replay()
+
+    return replay
 
 
 def _calls_to_fill(candidate: Candidate, clock: Callable[[Candidate, int], float], sample_ms: float) -> int:

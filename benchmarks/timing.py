@@ -60,9 +60,9 @@ def cuda_graph(candidate: Candidate) -> Candidate:
     with torch.cuda.graph(graph):
         candidate()
 
-    def replay(keep: Candidate = candidate) -> object:
+    def replay(keep: Candidate = candidate) -> None:
         """``keep`` holds on to the tensors that the graph reads and writes."""
-        return graph.replay()
+        graph.replay()
 
     return replay
 

@@ -98,7 +98,7 @@ class CapturedTensor:
         """The lines that read one block; what lies beyond the end is zero, and masked later."""
         name = self.name
         return "\n".join((
-            f"{name}_block = {name}_base + tl.cast(start, tl.int64) * {name}_stride_j",
+            f"{name}_block = {name}_base + tl.cast(start, tl.int64) * {self._along}",
             "if BOUNDED and not EVEN:",
             f"    {name} = {self.load(f'{name}_block + {name}_tile', ', mask=j < Sk, other=0')}",
             "else:",
@@ -107,7 +107,7 @@ class CapturedTensor:
 
     def reaches(self, rows: int, keys: int) -> list[tuple[int, str]]:
         """How far the axes of a block of it reach: the extent, and the stride as the launcher reads it."""
-        extents = {"i": (rows, 2), "j": (keys, 3)} if self.in_loop else {}
+        extents = {"i": (rows, 2), "j": (keys, 3), "d": (rows + keys, 3)} if self.in_loop else {}
         return [(extents[a][0], f"{self.name}.stride({extents[a][1]})") for a in self.axes if a in extents]
 
     def head_address(self, periodic: str = "b_wide") -> str:

@@ -23,9 +23,9 @@ SHAPES = {
     "D64": Shape(64, 64, 200, 200, 2, "group", "bshd", heads=4),
     "D64 packed": Shape(64, 64, 513, 513, 4, "group", "bshd", packed=True, heads=4),
     "D128": Shape(128, 128, 300, 300, 1, "tile", "bhsd", heads=2),
-    "D128 cross": Shape(128, 128, 130, 333, 1, "group", "bhsd", heads=2),
-    "D80": Shape(80, 80, 129, 129, 2, "tile", "bshd", packed=True),
-    "D256": Shape(256, 256, 200, 200, 2, "group", "bshd"),
+    "D128 cross": Shape(128, 128, 258, 333, 1, "group", "bhsd", heads=2),
+    "D80": Shape(80, 80, 385, 385, 2, "tile", "bshd", packed=True),
+    "D256": Shape(256, 256, 260, 260, 2, "group", "bshd"),
 }
 
 

@@ -34,7 +34,7 @@ def configs(spec: AttentionSpec, shape: Shape, dtype: torch.dtype) -> list[str]:
     return [config for config in found if config.startswith("split:")]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:

@@ -36,7 +36,7 @@ def objection(problem: Problem) -> str | None:
 
 
 def candidates(problem: Problem) -> tuple[str, ...]:
-    """The printed configurations to measure, best guess first, at most three; none where there is an objection."""
+    """The printed configurations to measure, best guess first, at most two; none where there is an objection."""
     return () if objection(problem) is not None else tuple(map(str, ordered(problem)))
 
 

@@ -23,7 +23,7 @@ from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short.config import LONGEST, Config, Walk, cut
 
 #: Configurations measured for a site.
-TRIED: Final = 3
+TRIED: Final = 2
 #: Multiprocessors, by capability: the full-size device of each.
 _MULTIPROCESSORS: Final = {(8, 0): 108, (9, 0): 132, (10, 0): 148, (10, 3): 148}
 _SHARED: Final = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448}

@@ -26,6 +26,8 @@ def objection(problem: Problem) -> str | None:
     reason = portable.objection_to(problem)
     if reason is not None:
         return reason
+    if problem.dtype is torch.float32:
+        return "merging parts of the keys rounds float32 results more often than the model does"
     sizes = (problem.rows, problem.heads, problem.kv_heads)
     if any(size is None for size in sizes):
         return "the number of queries or heads is not known, and only few queries are worth splitting the keys"

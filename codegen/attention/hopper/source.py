@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Final
 
 import torch
 
-from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
-from fxopt.codegen.attention.distance import split_distances
 from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, REFERENCE, allocation, description, unpacked
 from fxopt.codegen.attention.hopper.config import Config
 from fxopt.codegen.attention.hopper.template import (
@@ -26,15 +23,14 @@ from fxopt.codegen.attention.hopper.template import (
     PLACE,
     PRODUCER,
 )
-from fxopt.codegen.attention.interval import KeyRange, is_uniform, key_range
+from fxopt.codegen.attention.interval import is_uniform
+from fxopt.codegen.attention.logits import LogitsText
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.loops import key_range_text
 from fxopt.codegen.attention.script import script_holes
-from fxopt.codegen.attention.softmax import Exponent, exponent
-from fxopt.codegen.printing import emit, helpers
+from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)"}
@@ -47,7 +43,7 @@ _CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
 
 
 @dataclass(frozen=True)
-class HopperText:
+class HopperText(LogitsText):
     """The source for one specification, pair of head dimensions, input dtype and configuration."""
 
     spec: AttentionSpec
@@ -63,42 +59,30 @@ class HopperText:
         script = {**holes, **script_holes(self.spec, self.dtype)}
         return fill(HEADER, holes) + devices + body + fill(LAUNCH, holes) + fill(REFERENCE, script) + fill(MAIN, script)
 
-    @cached_property
-    def _range(self) -> KeyRange:
-        return key_range(self.spec)
-
-    @cached_property
-    def _captures(self) -> tuple[CapturedTensor, ...]:
-        return captured_tensors(self.spec)
-
-    @cached_property
-    def _exponent(self) -> Exponent:
-        return exponent(self.spec, exact=False)
-
     @property
     def _ranged(self) -> bool:
         """Whether late rows need more keys than early ones."""
-        return any(b.slope for b in self._range.side("upper"))
+        return any(b.slope for b in self.range.side("upper"))
 
     @cached_property
     def _range_names(self) -> tuple[str, ...]:
         """What the range of keys of a tile depends on."""
-        read = {str(leaf) for bound in self._range.bounds for leaf in bound.offset.walk() if not leaf.args}
-        captured = (c.name for c in self._captures if c.name in read)
+        read = {str(leaf) for bound in self.range.bounds for leaf in bound.offset.walk() if not leaf.args}
+        captured = (c.name for c in self.captures if c.name in read)
         return ("first", "last", *(name for name in ("b", "h", "Sq") if name in read), "Sk", *captured)
 
     @property
     def _description(self) -> dict[str, str]:
         spec = self.spec
-        lower = bool(self._range.side("lower"))
+        lower = bool(self.range.side("lower"))
         config = f"{self.config} (rows x keys, stages, tiles of queries)"
         return {
-            **description(spec, self.head_dim, self.value_dim, config, self._captures),
+            **description(spec, self.head_dim, self.value_dim, config, self.captures),
             "library": "",
             "imports": IMPORTS.rstrip("\n"),
             "order_rows": "row = gl.where(turn % halves == 0, blocks - 1 - row, row)" if self._ranged else "",
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
-            "key_range": _as_gluon(key_range_text(self._range, self._emit)),
+            "key_range": _as_gluon(key_range_text(self.range, self.emit)),
             "start_block": "start_block" if lower else "0",
             "full_start": "full_start" if lower else "0",
         }
@@ -106,8 +90,8 @@ class HopperText:
     @property
     def _pointers(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
-        found = [f"{c.name}_ptr" for c in self._captures]
-        found += [name for c in self._captures for name in (*c.strides, *c.period)]
+        found = [f"{c.name}_ptr" for c in self.captures]
+        found += [name for c in self.captures for name in (*c.strides, *c.period)]
         return tuple(found)
 
     @property
@@ -122,7 +106,7 @@ class HopperText:
         members = (
             fill(GROUP, {"arguments": listing((str(n), *groups[1]))}).rstrip("\n") for n in range(self.config.groups)
         )
-        unspecialized = (*_SIZES, *(p for c in self._captures for p in c.period))
+        unspecialized = (*_SIZES, *(p for c in self.captures for p in c.period))
         return {
             "load_parameters": _parameters((*load, *_CONSTANTS)),
             "load_arguments": listing((*load, *_CONSTANTS)),
@@ -135,63 +119,39 @@ class HopperText:
 
     @property
     def _attend_names(self) -> tuple[str, ...]:
-        captures = (name for c in self._captures for name in c.attend_names)
-        expressions = [e for e in (self.spec.score, self.spec.mask) if e is not None]
-        read = {str(leaf.value) for e in expressions for leaf in e.walk() if leaf.op == "symbol"}
-        symbols = (name for name in ("b", "h", "i", "Sq") if name in read)
+        captures = (name for c in self.captures for name in c.attend_names)
+        symbols = (name for name in ("b", "h", "i", "Sq") if name in self.symbols_read)
         return ("total", "peak", *captures, *symbols, "Sk")
 
     @property
     def _attend(self) -> dict[str, str]:
         """The holes of the block update."""
-        in_loop = "\n".join(c.load_in_loop for c in self._captures if c.in_loop)
         shared = (*self._attend_names, "start")
         state = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
         constants = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS", "BOUNDED")
         attend = ("s", *shared, "BLOCK_N", "BOUNDED", "SCORES")
+        logits = {name: _as_gluon(text) for name, text in self.logits_holes.items()}
+        logits["load_captures"] = logits["load_captures"].replace("BOUNDED and not EVEN", "BOUNDED")
         return {
+            **logits,
             "attend_parameters": _parameters(attend),
             "attend_arguments": listing(attend),
             "advance_parameters": _parameters((*state, *shared, *constants)),
             "first_arguments": listing(("s", *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES")),
-            "load_captures": _as_gluon(in_loop.replace("BOUNDED and not EVEN", "BOUNDED")),
-            "score": _as_gluon(self._score),
-            "widen": "" if self._exponent.inner.reads(S) else "x = gl.zeros_like(s) + x",
-            "masks": _as_gluon(self._masks),
-            "unit": _as_gluon(self._exponent.unit),
-            "exponent": self._exponent.text,
-            "scale": self._exponent.scale,
         }
-
-    @property
-    def _score(self) -> str:
-        inner, captures = self._exponent.inner, self.spec.captures
-        # Two names beyond those of the captured tensors, which the emitter treats alike.
-        column, start = capture(len(captures)), capture(len(captures) + 1)
-        names = {str(column): "n[None, :].to(tl.float32)", str(start): "start"}
-        return emit(split_distances(inner, captures, column, start), names, (*self.spec.capture_kinds, "float", "int"))
-
-    @property
-    def _masks(self) -> str:
-        """The lines that set the logits outside the mask; full blocks leave out what bounds the keys."""
-        bounded = [f"    kept &= {self._emit(term)}" for term in conjuncts(self.spec.mask)]
-        lines = ["if BOUNDED:", "    kept = j < Sk", *bounded, '    x = tl.where(kept, x, float("-inf"))']
-        if self._range.rest:
-            lines += ["else:", f'    x = tl.where({self._emit(conjunction(self._range.rest))}, x, float("-inf"))']
-        return "\n".join(lines)
 
     @property
     def _consumer(self) -> dict[str, str]:
         """The holes of the multiplying groups."""
-        factor = self._exponent.factor
+        factor = self.exponent.factor
         spans = [("gl.maximum(full_stop, start)", True), ("gl.maximum(full_start, start)", False)]
-        spans += [("start", True)] * bool(self._range.side("lower"))
-        uniform = [c for c in self._captures if c.name in self._range_names and is_uniform(c.capture)]
+        spans += [("start", True)] * bool(self.range.side("lower"))
+        uniform = [c for c in self.captures if c.name in self._range_names and is_uniform(c.capture)]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
         return {
             "kv_head": KV_HEAD[self.spec.kv_map],
             "range_captures": wide + _as_gluon("\n".join(c.base for c in uniform)),
-            "capture_bases": _as_gluon("\n".join(c.base for c in self._captures)),
+            "capture_bases": _as_gluon("\n".join(c.base for c in self.captures)),
             "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
             "inverse": _INVERSE[self.spec.empty_rows],
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
@@ -206,9 +166,9 @@ class HopperText:
     @property
     def _launch(self) -> dict[str, str]:
         """The holes of the host side."""
-        names = [c.name for c in self._captures]
+        names = [c.name for c in self.captures]
         config, width = self.config, padded(self.head_dim)
-        values = [v for c in self._captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period))]
+        values = [v for c in self.captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period))]
         tensors = ("described(q, 64)", f"described(k, {config.keys})", f"described(v, {config.keys})")
         sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
         constants = (config.rows, config.keys, width, config.stages, config.queries, config.groups, config.registers)
@@ -226,9 +186,6 @@ class HopperText:
             "group": fitting if self._ranged else "1",
             "launch_arguments": listing((*arguments, "num_warps=4")),
         }
-
-    def _emit(self, expr: Expr | None, names: Mapping[str, str] = MappingProxyType({})) -> str:
-        return "" if expr is None else emit(expr, names, self.spec.capture_kinds)
 
 
 def _parameters(names: Iterable[str]) -> str:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Final
 
 import torch
 
-from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
-from fxopt.codegen.attention.distance import split_distances
 from fxopt.codegen.attention.frame import (
     AXIS,
     HEADER,
@@ -25,7 +21,7 @@ from fxopt.codegen.attention.frame import (
     description,
     unpacked,
 )
-from fxopt.codegen.attention.interval import KeyRange, key_range
+from fxopt.codegen.attention.logits import LogitsText
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.codegen.attention.portable.hull import Hull
 from fxopt.codegen.attention.portable.loops import Span, key_range_text, loop_spans
@@ -33,11 +29,10 @@ from fxopt.codegen.attention.portable.template import ATTEND, AVERAGE, KERNEL, L
 from fxopt.codegen.attention.portable.tiles import DESCRIBABLE, IMPORT, Tiles, wide
 from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.script import script_holes
-from fxopt.codegen.attention.softmax import Exponent, exponent, row_maximum
-from fxopt.codegen.printing import emit, helpers
+from fxopt.codegen.attention.softmax import row_maximum
+from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts
 
 _RESULT: Final = {
     "nan": "acc / total[:, None]",
@@ -49,7 +44,7 @@ _CONSTANTS: Final = ("BLOCK_N", "PRECISION", "FAST_TANH", "EVEN")
 
 
 @dataclass(frozen=True)
-class KernelText:
+class KernelText(LogitsText):
     """The source for one specification, pair of head dimensions, input dtype and configuration."""
 
     spec: AttentionSpec
@@ -70,10 +65,6 @@ class KernelText:
         return fill(HEADER, holes) + devices + body + fill(REFERENCE, script) + fill(MAIN, script)
 
     @cached_property
-    def _range(self) -> KeyRange:
-        return key_range(self.spec)
-
-    @cached_property
     def _hull(self) -> Hull | None:
         found = possible_keys(self.spec)
         return None if found is None else Hull(self.spec, found, self.config.block_m, self.config.block_n)
@@ -84,22 +75,14 @@ class KernelText:
         return self.spec.empty_rows == "uniform"
 
     @cached_property
-    def _captures(self) -> tuple[CapturedTensor, ...]:
-        return captured_tensors(self.spec)
-
-    @cached_property
     def _tiles(self) -> Tiles:
         described = self.config.loads == "tma"
         return Tiles(described, self._inside("d[:, None]", self.head_dim), self._inside("e[None, :]", self.value_dim))
 
-    @cached_property
-    def _exponent(self) -> Exponent:
-        return exponent(self.spec, exact=self.dtype is torch.float32)
-
     @property
     def _description(self) -> dict[str, str]:
         imports = {"library": "", "imports": IMPORT if self._tiles.described else ""}
-        return imports | description(self.spec, self.head_dim, self.value_dim, self._legend, self._captures)
+        return imports | description(self.spec, self.head_dim, self.value_dim, self._legend, self.captures)
 
     @property
     def _legend(self) -> str:
@@ -109,30 +92,13 @@ class KernelText:
     @property
     def _attend(self) -> dict[str, str]:
         """The holes of the block update."""
-        in_loop = [c for c in self._captures if c.in_loop]
         return {
+            **self.logits_holes,
             "attend_parameters": listing((*self._attend_names, *self._constants, "BOUNDED"), annotate=True),
             "load_k": self._tiles.load("k"),
             "load_v": self._tiles.load("v"),
-            "load_captures": "\n".join(c.load_in_loop for c in in_loop),
-            "score": self._score,
-            "widen": "" if self._exponent.inner.reads(S) else "x = tl.zeros_like(s) + x",
-            "masks": self._masks,
             "block_max": self._block_max,
-            "unit": self._exponent.unit,
-            "exponent": self._exponent.text,
-            "scale": self._exponent.scale,
         }
-
-    @property
-    def _score(self) -> str:
-        inner, captures = self._exponent.inner, self.spec.captures
-        if self.dtype is torch.float32:
-            return self._emit(inner)
-        # Two names beyond those of the captured tensors, which the emitter treats alike.
-        column, start = capture(len(captures)), capture(len(captures) + 1)
-        names = {str(column): "n[None, :].to(tl.float32)", str(start): "start"}
-        return emit(split_distances(inner, captures, column, start), names, (*self.spec.capture_kinds, "float", "int"))
 
     @property
     def _block_max(self) -> str:
@@ -142,21 +108,10 @@ class KernelText:
         return row_maximum("x", "BLOCK_N", self.config.block_n)
 
     @property
-    def _masks(self) -> str:
-        """The lines that set the logits outside the mask; full blocks leave out what bounds the keys."""
-        bounded = [f"    kept &= {self._emit(term)}" for term in conjuncts(self.spec.mask)]
-        lines = ["if BOUNDED:", "    kept = j < Sk", *bounded, '    x = tl.where(kept, x, float("-inf"))']
-        if self._range.rest:
-            lines += ["else:", f'    x = tl.where({self._emit(conjunction(self._range.rest))}, x, float("-inf"))']
-        return "\n".join(lines)
-
-    @property
     def _attend_names(self) -> tuple[str, ...]:
-        captures = (name for c in self._captures for name in c.attend_names)
+        captures = (name for c in self.captures for name in c.attend_names)
         tiles = ("q", *self._tiles.attend_names, *captures, "start")
-        expressions = [e for e in (self.spec.score, self.spec.mask) if e is not None]
-        read = {str(leaf.value) for e in expressions for leaf in e.walk() if leaf.op == "symbol"}
-        symbols = (name for name in ("b", "h", "i", "Sq") if name in read and name not in tiles)
+        symbols = (name for name in ("b", "h", "i", "Sq") if name in self.symbols_read and name not in tiles)
         return ("acc", "total", "peak", *tiles, *symbols, "Sk")
 
     @property
@@ -167,13 +122,13 @@ class KernelText:
     @property
     def _kernel(self) -> dict[str, str]:
         """The holes of the kernel around it."""
-        ranged = any(b.slope for b in self._range.side("upper"))
+        ranged = any(b.slope for b in self.range.side("upper"))
         e_inside = self._inside("e[None, :]", self.value_dim)
         d_inside = self._inside("d[None, :]", self.head_dim)
         hull = ("HULL",) if self._hull else ()
         constants = dict.fromkeys(("BLOCK_M", *self._constants, "BLOCK_D", "BLOCK_E", "WIDE", *hull, "WITH_LSE"))
-        sizes = ("heads", "kv_heads", "Sq", "Sk", *(p for c in self._captures for p in c.period))
-        factor = self._exponent.factor
+        sizes = ("heads", "kv_heads", "Sq", "Sk", *(p for c in self.captures for p in c.period))
+        factor = self.exponent.factor
         return {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in sizes) + "]",
             "kernel_parameters": listing((*self._pointers, *self._strides, *sizes, *constants), annotate=True),
@@ -181,10 +136,10 @@ class KernelText:
             "kv_head": KV_HEAD[self.spec.kv_map],
             "q_mask": f", mask={d_inside}, other=0.0" if d_inside else "",
             "tiles": self._tiles.bases,
-            "capture_bases": "\n".join(c.base for c in self._captures),
+            "capture_bases": "\n".join(c.base for c in self.captures),
             "hull_limits": "" if self._hull is None else self._hull.limits,
-            "key_range": key_range_text(self._range, self._emit, self._hull is not None),
-            "loops": "\n".join(self._loop(span) for span in loop_spans(self._range, self._hull is not None)),
+            "key_range": key_range_text(self.range, self.emit, self._hull is not None),
+            "loops": "\n".join(self._loop(span) for span in loop_spans(self.range, self._hull is not None)),
             **self._average,
             "result": _RESULT[self.spec.empty_rows],
             "out_mask": both(both("rows < Sq", e_inside), "total[:, None] != 0" if self._averages else ""),
@@ -216,24 +171,24 @@ class KernelText:
     @property
     def _pointers(self) -> tuple[str, ...]:
         hull = ("hull_ptr",) if self._hull else ()
-        return ("q_ptr", "k_ptr", "v_ptr", *(f"{c.name}_ptr" for c in self._captures), *hull, "out_ptr", "lse_ptr")
+        return ("q_ptr", "k_ptr", "v_ptr", *(f"{c.name}_ptr" for c in self.captures), *hull, "out_ptr", "lse_ptr")
 
     @property
     def _strides(self) -> tuple[str, ...]:
         named = tuple(f"{tensor}_stride_{axis}" for tensor, axes in STRIDES.items() for axis in axes)
-        return (*named, *(name for c in self._captures for name in c.strides))
+        return (*named, *(name for c in self.captures for name in c.strides))
 
     @property
     def _stride_values(self) -> tuple[str, ...]:
         """What `_strides` names, as the launcher reads it off the tensors."""
         named = tuple(f"{tensor}.stride({AXIS[axis]})" for tensor, axes in STRIDES.items() for axis in axes)
-        return (*named, *(value for c in self._captures for value in c.stride_values))
+        return (*named, *(value for c in self.captures for value in c.stride_values))
 
     @property
     def _launch(self) -> dict[str, str]:
         """The holes of the host side."""
-        names = [c.name for c in self._captures]
-        periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
+        names = [c.name for c in self.captures]
+        periods = [f"{c.name}.shape[0]" for c in self.captures if c.period]
         pads = (f"BLOCK_D={padded(self.head_dim)}", f"BLOCK_E={padded(self.value_dim)}")
         blocks = (f"BLOCK_M={self.config.block_m}", f"BLOCK_N={self.config.block_n}", *pads)
         even = f"EVEN=keys % {self.config.block_n} == 0"
@@ -267,10 +222,7 @@ class KernelText:
         tiles = [(rows, "q.stride(2)"), (padded(self.head_dim), "q.stride(3)")]
         tiles += [(keys, "k.stride(2)"), (padded(self.head_dim), "k.stride(3)")]
         tiles += [(keys, "v.stride(2)"), (padded(self.value_dim), "v.stride(3)")]
-        return tiles + [reach for c in self._captures for reach in c.reaches(rows, keys)]
-
-    def _emit(self, expr: Expr | None, names: Mapping[str, str] = MappingProxyType({})) -> str:
-        return "" if expr is None else emit(expr, names, self.spec.capture_kinds)
+        return tiles + [reach for c in self.captures for reach in c.reaches(rows, keys)]
 
     @staticmethod
     def _is_padded(width: int) -> bool:

@@ -82,7 +82,7 @@ class SplitText(KernelText):
         inside = "inside[:, None]"
         out_mask = f"{inside} & ({self._e_inside})" if self._e_inside else inside
         constants = dict.fromkeys(("BLOCK_M", *self._constants, "BLOCK_D", "BLOCK_E", "WIDE", "WITH_LSE"))
-        sizes = ("batch", "heads", "kv_heads", "Sq", "Sk", *(p for c in self._captures for p in c.period))
+        sizes = ("batch", "heads", "kv_heads", "Sq", "Sk", *(p for c in self.captures for p in c.period))
         pointers = (*self._pointers, "scratch_ptr", "counter_ptr")
         parameters = (*pointers, *self._strides, *sizes, *constants, *self._batches)
         find = "tile_at({}, batches, counts, ends, tiles)"
@@ -95,7 +95,7 @@ class SplitText(KernelText):
             "first_tile": find.format("begin") if uneven else "begin // blocks",
             "stop_tile": f"{find.format('end - 1')} + 1" if uneven else "tl.cdiv(end, blocks)",
             "query_head": _QUERY_HEAD[self.spec.kv_map],
-            "capture_bases": "\n".join(c.gathered_base for c in self._captures),
+            "capture_bases": "\n".join(c.gathered_base for c in self.captures),
             "loop": self._loop(_SPAN),
             "out_mask": out_mask,
         }
@@ -106,8 +106,8 @@ class SplitText(KernelText):
     @property
     def _launch(self) -> dict[str, str]:
         """The holes of the host side."""
-        names = [c.name for c in self._captures]
-        periods = [f"{c.name}.shape[0]" for c in self._captures if c.period]
+        names = [c.name for c in self.captures]
+        periods = [f"{c.name}.shape[0]" for c in self.captures if c.period]
         blocks = (f"BLOCK_N={self.split.block_n}", f"BLOCK_D={padded(self.head_dim)}", f"BLOCK_E={self._block_e}")
         switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", "EVEN=False", "WIDE=wide")
         batches = tuple(f"{name}=triton.next_power_of_2(max(batch, 16))" for name in self._batches)
@@ -130,7 +130,7 @@ class SplitText(KernelText):
         keys = self.split.block_n
         tiles = [(keys, "k.stride(2)"), (padded(self.head_dim), "k.stride(3)")]
         tiles += [(keys, "v.stride(2)"), (self._block_e, "v.stride(3)"), (padded(self.head_dim), "q.stride(3)")]
-        return tiles + [reach for c in self._captures for reach in c.reaches(0, keys) if reach[0]]
+        return tiles + [reach for c in self.captures for reach in c.reaches(0, keys) if reach[0]]
 
 
 def text_of(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: Config) -> str:

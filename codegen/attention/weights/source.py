@@ -21,7 +21,7 @@ from fxopt.codegen.attention.portable.loops import key_range_text, loop_spans
 from fxopt.codegen.attention.portable.tiles import wide
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.weights import template
-from fxopt.codegen.attention.weights.logits import LogitsText
+from fxopt.codegen.attention.weights.blocks import BlocksText
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import NAME_OF, AttentionSpec
@@ -87,7 +87,7 @@ class WeightsText:
     config: Config
 
     def __str__(self) -> str:
-        holes = {**self._description, **self._logits.holes, **self._softmax}
+        holes = {**self._description, **self._logits.holes, "weight": WEIGHT[self.spec.empty_rows]}
         holes |= self._kernel(holes)
         holes |= self._rows(holes)
         columns = "" if self.kind != "column_sum" else fill(template.COLUMNS, holes | self._columns(holes))
@@ -103,8 +103,8 @@ class WeightsText:
         return KINDS[self.kind]
 
     @cached_property
-    def _logits(self) -> LogitsText:
-        return LogitsText(self.spec, self.head_dim, self.dtype)
+    def _logits(self) -> BlocksText:
+        return BlocksText(self.spec, self.head_dim, self.dtype)
 
     @property
     def _description(self) -> dict[str, str]:
@@ -123,12 +123,6 @@ class WeightsText:
             "config": str(self.config),
             "head_dim": str(self.head_dim),
         }
-
-    @property
-    def _softmax(self) -> dict[str, str]:
-        plan = self._logits.exponent
-        weight = WEIGHT[self.spec.empty_rows]
-        return {"unit": plan.unit, "exponent": plan.text, "scale": plan.scale, "weight": weight}
 
     def _kernel(self, holes: Mapping[str, str]) -> dict[str, str]:
         """The holes that the kernels share."""

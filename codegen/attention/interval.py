@@ -25,12 +25,24 @@ _SHIFT: Final = {"lt": -1, "le": 0, "gt": 1, "ge": 0}
 class Bound:
     """``j <= slope·i + offset`` (``side="upper"``) or ``j >= slope·i + offset`` (``"lower"``).
 
-    ``slope`` is 0 or 1; ``offset`` is an integer expression that reads neither ``i`` nor ``j``.
+    ``slope`` is 0 or 1; ``offset`` is an integer expression that reads neither ``i`` nor ``j``. Where there are
+    ``others``, of the same side, it is enough that one of them all holds.
     """
 
     side: Literal["upper", "lower"]
     slope: int
     offset: Expr
+    others: tuple[Bound, ...] = ()
+
+    @property
+    def all(self) -> tuple[Bound, ...]:
+        """It and its alternatives, each without any."""
+        return (Bound(self.side, self.slope, self.offset), *self.others)
+
+    @property
+    def follows_rows(self) -> bool:
+        """Whether late rows are bounded elsewhere than early ones."""
+        return any(bound.slope for bound in self.all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +66,15 @@ class Linear:
     rest: Expr
 
 
-def key_range(spec: AttentionSpec) -> KeyRange:
-    """Split the mask of ``spec`` into bounds and the rest."""
+def key_range(spec: AttentionSpec, unions: bool = False) -> KeyRange:
+    """Split the mask of ``spec`` into bounds and the rest.
+
+    With ``unions``, bounds of one side of which one suffices are a bound too, as in a causal mask with a prefix.
+    """
     bounds: list[Bound] = []
     rest: list[Expr] = []
     for term in conjuncts(spec.mask):
-        bound = _bound(term, spec.captures)
+        bound = _union(term, spec.captures) if unions else _bound(term, spec.captures)
         if bound is None:
             rest.append(term)
         else:
@@ -70,6 +85,15 @@ def key_range(spec: AttentionSpec) -> KeyRange:
 def is_uniform(capture: Capture) -> bool:
     """Whether a captured tensor holds one value for all rows and keys of a head."""
     return capture.dims[2:] == "--"
+
+
+def _union(term: Expr, captures: Sequence[Capture]) -> Bound | None:
+    if term.op != "or":
+        return _bound(term, captures)
+    first, second = (_union(a, captures) for a in term.args)
+    if first is None or second is None or first.side != second.side:
+        return None
+    return Bound(first.side, first.slope, first.offset, (*first.others, *second.all))
 
 
 def _bound(term: Expr, captures: Sequence[Capture]) -> Bound | None:

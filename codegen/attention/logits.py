@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 
@@ -22,6 +23,8 @@ class LogitsText:
 
     spec: AttentionSpec
     dtype: torch.dtype
+    #: Whether its loops understand bounds of which one suffices.
+    unions: ClassVar[bool] = False
 
     @cached_property
     def captures(self) -> tuple[CapturedTensor, ...]:
@@ -31,7 +34,7 @@ class LogitsText:
     @cached_property
     def range(self) -> KeyRange:
         """The bounds that the mask sets."""
-        return key_range(self.spec)
+        return key_range(self.spec, self.unions)
 
     @cached_property
     def exponent(self) -> Exponent:

@@ -125,6 +125,21 @@ def test_bounds_read_off_a_mask(mask: str, expected: list[tuple[str, int, str]])
     assert all(isinstance(b, Bound) for b in found.bounds)
 
 
+def test_one_of_several_bounds_of_a_side_is_a_bound_where_that_is_understood() -> None:
+    spec = AttentionSpec(parse("s"), parse("((j <= i) | (j < 3)) & ((j > i - 9) | (j < 5))"))
+    assert key_range(spec).bounds == ()
+    found = key_range(spec, unions=True)
+    assert [[(b.slope, str(b.offset)) for b in bound.all] for bound in found.bounds] == [[(1, "0"), (0, "2")]]
+    assert found.bounds[0].follows_rows and len(found.rest) == 1
+
+
+def test_a_prefix_bounds_the_loops() -> None:
+    text = source(specification("prefix", SHAPES["tails"], torch.bfloat16), 16, 16, torch.bfloat16, CONFIG)
+    assert "stop = tl.minimum(Sk, tl.maximum(last + 1, 3))" in text
+    assert "full_stop = tl.minimum(Sk, tl.maximum(first + 1, 3))" in text
+    assert text.count("j < 3") == text.count("j <= i"), "evaluated where a block is bounded, and nowhere else"
+
+
 def test_captures_that_vary_along_the_keys_bound_nothing() -> None:
     spec = AttentionSpec(parse("s"), parse("j < c0"), (Capture("b--j", torch.int64),))
     assert key_range(spec).bounds == ()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 
@@ -51,6 +51,7 @@ class HopperText(LogitsText):
     value_dim: int
     dtype: torch.dtype
     config: Config
+    unions: ClassVar[bool] = True
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
@@ -62,12 +63,13 @@ class HopperText(LogitsText):
     @property
     def _ranged(self) -> bool:
         """Whether late rows need more keys than early ones."""
-        return any(b.slope for b in self.range.side("upper"))
+        return any(b.follows_rows for b in self.range.side("upper"))
 
     @cached_property
     def _range_names(self) -> tuple[str, ...]:
         """What the range of keys of a tile depends on."""
-        read = {str(leaf) for bound in self.range.bounds for leaf in bound.offset.walk() if not leaf.args}
+        bounds = [single for bound in self.range.bounds for single in bound.all]
+        read = {str(leaf) for bound in bounds for leaf in bound.offset.walk() if not leaf.args}
         captured = (c.name for c in self.captures if c.name in read)
         return ("first", "last", *(name for name in ("b", "h", "Sq") if name in read), "Sk", *captured)
 

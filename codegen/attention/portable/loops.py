@@ -41,7 +41,7 @@ class Span:
 def loop_spans(found: KeyRange, hull: bool = False) -> tuple[Span, ...]:
     """The loops in order; ``hull`` tells that captured vectors limit the keys."""
     # A limit that is the same for all rows of a block cuts one block of keys only.
-    loops = any(b.slope for b in found.side("upper"))
+    loops = any(b.follows_rows for b in found.side("upper"))
     if not found.side("lower"):
         first, after = ("hull_start", "tail_start") if hull else ("0", "full_stop")
         tail = Span(after, "stop", True, loops=loops, beyond=not found.side("upper"))
@@ -83,6 +83,11 @@ def start_text(found: KeyRange, emit: Emitter, begins: Sequence[str] = ()) -> st
 
 
 def _limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:
+    first, *others = (_single_limit(b, row, beyond, emit) for b in bound.all)
+    return nested("maximum" if bound.side == "upper" else "minimum", first, others)
+
+
+def _single_limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:
     offset = simplify(call("add", bound.offset, const(beyond)))
     limit = simplify(call("add", I, offset)) if bound.slope else offset
     text = emit(limit, {"i": row})

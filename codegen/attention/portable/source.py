@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 
@@ -52,6 +52,7 @@ class KernelText(LogitsText):
     value_dim: int
     dtype: torch.dtype
     config: Config
+    unions: ClassVar[bool] = True
 
     def __str__(self) -> str:
         holes = {**self._description, **self._attend, **self._kernel, **self._launch}
@@ -122,7 +123,7 @@ class KernelText(LogitsText):
     @property
     def _kernel(self) -> dict[str, str]:
         """The holes of the kernel around it."""
-        ranged = any(b.slope for b in self.range.side("upper"))
+        ranged = any(b.follows_rows for b in self.range.side("upper"))
         e_inside = self._inside("e[None, :]", self.value_dim)
         d_inside = self._inside("d[None, :]", self.head_dim)
         hull = ("HULL",) if self._hull else ()

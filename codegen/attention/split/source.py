@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 
@@ -36,6 +36,7 @@ class SplitText(KernelText):
     """The portable kernel's block update within another schedule; ``split`` is the configuration."""
 
     split: Config
+    unions: ClassVar[bool] = False
 
     def __str__(self) -> str:
         holes = {**self._description, **self._attend, **self._limits.holes, **self._kernel, **self._launch}

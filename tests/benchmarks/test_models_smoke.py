@@ -94,7 +94,7 @@ def test_models_gives_the_mode_to_fxopt_with_and_without_options(monkeypatch: py
         torch._dynamo.reset()
         peer.compile(lambda x: x + 1, options)(x=torch.ones(1))
     torch._dynamo.reset()
-    assert seen == [("max-autotune", {}), ("max-autotune", {"base": "eager"})]
+    assert seen == [("max-autotune", {"strict": True}), ("max-autotune", {"strict": True, "base": "eager"})]
 
 
 def test_models_runs_slow_peers_only_where_they_are_asked_for() -> None:

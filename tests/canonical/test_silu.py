@@ -24,7 +24,9 @@ SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_silu_fires(name: str, dtype: torch.dtype) -> None:
     args = (random(3, 50, dtype=dtype, scale=3),)
-    assert_fires(SPELLINGS[name], args, Silu(), {"aten.silu": 1, "aten.sigmoid": 0, "aten.exp": 0, "aten.mul": 0})
+    counts = {"aten.silu": 1, "aten.sigmoid": 0, "aten.exp": 0, "aten.mul": 0}
+    # The derivative σ·(1 + x·(1 - σ)) has terms as large as x, up to about 9, that a quotient's does not have.
+    assert_fires(SPELLINGS[name], args, Silu(), counts, terms=9)
 
 
 def test_silu_fires_where_x_is_itself_a_product() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -67,7 +68,9 @@ def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str)
     out, _ = launch(spec, q, k, v, captures)
     eager = reference.attention(q, k, v, captures, str(spec))
     assert out.stride() == eager.stride()
-    assert_within_budget(out, eager, exact(spec, q, k, v, captures))
+    # Dot products of D terms round about √D times, which the few results of one row may not show of eager's.
+    floor = math.sqrt(sizes.head_dim) if dtype == "f32" else 0.0
+    assert_within_budget(out, eager, exact(spec, q, k, v, captures), floor=floor)
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -25,7 +25,7 @@ from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
 from fxopt.passes.attention.positions import Captured, explain
-from fxopt.passes.attention.proofs import described
+from fxopt.passes.attention.proofs import captures_of, described
 from fxopt.passes.attention.readers import lead_sizes
 from fxopt.passes.attention.region import Region, lift_region
 from fxopt.passes.attention.space import Space, space_of
@@ -52,6 +52,7 @@ class Site:
     space: Space
     masked: Masked
     heads: Heads
+    loaded: tuple[str, ...]
 
 
 def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
@@ -83,7 +84,8 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
         return Rejection(reason, (weights.softmax,))
     lengths = length_of(queries, -2, space), length_of(keys, -1, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
-    return Site(match.root, queries, keys, match["values"], operands, weights, space, masked, heads)
+    loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
+    return Site(match.root, queries, keys, match["values"], operands, weights, space, masked, heads, loaded)
 
 
 def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
@@ -160,7 +162,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
             patterns={"softmax between two contractions": Op(aten.matmul.default, Var("weights"), Var("values"))},
             check=lambda match: _recognise(match, prover),
             rewrite=_write,
-            describe=lambda site: described(renumbered(site.masked)[1]),
+            describe=lambda site: described(renumbered(site.masked)[1], site.loaded),
         ),
     )
 

@@ -21,8 +21,8 @@ from fxopt.passes.attention.captures import renumbered, write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import repeated_heads
-from fxopt.passes.attention.positions import Captured, explain
-from fxopt.passes.attention.proofs import described
+from fxopt.passes.attention.positions import Captured, Explained, explain
+from fxopt.passes.attention.proofs import captures_of, described
 from fxopt.passes.attention.region import lift_mask
 from fxopt.passes.attention.space import Space
 from fxopt.rewriter.builder import Builder
@@ -45,6 +45,7 @@ class Call:
     space: Space
     operands: tuple[Captured, ...]
     masked: Masked
+    loaded: tuple[str, ...]
     kv_map: KvMap
     dropout: float
 
@@ -59,7 +60,7 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
     lead = shape(queries)[:-2]
     space = Space(lead, max(len(lead) - 1, 0) if len(lead) > 1 else len(lead), shape(queries)[-2], shape(keys)[-2])
     expression = _scaled(given["scale"], queries)
-    operands: tuple[Captured, ...] = ()
+    explained = Explained(expression, (), {})
     dtypes = frozenset({tensor(queries).dtype})
     if isinstance(bias, Node):
         lifted = lift_mask(bias, (*lead, space.rows, space.columns), prover.constants)
@@ -70,20 +71,20 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
                 return Rejection(obstacle, (operand.node,))
         explained = explain(lifted.expression, lifted.operands, space, prover.lifter)
         dtypes |= lifted.dtypes
-        term, operands = explained.expression, explained.operands
-        boolean = tensor(bias).dtype is torch.bool
+        term, boolean = explained.expression, tensor(bias).dtype is torch.bool
         expression = call("where", term, expression, NEG_INF) if boolean else call("add", expression, term)
-    differentiable = any(map(may_need_gradient, (queries, keys, *(operand.node for operand in operands))))
-    masked = separate_mask(expression, operands, space, prover, Logits(dtypes, differentiable))
+    differentiable = any(map(may_need_gradient, (queries, keys, *(operand.node for operand in explained.operands))))
+    masked = separate_mask(expression, explained.operands, space, prover, Logits(dtypes, differentiable))
     if given["is_causal"]:
         masked = replace(masked, mask=_and(masked.mask, call("le", J, I)))
     shared = repeated_heads(keys, values) if not given["enable_gqa"] else None
     lengths = length_of(queries, -2, space), length_of(keys, -2, space)
-    operands = with_bands(masked, operands, space, prover.bands, lengths)
+    operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
+    loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
     kv_map: KvMap = "group"
     if shared is not None:
         keys, values, kv_map = shared
-    return Call(node, queries, keys, values, space, operands, masked, kv_map, float(given["dropout_p"]))
+    return Call(node, queries, keys, values, space, operands, masked, loaded, kv_map, float(given["dropout_p"]))
 
 
 def _unfit(queries: Node, keys: Node, values: Node, scale: Any) -> Rejection | None:
@@ -148,7 +149,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
             patterns={"scaled_dot_product_attention": call_sdpa},
             check=lambda match: _read(match, prover),
             rewrite=_write,
-            describe=lambda found: described(renumbered(found.masked)[1]),
+            describe=lambda found: described(renumbered(found.masked)[1], found.loaded),
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -82,11 +82,22 @@ def domain_of(space: Space) -> Domain:
 
 @dataclass(frozen=True)
 class Explained:
-    """An expression whose operands were read as positions as far as that goes, and why some were not."""
+    """An expression whose operands were read as positions as far as that goes; ``notes`` say why some were not."""
 
     expression: Expr
     operands: tuple[Captured, ...]
-    notes: tuple[str, ...]
+    notes: Mapping[int, str]
+
+    def loaded(self, operands: Sequence[Captured], read: Iterable[int]) -> tuple[str, ...]:
+        """A sentence for each operand that is ``read``, still in ``operands``, and has a value for each row and key."""
+        left = (n for n in sorted(read) if n in self.notes and operands[n] is self.operands[n])
+        planes = (n for n in left if _is_plane(self.operands[n].node))
+        return tuple(f"{self.operands[n].node} is loaded for each row and key: {self.notes[n]}" for n in planes)
+
+
+def _is_plane(node: Node) -> bool:
+    sizes = shape(node)[-2:]
+    return len(sizes) == 2 and not any(same_size(size, 1) for size in sizes)
 
 
 def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter: IndexLifter) -> Explained:
@@ -94,11 +105,11 @@ def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter:
     domain = domain_of(space)
     found: list[Captured] = list(operands)
     terms: dict[int, Expr] = {}
-    notes: list[str] = []
+    notes: dict[int, str] = {}
     for number, operand in enumerate(operands):
         lifted = _lift(operand, space, domain, lifter)
         if isinstance(lifted, str):
-            notes.append(f"{operand.node}: {lifted}")
+            notes[number] = lifted
             continue
         offset = len(found)
         found.extend(ReadTensor(reading) for reading in lifted.readings)
@@ -107,7 +118,7 @@ def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter:
     def change(expr: Expr) -> Expr:
         return terms.get(int(expr.value or 0), expr) if expr.op == "capture" else expr
 
-    return Explained(expression.replace(change), tuple(found), tuple(notes))
+    return Explained(expression.replace(change), tuple(found), notes)
 
 
 def _shifted(expr: Expr, by: int) -> Expr:

@@ -73,6 +73,6 @@ def fills_left(score: Expr) -> tuple[Expr, ...]:
     return (*kept, *(call("not", condition) for condition, filled, _ in chosen if filled in _LOWEST))
 
 
-def described(mask: Expr | None) -> str:
-    """The mask as the report prints it; empty where there is none."""
-    return "" if mask is None else f"mask: {readable(mask)}"
+def described(mask: Expr | None, loaded: Sequence[str] = ()) -> str:
+    """What is loaded and the mask, as the report prints them; empty where there is neither."""
+    return "; ".join([*loaded, *([] if mask is None else [f"mask: {readable(mask)}"])])

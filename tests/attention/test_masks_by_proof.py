@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.export import Dim
 from torch.nn import functional as F
 
+import fxopt
 from fxopt import driver
 from fxopt.frontend.export import from_export
 from fxopt.ir.attention import AttentionSpec, read_spec
@@ -142,3 +143,16 @@ def test_a_cache_of_any_length_gives_a_causal_mask_from_its_end() -> None:
     assert not spec.captures and str(spec.mask) in ("(j <= ((i + Sk) - Sq))", "(j <= (i + (Sk - Sq)))")
     for size in ((5, 7), (2, 30), (31, 3)):
         check_numbers(attention, result, inputs(*size))
+
+
+def test_what_is_loaded_for_each_row_and_key_is_reported() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, plane: Tensor, vector: Tensor) -> Tensor:
+        keep = torch.arange(q.shape[2])[:, None] >= torch.arange(k.shape[2])[None]
+        scores = (q @ k.transpose(-2, -1) + plane + vector).masked_fill(~keep, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    q, k, v = operands(7, 7)
+    report = fxopt.explain(attention, q, k, v, torch.randn(7, 7), torch.randn(7))
+    (site,) = (site for site in report.sites if site.kind == "attention")
+    assert site.reason.count("is loaded for each row and key: it is run-time data") == 1
+    assert site.reason.endswith("mask: j <= i")

@@ -48,7 +48,7 @@ def _portable_source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: 
 #: By the prefix of their configurations, the most general one last.
 FAMILIES: Final[dict[str, Family]] = {
     "hopper": Family(hopper.objection, hopper.candidates, hopper.source),
-    "short": Family(short.objection, short.candidates, short.source, pads_values=True),
+    "short": Family(short.objection, short.candidates, short.source, pads_values=True, averages=True),
     "split": Family(split.objection, split.candidates, split.source),
     "": Family(portable.objection_to, portable.candidates_for, _portable_source, pads_values=True, averages=True),
 }

@@ -159,15 +159,20 @@ class KernelText:
         factor = self._exponent.factor
         total = " + ".join(f"tl.sum(p_{n}, 1)" for n in self._pieces)
         weights = (f"p_{n} = tl.exp2({_LOGIT.sub(f'x_{n}', self._exponent.text)})" for n in self._pieces)
+        # A row without keys gives the mean of all values: as if every key had the weight one.
+        averages = (
+            f'p_{n} = tl.where((peak == float("-inf"))[:, None] & (j_{n} < Sk), 1.0, p_{n})' for n in self._pieces
+        )
         quotient = "acc / total[:, None]" if self._exact else "acc * (1.0 / total)[:, None]"
         zeroed = f"tl.where(total[:, None] == 0, 0.0, {quotient})"
         return {
             "peak": "\n".join(self._peak(n) for n in self._pieces),
             "unit": self._exponent.unit,
             "weights": "\n".join(weights),
+            "averages": "\n".join(averages) if self.spec.empty_rows == "uniform" else "",
             "total": total,
             "products": "\n".join(self._product(n) for n in self._pieces),
-            "result": quotient if self.spec.empty_rows == "nan" else zeroed,
+            "result": zeroed if self.spec.empty_rows == "zero" else quotient,
             "out_mask": both("rows < Sq", inside("e[None, :]", self.value_dim)),
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }

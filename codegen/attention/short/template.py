@@ -59,6 +59,7 @@ $peak
 shift = tl.where(peak == float("-inf"), 0.0, peak)
 $unit
 $weights
+$averages
 total = $total
 $products
 out = $result

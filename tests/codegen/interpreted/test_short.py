@@ -115,6 +115,22 @@ def test_rows_of_finite_fills_give_the_mean_over_all_keys(dtype: str) -> None:
     assert_within_budget(out, reference.attention(q, k, v, [fill], str(spec)), mean)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["49 packed", "197", "256"])
+@pytest.mark.parametrize("name", ["padding", "causal-padding", "lengths"])
+def test_rows_without_keys_give_the_mean_where_the_specification_says_so(name: str, case: str, dtype: str) -> None:
+    sizes, config = CASES[case]
+    spec = specification(name, sizes, DTYPES[dtype], empty_rows="uniform")
+    q, k, v = operands(sizes, DTYPES[dtype])
+    (captures,) = drawn(name, sizes, spec)
+    captures[0] = 0
+    out, _ = launch(spec, q, k, v, [captures], config)
+    assert_within_budget(out, reference.attention(q, k, v, [captures], str(spec)), exact(spec, q, k, v, [captures]))
+    mean = v[:1].double().mean(2, keepdim=True).to(out.dtype)
+    shared = mean.repeat_interleave(out.shape[1] // mean.shape[1], 1).expand(out[:1].shape)
+    torch.testing.assert_close(out[:1], shared, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["causal", "tile-bias", "capped-bias"])
 def test_what_is_not_finite_reaches_its_rows_and_no_others(name: str, value: float) -> None:

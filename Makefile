@@ -3,11 +3,13 @@
 #   PYTHON  the interpreter to start from; its torch is kept when it has one
 #   TORCH   what to install when it has none; a CUDA build where there is an NVIDIA GPU, else the version CI tests
 #   PYTEST  further options for pytest
+#   GPU_WORKERS  processes of make test-gpu, most of whose time goes into compiling kernels
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 PYTEST ?=
+GPU_WORKERS ?= 8
 
 run := $(VENV)/bin/python
 ready := $(VENV)/.ready
@@ -33,7 +35,7 @@ test: lint type ## Lint, types, and every test that needs no GPU
 
 test-gpu: $(ready) ## The tests that need an NVIDIA GPU
 	@$(run) -c "import sys, torch; sys.exit(not torch.cuda.is_available() and 'torch sees no GPU on this machine')"
-	$(run) -m pytest -m gpu $(PYTEST)
+	$(run) -m pytest -n $(GPU_WORKERS) -m gpu $(PYTEST)
 
 lint: $(ready) ## Style, docstrings, complexity, security (ruff)
 	$(run) -m ruff check .

@@ -35,6 +35,7 @@ SPECS = {
     "softcap-window": AttentionSpec(
         parse("50.0 * tanh(s * 0.125 / 50.0)"), parse("(j <= i) & (j > i - 1024)"), out_dtype=HALF
     ),
+    "prefix": AttentionSpec(parse("s * 0.125"), parse("(j <= i) | (j < 256)"), out_dtype=HALF),
     "padding": AttentionSpec(
         parse("s * 0.125"), parse("c0"), (Capture("b--j", torch.bool),), empty_rows="zero", out_dtype=HALF
     ),
@@ -44,7 +45,7 @@ SPECS = {
 }
 CASES = [
     ("plain", 96), ("plain", 128), ("plain", 256), ("causal", 80), ("causal", 128), ("softcap-window", 128),
-    ("padding", 128), ("alibi", 128),
+    ("padding", 128), ("alibi", 128), ("prefix", 128),
 ]  # fmt: skip
 
 

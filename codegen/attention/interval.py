@@ -8,12 +8,12 @@ need not be evaluated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from fxopt.codegen.expression import simplify
 from fxopt.ir.attention import AttentionSpec, Capture
-from fxopt.ir.expression import Expr, call, conjuncts, const, kind
+from fxopt.ir.expression import Expr, I, J, call, conjuncts, const, kind
 
 _FLIPPED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 _NEGATED: Final = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
@@ -23,21 +23,23 @@ _SHIFT: Final = {"lt": -1, "le": 0, "gt": 1, "ge": 0}
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """``j <= slope·i + offset`` (``side="upper"``) or ``j >= slope·i + offset`` (``"lower"``).
+    """``j <= slope·r + offset`` (``side="upper"``) or ``j >= slope·r + offset`` (``"lower"``).
 
-    ``slope`` is 0 or 1; ``offset`` is an integer expression that reads neither ``i`` nor ``j``. Where there are
-    ``others``, of the same side, it is enough that one of them all holds.
+    ``r`` is the row, or the first row of its ``chunk``, ``i // chunk · chunk``; ``slope`` is 0 or 1; ``offset`` is an
+    integer expression that reads neither ``i`` nor ``j``. Where there are ``others``, of the same side, it is enough
+    that one of them all holds.
     """
 
     side: Literal["upper", "lower"]
     slope: int
     offset: Expr
     others: tuple[Bound, ...] = ()
+    chunk: int = 1
 
     @property
     def all(self) -> tuple[Bound, ...]:
         """It and its alternatives, each without any."""
-        return (Bound(self.side, self.slope, self.offset), *self.others)
+        return (replace(self, others=()), *self.others)
 
     @property
     def follows_rows(self) -> bool:
@@ -66,25 +68,37 @@ class Linear:
     rest: Expr
 
 
-def key_range(spec: AttentionSpec, unions: bool = False) -> KeyRange:
+def key_range(spec: AttentionSpec, further: bool = False) -> KeyRange:
     """Split the mask of ``spec`` into bounds and the rest.
 
-    With ``unions``, bounds of one side of which one suffices are a bound too, as in a causal mask with a prefix.
+    ``further`` asks for bounds with ``others`` (a causal mask with a prefix) and by ``chunk`` (block-diagonal) as well.
     """
-    bounds: list[Bound] = []
-    rest: list[Expr] = []
-    for term in conjuncts(spec.mask):
-        bound = _union(term, spec.captures) if unions else _bound(term, spec.captures)
-        if bound is None:
-            rest.append(term)
-        else:
-            bounds.append(bound)
-    return KeyRange(tuple(bounds), tuple(rest))
+    terms = {term: _bounds(term, spec.captures, further) for term in conjuncts(spec.mask)}
+    bounds = tuple(bound for found in terms.values() for bound in found)
+    return KeyRange(bounds, tuple(term for term, found in terms.items() if not found))
 
 
 def is_uniform(capture: Capture) -> bool:
     """Whether a captured tensor holds one value for all rows and keys of a head."""
     return capture.dims[2:] == "--"
+
+
+def _bounds(term: Expr, captures: Sequence[Capture], further: bool) -> tuple[Bound, ...]:
+    bound = _union(term, captures) if further else _bound(term, captures)
+    if bound is not None:
+        return (bound,)
+    return _chunk(term) if further else ()
+
+
+def _chunk(term: Expr) -> tuple[Bound, ...]:
+    """The bounds that ``i // n == j // n`` sets."""
+    if term.op != "eq" or any(side.op != "floordiv" for side in term.args):
+        return ()
+    (first, size), (second, other) = (side.args for side in term.args)
+    n = size.value
+    if {first, second} != {I, J} or size != other or size.op != "const" or not isinstance(n, int) or n < 1:
+        return ()
+    return Bound("lower", 1, const(0), chunk=n), Bound("upper", 1, const(n - 1), chunk=n)
 
 
 def _union(term: Expr, captures: Sequence[Capture]) -> Bound | None:
@@ -93,7 +107,7 @@ def _union(term: Expr, captures: Sequence[Capture]) -> Bound | None:
     first, second = (_union(a, captures) for a in term.args)
     if first is None or second is None or first.side != second.side:
         return None
-    return Bound(first.side, first.slope, first.offset, (*first.others, *second.all))
+    return replace(first, others=(*first.others, *second.all))
 
 
 def _bound(term: Expr, captures: Sequence[Capture]) -> Bound | None:

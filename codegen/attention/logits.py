@@ -23,8 +23,8 @@ class LogitsText:
 
     spec: AttentionSpec
     dtype: torch.dtype
-    #: Whether its loops understand bounds of which one suffices.
-    unions: ClassVar[bool] = False
+    #: Whether its loops understand bounds with alternatives and by chunks.
+    further_bounds: ClassVar[bool] = False
 
     @cached_property
     def captures(self) -> tuple[CapturedTensor, ...]:
@@ -34,7 +34,7 @@ class LogitsText:
     @cached_property
     def range(self) -> KeyRange:
         """The bounds that the mask sets."""
-        return key_range(self.spec, self.unions)
+        return key_range(self.spec, self.further_bounds)
 
     @cached_property
     def exponent(self) -> Exponent:

@@ -32,6 +32,8 @@ EXPRESSIONS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "additive-mask": ("s * 0.125 + c0", None, ("b--j:fill",)),
     "documents": ("s * 0.125", "c0 == c1", ("b-i-:i64", "b--j:i64")),
     "prefix": ("s * 0.125", "(j <= i) | (j < 3)", ()),
+    "chunked": ("s * 0.125", "(j <= i) & ((i // 5) == (j // 5))", ()),
+    "block-diagonal": ("s * 0.125", "(i // 24) == (j // 24)", ()),
 }
 #: Those without captured tensors that are read by the distance of key and row, for kernels that refuse these.
 WITHOUT_BANDS = {name: parts for name, parts in EXPRESSIONS.items() if "band" not in name}

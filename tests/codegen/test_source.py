@@ -128,9 +128,25 @@ def test_bounds_read_off_a_mask(mask: str, expected: list[tuple[str, int, str]])
 def test_one_of_several_bounds_of_a_side_is_a_bound_where_that_is_understood() -> None:
     spec = AttentionSpec(parse("s"), parse("((j <= i) | (j < 3)) & ((j > i - 9) | (j < 5))"))
     assert key_range(spec).bounds == ()
-    found = key_range(spec, unions=True)
+    found = key_range(spec, further=True)
     assert [[(b.slope, str(b.offset)) for b in bound.all] for bound in found.bounds] == [[(1, "0"), (0, "2")]]
     assert found.bounds[0].follows_rows and len(found.rest) == 1
+
+
+@pytest.mark.parametrize("term", ["(i // 32) == (j // 32)", "(j // 32) == (i // 32)"])
+def test_chunks_bound_the_keys_from_both_sides(term: str) -> None:
+    spec = AttentionSpec(parse("s"), parse(f"(j <= i) & ({term})"))
+    assert len(key_range(spec).bounds) == 1
+    found = key_range(spec, further=True)
+    bounds = [(b.side, b.chunk, str(b.offset)) for b in found.bounds]
+    assert bounds == [("upper", 1, "0"), ("lower", 32, "0"), ("upper", 32, "31")] and not found.rest
+    text = source(spec, 16, 16, torch.float16, CONFIG)
+    assert "start_block = tl.maximum(0, floor_divide(first, 32) * 32) // BLOCK_N * BLOCK_N" in text
+
+
+@pytest.mark.parametrize("term", ["(i // 32) == (j // 16)", "(i // 32) == ((j + 1) // 32)", "(i // 32) != (j // 32)"])
+def test_what_is_nearly_a_chunk_bounds_nothing(term: str) -> None:
+    assert key_range(AttentionSpec(parse("s"), parse(term)), further=True).bounds == ()
 
 
 def test_a_prefix_bounds_the_loops() -> None:

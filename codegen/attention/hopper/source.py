@@ -51,7 +51,7 @@ class HopperText(LogitsText):
     value_dim: int
     dtype: torch.dtype
     config: Config
-    unions: ClassVar[bool] = True
+    further_bounds: ClassVar[bool] = True
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}

@@ -89,7 +89,8 @@ def _limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:
 
 def _single_limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:
     offset = simplify(call("add", bound.offset, const(beyond)))
-    limit = simplify(call("add", I, offset)) if bound.slope else offset
+    begin = I if bound.chunk == 1 else call("mul", call("floordiv", I, const(bound.chunk)), const(bound.chunk))
+    limit = simplify(call("add", begin, offset)) if bound.slope else offset
     text = emit(limit, {"i": row})
     if not any(node.op == "capture" for node in offset.walk()):
         return text

@@ -52,7 +52,7 @@ class KernelText(LogitsText):
     value_dim: int
     dtype: torch.dtype
     config: Config
-    unions: ClassVar[bool] = True
+    further_bounds: ClassVar[bool] = True
 
     def __str__(self) -> str:
         holes = {**self._description, **self._attend, **self._kernel, **self._launch}

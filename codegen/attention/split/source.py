@@ -36,7 +36,7 @@ class SplitText(KernelText):
     """The portable kernel's block update within another schedule; ``split`` is the configuration."""
 
     split: Config
-    unions: ClassVar[bool] = False
+    further_bounds: ClassVar[bool] = False
 
     def __str__(self) -> str:
         holes = {**self._description, **self._attend, **self._limits.holes, **self._kernel, **self._launch}

@@ -130,11 +130,9 @@ def _t5_data(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Data:
     return (t5_band(torch.randn(32, sizes.heads, dtype=dtype), sizes.rows, sizes.keys),)
 
 
-def _t5_tile(data: Data, sizes: Sizes) -> list[Tensor]:
-    """``[1, H, S, T]``, materialised as a T5 model does: once, for all of its layers."""
-    band, device = data[0], data[0].device
-    i, j = torch.arange(sizes.rows, device=device)[:, None], torch.arange(sizes.keys, device=device)
-    return [band[:, j - i + sizes.rows - 1][None]]
+def _t5_captures(data: Data, sizes: Sizes) -> list[Tensor]:
+    """The band ``[1, H, 1, S + T - 1]`` that fxopt makes of the model's table and buckets."""
+    return [data[0][None, :, None]]
 
 
 def _t5_mod(data: Data) -> ScoreMod:
@@ -143,7 +141,7 @@ def _t5_mod(data: Data) -> ScoreMod:
     return lambda s, b, h, i, j: s + band[h, j - i + zero]
 
 
-T5: Final = Kind("t5-buckets", "{s} + c0", None, ("-hij",), _t5_data, _t5_tile, _t5_mod)
+T5: Final = Kind("t5-buckets", "{s} + c0", None, ("-h-d",), _t5_data, _t5_captures, _t5_mod)
 
 
 def window(size: int) -> Kind:

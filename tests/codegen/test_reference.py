@@ -55,6 +55,8 @@ BY_HAND: dict[str, Callable[[Scores], tuple[Tensor, Tensor | bool]]] = {
     "additive-mask": lambda t: (t.x + t.c[0], True),
     "documents": lambda t: (t.x, t.c[0] == t.c[1]),
     "prefix": lambda t: (t.x, (t.j <= t.i) | (t.j < 3)),
+    "chunked": lambda t: (t.x, (t.j <= t.i) & (t.j >= t.i - t.i % 5) & (t.j < t.i - t.i % 5 + 5)),
+    "block-diagonal": lambda t: (t.x, (t.j >= t.i - t.i % 24) & (t.j < t.i - t.i % 24 + 24)),
 }
 
 

@@ -72,9 +72,7 @@ def candidates(problem: Problem) -> tuple[tuple[str, ...], dict[str, str]]:
     found: list[str] = []
     refused: dict[str, str] = {}
     for prefix, kind in FAMILIES.items():
-        reason = kind.objection(problem)
-        if problem.spec.empty_rows == "uniform" and not kind.averages:
-            reason = "rows without keys give the mean of the values, which it does not compute"
+        reason = kind.objection(problem) or _averages_objection(kind, problem.spec)
         if reason is None:
             found.extend(kind.candidates(problem))
         else:
@@ -88,4 +86,14 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
     Raises:
         LoweringError: the kernel can't be generated.
     """
-    return family(config).source(spec, head_dim, value_dim, dtype, config)
+    kind = family(config)
+    reason = _averages_objection(kind, spec)
+    if reason is not None:
+        raise LoweringError(f"{config} can't serve this attention: {reason} ({spec})")
+    return kind.source(spec, head_dim, value_dim, dtype, config)
+
+
+def _averages_objection(kind: Family, spec: AttentionSpec) -> str | None:
+    if kind.averages or spec.empty_rows != "uniform":
+        return None
+    return "rows without keys give the mean of the values, which it does not compute"

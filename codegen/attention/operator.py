@@ -20,7 +20,7 @@ from fxopt.codegen.attention.backward.config import split_config
 from fxopt.codegen.attention.backward.operator import attention_backward
 from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.kernels import family, source
-from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.config import widened
 from fxopt.codegen.attention.portable.kernel import KIND, objection
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
@@ -64,19 +64,10 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     meaning = _checked(q, k, v, captures, spec)
     config, width = split_config(config)[0], v.shape[3]
-    v = _widened(v, q.shape[3]) if family(config).pads_values else v
+    v = widened(v, q.shape[3]) if family(config).pads_values else v
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
     out, lse = kernel.launch(q, k, v, captures, with_lse)
     return (out if v.shape[3] == width else reference.lay_out(meaning, out[..., :width])), lse
-
-
-def _widened(v: Tensor, head_dim: int) -> Tensor:
-    """``v``, padded with zeros where its block would be narrower than that of the keys.
-
-    Triton 3.6.0 miscompiles the masked last block of keys then (sm_90, bfloat16: wrong sums, reads out of bounds).
-    """
-    missing = padded(head_dim) - v.shape[3]
-    return torch.nn.functional.pad(v, (0, missing)) if padded(v.shape[3]) < padded(head_dim) else v
 
 
 @lru_cache(maxsize=1024)

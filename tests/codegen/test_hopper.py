@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fxopt.cache import import_source
+from fxopt.codegen.attention import kernels
 from fxopt.codegen.attention.hopper.config import Config, read_config
 from fxopt.codegen.attention.hopper.kernel import candidates, objection, source
 from fxopt.codegen.attention.portable.config import padded
@@ -146,6 +147,14 @@ def test_objections_say_why() -> None:
 def test_bad_configurations_are_refused(text: str) -> None:
     with pytest.raises(LoweringError):
         read_config(text)
+
+
+def test_rows_that_give_the_mean_are_refused() -> None:
+    averaging = dataclasses.replace(SPECS["padding"], empty_rows="uniform")
+    found, refused = kernels.candidates(problem(averaging, 128))
+    assert found and not any(text.startswith("hopper:") for text in found) and "mean" in refused["hopper"]
+    with pytest.raises(LoweringError, match="mean"):
+        kernels.source(averaging, 128, 128, HALF, "hopper:128x128s2q2")
 
 
 def test_configurations_print_what_is_read() -> None:

@@ -19,7 +19,7 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward import kernel
 from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.backward.recompute import gradients
-from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.config import widened
 from fxopt.ir.attention import AttentionSpec
 
 _NO_LSE: Final = "the forward did not return the log-sum-exp"
@@ -101,7 +101,7 @@ def _cuda(
     if chosen == RECOMPUTE:
         return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None)
     width = v.shape[3]
-    v, out, grad_out = (_widened(x, q.shape[3]) for x in (v, out, grad_out))
+    v, out, grad_out = (widened(x, q.shape[3]) for x in (v, out, grad_out))
     # A gradient that was broadcast, as that of a sum, would be read without coalescing.
     grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
     launched = module(spec, q.shape[3], v.shape[3], q.dtype, chosen, tuple(wanted))
@@ -127,12 +127,6 @@ def objection(spec: AttentionSpec, q: Tensor, v: Tensor, lse: Tensor) -> str | N
     if lse.dim() != 3:
         return _NO_LSE
     return kernel.objection(spec, q.shape[3], v.shape[3], q.dtype)
-
-
-def _widened(x: Tensor, head_dim: int) -> Tensor:
-    """``x``, padded with zeros where its block would be narrower than that of the keys, as in the forward."""
-    missing = padded(head_dim) - x.shape[3]
-    return torch.nn.functional.pad(x, (0, missing)) if padded(x.shape[3]) < padded(head_dim) else x
 
 
 @lru_cache(maxsize=1024)

@@ -48,10 +48,6 @@ class Config:
         """Registers of each of their threads."""
         return _REGISTERS[self.groups]
 
-    def shared_bytes(self, width: int) -> int:
-        """Shared memory of tiles of two bytes an element with padded head dimension ``width``."""
-        return 2 * width * (self.queries * self.rows + 2 * self.stages * self.keys)
-
 
 def read_config(text: str) -> Config:
     """Read what ``str(Config)`` printed; raises `LoweringError` on anything else."""

@@ -39,6 +39,8 @@ _L2: Final = "32 * 2**20"
 _SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 _TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
+#: What one block of keys hands to the next, and what it reads.
+_STATE: Final = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
 _CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
 
 
@@ -104,15 +106,14 @@ class HopperText(LogitsText):
         multiply = ("out_target", "lse_ptr", *_TILES, *_BARRIERS, *self._pointers, *_SIZES)
         kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *_CONSTANTS, "REGISTERS", "WITH_LSE")
         ranged = (*self._range_names, "BLOCK_N")
-        groups = (("MEMBER", *multiply, *_CONSTANTS, "WITH_LSE"), (*multiply, *_CONSTANTS, "WITH_LSE"))
-        members = (
-            fill(GROUP, {"arguments": listing((str(n), *groups[1]))}).rstrip("\n") for n in range(self.config.groups)
-        )
+        group = (*multiply, *_CONSTANTS, "WITH_LSE")
+        numbers = map(str, range(self.config.groups))
+        members = (fill(GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in numbers)
         unspecialized = (*_SIZES, *(p for c in self.captures for p in c.period))
         return {
             "load_parameters": _parameters((*load, *_CONSTANTS)),
             "load_arguments": listing((*load, *_CONSTANTS)),
-            "multiply_parameters": _parameters(groups[0]),
+            "multiply_parameters": _parameters(("MEMBER", *group)),
             "kernel_parameters": _parameters(kernel),
             "range_arguments": listing(ranged),
             "groups": "\n".join(members),
@@ -129,7 +130,6 @@ class HopperText(LogitsText):
     def _attend(self) -> dict[str, str]:
         """The holes of the block update."""
         shared = (*self._attend_names, "start")
-        state = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
         constants = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS", "BOUNDED")
         attend = ("s", *shared, "BLOCK_N", "BOUNDED", "SCORES")
         logits = {name: _as_gluon(text) for name, text in self.logits_holes.items()}
@@ -138,7 +138,7 @@ class HopperText(LogitsText):
             **logits,
             "attend_parameters": _parameters(attend),
             "attend_arguments": listing(attend),
-            "advance_parameters": _parameters((*state, *shared, *constants)),
+            "advance_parameters": _parameters((*_STATE, *shared, *constants)),
             "first_arguments": listing(("s", *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES")),
         }
 
@@ -160,9 +160,8 @@ class HopperText(LogitsText):
         }
 
     def _loop(self, last: str, bounded: bool) -> str:
-        state = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
         constants = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS", str(bounded))
-        arguments = listing((*state, *self._attend_names, "block * BLOCK_N", *constants))
+        arguments = listing((*_STATE, *self._attend_names, "block * BLOCK_N", *constants))
         return fill(LOOP, {"last": last, "arguments": arguments}).rstrip("\n")
 
     @property

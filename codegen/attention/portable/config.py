@@ -120,6 +120,15 @@ def shared_limit(capability: tuple[int, int]) -> int:
     return _SHARED.get(capability, _SHARED_DEFAULT)
 
 
+def widened(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """``x [..., E]``, padded with zeros where its block would be narrower than that of keys of ``head_dim``.
+
+    Triton 3.6.0 miscompiles the masked last block of keys then (sm_90, bfloat16: wrong sums, reads out of bounds).
+    """
+    missing = padded(head_dim) - x.shape[3]
+    return torch.nn.functional.pad(x, (0, missing)) if padded(x.shape[3]) < padded(head_dim) else x
+
+
 def shared_bytes(config: Config, head_dim: int, value_dim: int, dtype: torch.dtype) -> int:
     """Shared memory that the query block and the key and value blocks in flight take."""
     rows = config.block_m * padded(head_dim)

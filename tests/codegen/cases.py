@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,16 @@ class Shape:
     packed: bool = False
     batch: int = 2
     heads: int = 2
+
+
+def pairwise(first: Iterable[str], second: Iterable[str], third: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Triples in which every two values of different axes meet, ``third`` in turn, instead of the whole product.
+
+    The first two must be at least as long as the third.
+    """
+    turns = list(third)
+    pairs = [(a, n + m, b) for n, a in enumerate(first) for m, b in enumerate(second)]
+    return [(a, b, turns[turn % len(turns)]) for a, turn, b in pairs]
 
 
 SHAPES = {

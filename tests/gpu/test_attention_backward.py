@@ -14,7 +14,7 @@ from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
-from tests.codegen.cases import WITHOUT_BANDS, Shape, specification
+from tests.codegen.cases import WITHOUT_BANDS, Shape, pairwise, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget
 from tests.gpu.test_attention_kernels import ALL_SHAPES, DTYPES, LARGE, on_gpu
 
@@ -40,9 +40,7 @@ def configurations(spec: AttentionSpec, shape: Shape, dtype: torch.dtype) -> lis
     return [str(config) for config in found]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("name", WITHOUT_BANDS)
+@pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(WITHOUT_BANDS, ALL_SHAPES, DTYPES))
 def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
     sizes = ALL_SHAPES[shape]
     spec = specification(name, sizes, DTYPES[dtype], "zero")

@@ -14,7 +14,7 @@ from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates
 from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.testing import assert_within_budget, evaluate, oracle_gradients
-from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification
+from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, pairwise, specification
 from tests.codegen.vectors import VECTORS
 
 pytestmark = pytest.mark.gpu
@@ -37,9 +37,7 @@ def on_gpu(name: str, shape: Shape, spec: AttentionSpec, dtype: torch.dtype) -> 
     return moved, [x.cuda() for x in captured(name, shape, spec)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(EXPRESSIONS, ALL_SHAPES, DTYPES))
 def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
     sizes = ALL_SHAPES[shape]
     spec = specification(name, sizes, DTYPES[dtype])

@@ -14,7 +14,7 @@ from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec
 from fxopt.testing import assert_within_budget
-from tests.codegen.cases import EXPRESSIONS, Shape, specification
+from tests.codegen.cases import EXPRESSIONS, Shape, pairwise, specification
 from tests.gpu.test_attention_kernels import DTYPES, on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -35,9 +35,7 @@ def problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Problem:
     return Problem(spec, q.shape[3], v.shape[3], q.dtype, capability, *sizes)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(EXPRESSIONS, SHAPES, ("bf16", "f16")))
 @pytest.mark.parametrize("prefix", [prefix for prefix in FAMILIES if prefix])
 def test_kernel_is_within_the_budget_of_eager(prefix: str, name: str, shape: str, dtype: str) -> None:
     sizes = SHAPES[shape]

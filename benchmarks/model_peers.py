@@ -47,6 +47,7 @@ PEERS: dict[str, Peer] = {
         Peer("inductor", "inductor"),
         Peer("fxopt", "fxopt"),
         Peer("reduce-overhead", "inductor", "reduce-overhead", kernels_of="inductor"),
+        Peer("fxopt-reduce-overhead", "fxopt", "reduce-overhead", kernels_of="fxopt"),
         Peer("flex", "inductor", attention="flex_attention"),
         Peer("max-autotune", "inductor", "max-autotune"),
         Peer("fxopt-max-autotune", "fxopt", "max-autotune"),

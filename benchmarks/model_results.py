@@ -43,7 +43,11 @@ class PeerResult:
 
 @dataclass
 class CaseResult:
-    """What is known of one model; ``filled`` is the part of its tokens that is not padding."""
+    """What is known of one model.
+
+    ``filled`` is the part of its tokens that is not padding; ``speedups`` are the best peer's median over those of
+    fxopt and its modes.
+    """
 
     model: str
     title: str
@@ -52,7 +56,7 @@ class CaseResult:
     filled: float | None = None
     reference_dtype: str = ""
     best_peer: str = ""
-    speedup: float | None = None
+    speedups: dict[str, float] = field(default_factory=dict)
     peers: dict[str, PeerResult] = field(default_factory=dict)
 
     @property
@@ -61,7 +65,7 @@ class CaseResult:
         return any(peer.status == "failed" for peer in self.peers.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain data; ``speedup`` is the best peer's median over fxopt's."""
+        """The result as plain data."""
         return asdict(self)
 
     @staticmethod
@@ -71,7 +75,7 @@ class CaseResult:
 
 
 def judge(result: CaseResult) -> None:
-    """Fail the peers whose output is wrong, then name the best peer and fxopt's speed-up over it."""
+    """Fail the peers whose output is wrong, then name the best peer, and the speed-ups of fxopt's modes over it."""
     eager = result.peers["eager"].error if "eager" in result.peers else None
     limit = _ERROR_LIMIT_ALONE if eager is None else _ERROR_LIMIT * eager.relative
     for peer in result.peers.values():
@@ -85,8 +89,9 @@ def judge(result: CaseResult) -> None:
     }
     others = {name: median for name, median in medians.items() if PEERS[name].backend != "fxopt"}
     result.best_peer = min(others, key=others.__getitem__, default="")
-    if others and "fxopt" in medians:
-        result.speedup = others[result.best_peer] / medians["fxopt"]
+    if others:
+        own = (name for name in medians if name not in others)
+        result.speedups = {name: others[result.best_peer] / medians[name] for name in own}
 
 
 def table(results: Iterable[CaseResult]) -> Table:

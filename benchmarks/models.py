@@ -174,8 +174,8 @@ def _print_results(results: list[CaseResult]) -> None:
                 console.print(escape("\n  ".join([f"{result.model}, {name} failed:", *lines])), highlight=False)
     console.print(table(results))
     for result in results:
-        if result.speedup is not None:
-            console.print(f"{result.model}: fxopt {result.speedup:.3f}x as fast as {result.best_peer}, the best peer")
+        for name, speedup in result.speedups.items():
+            console.print(f"{result.model}: {name} {speedup:.3f}x as fast as {result.best_peer}, the best peer")
 
 
 if __name__ == "__main__":

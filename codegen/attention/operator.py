@@ -6,10 +6,10 @@ stands in graphs like any other operator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -22,8 +22,13 @@ from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.kernels import family, source
 from fxopt.codegen.attention.portable.config import widened
 from fxopt.codegen.attention.portable.kernel import KIND, objection
+from fxopt.codegen.attention.replay import Replay, layouts, record
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
+
+#: Launches to repeat, by specification, configuration and layouts of the operands.
+_REPLAYS: Final[dict[tuple[object, ...], Replay]] = {}
+_MOST_REPLAYS: Final = 4096
 
 
 @torch.library.custom_op("fxopt::attention_forward", mutates_args=(), device_types="cpu")
@@ -62,12 +67,43 @@ def attention_forward(
 def _cuda(
     q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
+    key = (spec, config, with_lse, _precision(q.dtype), *layouts((q, k, v, *captures)))
+    replay = _REPLAYS.get(key)
+    # A replay runs on the current device.
+    if replay is not None and q.get_device() == torch.cuda.current_device():
+        out, lse = replay((q, k, v, *captures))
+        return out, lse
+    return _recorded(key, q, k, v, captures, spec, config, with_lse)
+
+
+def _recorded(
+    key: tuple[object, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    spec: str,
+    config: str,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
     meaning = _checked(q, k, v, captures, spec)
     config, width = split_config(config)[0], v.shape[3]
     v = widened(v, q.shape[3]) if family(config).pads_values else v
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
-    out, lse = kernel.launch(q, k, v, captures, with_lse)
-    return (out if v.shape[3] == width else reference.lay_out(meaning, out[..., :width])), lse
+    (out, lse), replay = record(kernel, lambda: kernel.launch(q, k, v, captures, with_lse), (q, k, v, *captures))
+    if v.shape[3] != width:
+        return reference.lay_out(meaning, out[..., :width]), lse
+    if replay is not None:
+        # Lengths that grow by one would add entries for ever.
+        if len(_REPLAYS) >= _MOST_REPLAYS:
+            _REPLAYS.clear()
+        _REPLAYS[key] = replay
+    return out, lse
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """What launchers read besides their operands: how products of float32 are computed."""
+    return str(torch.backends.cuda.matmul.fp32_precision) if dtype == torch.float32 else ""
 
 
 @lru_cache(maxsize=1024)
@@ -126,3 +162,18 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+#: The same without PyTorch's layers of Python for autograd, 10 µs a call: for graphs that autograd is done with.
+_LIBRARY: Final = torch.library.Library("fxopt", "FRAGMENT")
+_LIBRARY.define(
+    "attention_launch" + str(torch.ops.fxopt.attention_forward.default._schema).partition("forward")[2],
+    tags=torch.ops.fxopt.attention_forward.default.tags,
+)
+_LIBRARY.impl("attention_launch", _cuda, "CUDA")
+_LIBRARY.impl("attention_launch", attention_forward._init_fn, "CPU")
+torch.library.register_fake("fxopt::attention_launch", _fake, lib=_LIBRARY)
+
+#: What base compilers replace after autograd.
+DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
+    torch.ops.fxopt.attention_forward.default: torch.ops.fxopt.attention_launch.default
+}

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from fxopt.codegen.attention.operator import DECOMPOSITIONS
 from fxopt.lowering.options import Options
 
 _FUSE_ATTENTION: Final = "torch._inductor.fx_passes.fuse_attention"
@@ -28,10 +29,12 @@ def compile_base(
         return aot_eager(module, list(inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
     patches = {**(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
-        compiled: Any = compile_fx(module, inputs, config_patches=patches)
+        table = {**select_decomp_table(), **DECOMPOSITIONS}
+        compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=table)
         return compiled  # type: ignore[no-any-return]
 
 

@@ -38,7 +38,7 @@ def test_models_measures_and_checks_fxopt_beside_eager(tmp_path: Path) -> None:
     assert 0 < measured["fxopt"]["error"]["relative"] < 4 * measured["eager"]["error"]["relative"]
     assert measured["fxopt"]["graphs"] >= 1
     speedup = measured["eager"]["timing"]["median_ms"] / measured["fxopt"]["timing"]["median_ms"]
-    assert results["bert-eager"]["speedup"] == pytest.approx(speedup)
+    assert results["bert-eager"]["speedups"]["fxopt"] == pytest.approx(speedup)
     seconds = measured["fxopt"]["fxopt_seconds"]
     assert 0 < seconds["own"] <= seconds["total"] <= measured["fxopt"]["first_call_seconds"]
 
@@ -77,7 +77,7 @@ def test_models_judges_fxopt_by_the_fastest_peer_that_is_not_fxopt() -> None:
     peers = {name: PeerResult(timing=Timing(ms, ms, ms, 1, 1)) for name, ms in medians.items()}
     result = CaseResult("bert", "a model", peers=peers)
     judge(result)
-    assert (result.best_peer, result.speedup) == ("inductor", 1.5)
+    assert (result.best_peer, result.speedups) == ("inductor", {"fxopt": 1.5, "fxopt-max-autotune": 3.0})
 
 
 def test_models_gives_the_mode_to_fxopt_with_and_without_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.aot_autograd import aot_function
 
 from fxopt.codegen.attention import reference
-from fxopt.codegen.attention.operator import attention_forward
+from fxopt.codegen.attention.operator import DECOMPOSITIONS, attention_forward
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
@@ -15,6 +20,7 @@ from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, 
 from tests.codegen.vectors import VECTORS
 
 CONFIG = "64x32w4s2"
+attention_launch = torch.ops.fxopt.attention_launch.default
 
 
 def leaves(name: str, shape: str) -> tuple[AttentionSpec, list[Tensor], list[Tensor]]:
@@ -35,6 +41,37 @@ def test_opcheck(name: str, shape: str, with_lse: bool) -> None:
     spec, inputs, captures = leaves(name, shape)
     results = torch.library.opcheck(attention_forward, (*inputs, captures, str(spec), CONFIG, with_lse))
     assert set(results.values()) == {"SUCCESS"}
+
+
+def test_opcheck_of_the_launch_without_autograd() -> None:
+    spec, inputs, captures = leaves("swin", "fewer-keys")
+    arguments = ([x.detach() for x in captures], str(spec), CONFIG, True)
+    results = torch.library.opcheck(attention_launch, (*(x.detach() for x in inputs), *arguments))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_base_compilers_launch_without_layers_for_autograd(trained: bool) -> None:
+    spec, inputs, captures = leaves("tile-bias", "tails")
+    operands = [x.detach().requires_grad_(trained) for x in (*inputs, *captures)]
+    called: list[object] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = attention_forward(q, k, v, [bias], str(spec), CONFIG, True)[0]
+        return out
+
+    def base(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        called.extend(node.target for node in gm.graph.nodes)
+        return make_boxed_func(gm.forward)
+
+    compiled = aot_function(attend, fw_compiler=base, bw_compiler=base, decompositions=DECOMPOSITIONS)
+    out = compiled(*operands)
+    torch.testing.assert_close(out, attend(*operands))
+    assert attention_launch in called and torch.ops.fxopt.attention_forward.default not in called
+    if trained:
+        cotangent = torch.randn_like(out)
+        found = torch.autograd.grad(out, operands, cotangent)
+        torch.testing.assert_close(found, torch.autograd.grad(attend(*operands), operands, cotangent))
 
 
 @pytest.mark.parametrize("shape", ["tails", "one-row", "fewer-keys", "grouped"])

@@ -1,0 +1,88 @@
+"""Launches that are remembered give what a first launch gives, for every family, and leave other layouts alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.codegen.attention import kernels, operator, reference
+from fxopt.codegen.attention.operator import attention_forward
+from fxopt.codegen.attention.problem import Problem
+from fxopt.ir.attention import AttentionSpec
+from fxopt.testing import assert_within_budget
+from tests.codegen.cases import Shape, captured, operands, specification
+from tests.codegen.vectors import VECTORS
+
+pytestmark = pytest.mark.gpu
+
+DTYPE = torch.bfloat16
+SHAPES = {
+    "short": Shape(64, 64, 197, 197, 4, "group", "bshd", packed=True, heads=4),
+    "long": Shape(64, 64, 600, 600, 2, "group", "bshd", heads=4),
+    "wide": Shape(128, 128, 512, 512, 2, "group", "bshd", heads=4),
+}
+
+
+def configs(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2])
+    problem = Problem(spec, q.shape[3], v.shape[3], q.dtype, torch.cuda.get_device_capability(), *sizes)
+    return kernels.candidates(problem)[0]
+
+
+def draw(name: str, shape: Shape, spec: AttentionSpec) -> tuple[list[Tensor], list[Tensor]]:
+    captures = VECTORS[name].draw(shape) if name in VECTORS else captured(name, shape, spec)
+    moved = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x) for x in captures]
+    return [x.cuda() for x in operands(shape, DTYPE)], moved
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["plain", "causal", "tile-bias", "right padding"])
+def test_replays_are_within_the_budget_of_eager(name: str, shape: str) -> None:
+    torch.manual_seed(0)
+    sizes = SHAPES[shape]
+    spec = VECTORS[name].specification(DTYPE, "zero") if name in VECTORS else specification(name, sizes, DTYPE)
+    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
+    first, _ = draw(name, sizes, spec)
+    remembered = 0
+    for config in configs(spec, *first):
+        operator._REPLAYS.clear()
+        for _ in range(3):
+            (q, k, v), captures = draw(name, sizes, spec)
+            wide = [c.double() if c.is_floating_point() else c for c in captures]
+            eager = reference.attention(q, k, v, captures, str(spec))
+            exact = reference.attention(q.double(), k.double(), v.double(), wide, wide_spec)
+            out, _ = attention_forward(q, k, v, captures, str(spec), config, False)
+            assert out.stride() == eager.stride()
+            assert_within_budget(out, eager, exact)
+        remembered += len(operator._REPLAYS)
+    assert remembered, "at least one family remembers its launches"
+
+
+def test_other_layouts_are_launched_anew() -> None:
+    operator._REPLAYS.clear()
+    spec = specification("plain", SHAPES["long"], DTYPE)
+    (q, k, v), _ = draw("plain", SHAPES["long"], spec)
+    config = next(c for c in configs(spec, q, k, v) if ":" not in c)
+    expected, _ = attention_forward(q, k, v, [], str(spec), config, False)
+    for keys in (k.contiguous(), k.transpose(2, 3).contiguous().transpose(2, 3)):
+        out, _ = attention_forward(q, keys, v, [], str(spec), config, False)
+        torch.testing.assert_close(out, expected)
+    assert len(operator._REPLAYS) == 3
+
+
+def test_replays_are_captured_by_graphs() -> None:
+    spec = specification("causal", SHAPES["short"], DTYPE)
+    (q, k, v), _ = draw("causal", SHAPES["short"], spec)
+    for config in configs(spec, q, k, v):
+        for _ in range(2):
+            expected, _ = attention_forward(q, k, v, [], str(spec), config, False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, _ = attention_forward(q, k, v, [], str(spec), config, False)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)

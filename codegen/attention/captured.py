@@ -24,6 +24,11 @@ class CapturedTensor:
         return f"c{self.index}"
 
     @property
+    def argument(self) -> str:
+        """What the launcher passes for it."""
+        return self.name
+
+    @property
     def period(self) -> tuple[str, ...]:
         """The kernel argument that holds its size along a periodic batch."""
         return (f"{self.name}_period",) if self.capture.dims[0] == "p" else ()

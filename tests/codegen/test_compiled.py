@@ -173,6 +173,15 @@ def test_capped_candidates_do_not_spill(name: str, width: int, tmp_path: Path) -
         assert f".maxnreg {config.registers}" in kernel.asm["ptx"]
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_bands_are_read_by_whole_vectors(width: int) -> None:
+    """Also where a row begins between two vectors, and in blocks that lie partly beyond the last key."""
+    config = candidates(SPECS["band"], width, width, HALF, (9, 0))[0]
+    ptx = compiled(SPECS["band"], width, HALF, config, 90, even=True).asm["ptx"]
+    assert "cp.async.cg" in ptx
+    assert not re.search(r"ld\.global(\.\w+)*\.[bu](8|16)\b", ptx)
+
+
 @pytest.mark.parametrize(("architecture", "config"), [(80, "64x64w4s3"), (90, "64x64w4s3r128"), (90, "128x64w4s3")])
 @pytest.mark.parametrize("name", ["padding", "padding-mean", "causal-documents"])
 def test_masks_of_vectors_do_not_spill(name: str, architecture: int, config: str, tmp_path: Path) -> None:

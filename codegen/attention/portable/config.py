@@ -17,7 +17,7 @@ _SHARED_DEFAULT: Final = 101_376
 CANDIDATES: Final = 4
 Loads = Literal["pointer", "tma"]
 #: The largest part of a captured tensor that a block update reads: nothing, a vector along the keys, or a tile.
-Captured = Literal["nothing", "vector", "tile", "band"]
+Captured = Literal["nothing", "vector", "tile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +77,6 @@ _HOPPER_TILES: Final[dict[int, tuple[str, ...]]] = {
 #: The same where captured vectors vary with the key: wide blocks of keys on few warps spill then.
 _HOPPER_VECTORS: Final[dict[int, tuple[str, ...]]] = {
     64: ("64x64w4s3r128", "128x64w4s3", "64x64w4s3r128tma", "128x64w8s3r128", "16x64w4s3"),
-}
-#: The same where one is read by the distance of key and row, an address for each pair: those that don't spill.
-_HOPPER_BANDS: Final[dict[int, tuple[str, ...]]] = {
-    64: ("128x64w8s3", "64x64w8s2", "64x32w4s3", "16x64w4s3"),
-    128: ("128x32w8s2", "64x32w8s3", "32x32w4s3", "16x64w4s3"),
-}
-_SM80_BANDS: Final[dict[int, tuple[str, ...]]] = {
-    64: ("64x64w8s2", "64x32w4s3", "32x64w4s3", "16x64w4s3"),
-    128: ("64x32w8s2", "32x64w8s2", "32x32w4s2", "16x64w4s2"),
 }
 _BLACKWELL: Final[dict[int, tuple[str, ...]]] = {
     16: ("128x128w4s3", "128x64w4s3", "64x64w4s3", "16x64w4s3"),
@@ -162,8 +153,8 @@ def fitting(
 
 def _half(capability: tuple[int, int], captured: Captured) -> dict[int, tuple[str, ...]]:
     if capability < (9, 0):
-        return _HALF_SM80 | (_SM80_BANDS if captured == "band" else {})
+        return _HALF_SM80
     if capability[0] > 9:
         return _BLACKWELL
-    tables = {"nothing": {}, "vector": _HOPPER_VECTORS, "tile": _HOPPER_TILES, "band": _HOPPER_BANDS}
+    tables = {"nothing": {}, "vector": _HOPPER_VECTORS, "tile": _HOPPER_TILES}
     return _HOPPER | tables[captured]

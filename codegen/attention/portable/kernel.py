@@ -72,11 +72,9 @@ def candidates(
 
 
 def _captured(spec: AttentionSpec) -> Captured:
-    if any(c.is_band for c in spec.captures):
-        return "band"
     if any(c.is_tile for c in spec.captures):
         return "tile"
-    return "vector" if any("j" in c.dims or c.is_band for c in spec.captures) else "nothing"
+    return "vector" if any("j" in c.dims for c in spec.captures) else "nothing"
 
 
 def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: Config) -> str:

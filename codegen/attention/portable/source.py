@@ -9,6 +9,7 @@ from typing import ClassVar, Final
 
 import torch
 
+from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.frame import (
     AXIS,
     HEADER,
@@ -22,6 +23,7 @@ from fxopt.codegen.attention.frame import (
     unpacked,
 )
 from fxopt.codegen.attention.logits import LogitsText
+from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.codegen.attention.portable.hull import Hull
 from fxopt.codegen.attention.portable.loops import Span, key_range_text, loop_spans
@@ -59,11 +61,22 @@ class KernelText(LogitsText):
         describable = DESCRIBABLE if self._tiles.described else ""
         average = fill(AVERAGE, holes) if self._averages else ""
         hull = "" if self._hull is None else self._hull.kernel
-        texts = (fill(ATTEND, holes), average, hull, fill(KERNEL, holes), describable, fill(LAUNCH, holes))
+        copies = phases.PHASES if self._bands else ""
+        texts = (fill(ATTEND, holes), average, hull, copies, fill(KERNEL, holes), describable, fill(LAUNCH, holes))
         body = "".join(texts)
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         script = {**holes, **script_holes(self.spec, self.dtype)}
         return fill(HEADER, holes) + devices + body + fill(REFERENCE, script) + fill(MAIN, script)
+
+    @cached_property
+    def captures(self) -> tuple[CapturedTensor, ...]:
+        """The captured tensors, bands by their phases."""
+        plain = captured_tensors(self.spec)
+        return tuple(phases.PhasedBand(c.index, c.capture) if c.capture.is_band else c for c in plain)
+
+    @property
+    def _bands(self) -> tuple[phases.PhasedBand, ...]:
+        return tuple(c for c in self.captures if isinstance(c, phases.PhasedBand))
 
     @cached_property
     def _hull(self) -> Hull | None:
@@ -197,12 +210,15 @@ class KernelText(LogitsText):
         hull, hulled = (("hull",), ("HULL=hulled",)) if self._hull else ((), ())
         switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", even, *tma, "WIDE=wide", *hulled)
         sizes = ("heads", "kv_heads", "rows", "keys", *periods)
-        tensors = ("q", *self._tiles.arguments, *names, *hull, "out", "lse")
+        given = (c.argument for c in self.captures)
+        tensors = ("q", *self._tiles.arguments, *given, *hull, "out", "lse")
         arguments = (*tensors, *self._stride_values, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
         return {
             "allocate": allocation(self.spec, self.value_dim),
             "unpack_captures": unpacked(names),
             "describe": self._tiles.describe(self.config.block_n, padded(self.head_dim), padded(self.value_dim)),
+            "allocate_phases": phases.allocate(self._bands, self.config.block_n),
+            "launch_phases": phases.launch(self._bands),
             "allocate_hull": "" if self._hull is None else self._hull.allocate,
             "launch_hull": "" if self._hull is None else self._hull.launch,
             "wide": wide(self._reaches),

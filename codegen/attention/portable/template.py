@@ -141,12 +141,14 @@ def launch(
     if grid[0] == 0:
         return out, lse
     $describe
+    $allocate_phases
     $allocate_hull
     # Strides so long that offsets within a block need 64 bits.
     $wide
     exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     fast = q.is_cuda and q.dtype != torch.float32
     with torch.cuda.device_of(q):
+        $launch_phases
         $launch_hull
         attention_kernel[grid](
             $launch_arguments

@@ -92,6 +92,11 @@ _HALF_SM80: Final[dict[int, tuple[str, ...]]] = {
     128: ("128x64w8s3", "64x64w4s3", "64x32w4s3", "16x64w4s2"),
     256: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
 }
+#: The same where a captured tensor varies with both row and key: those that don't spill.
+_SM80_TILES: Final[dict[int, tuple[str, ...]]] = {
+    64: ("64x64w4s3", "128x64w8s3", "16x64w4s3"),
+    128: ("128x64w8s3", "64x64w8s3", "64x32w4s3", "16x64w4s2"),
+}
 _SINGLE: Final[dict[int, tuple[str, ...]]] = {
     16: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
     32: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
@@ -153,7 +158,7 @@ def fitting(
 
 def _half(capability: tuple[int, int], captured: Captured) -> dict[int, tuple[str, ...]]:
     if capability < (9, 0):
-        return _HALF_SM80
+        return _HALF_SM80 | (_SM80_TILES if captured == "tile" else {})
     if capability[0] > 9:
         return _BLACKWELL
     tables = {"nothing": {}, "vector": _HOPPER_VECTORS, "tile": _HOPPER_TILES}

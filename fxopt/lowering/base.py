@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from threading import RLock
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ import torch
 from torch import fx
 
 from fxopt.codegen.attention.operator import DECOMPOSITIONS
+from fxopt.codegen.mlp import gelu
 from fxopt.lowering.options import Options
 
 _FUSE_ATTENTION: Final = "torch._inductor.fx_passes.fuse_attention"
@@ -33,7 +35,8 @@ def compile_base(
 
     patches = {**(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
-        table = {**select_decomp_table(), **DECOMPOSITIONS}
+        usual = select_decomp_table()
+        table = {**usual, **DECOMPOSITIONS, **gelu.decompositions(usual)}
         compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=table)
         return compiled  # type: ignore[no-any-return]
 
@@ -66,10 +69,10 @@ def _is_attention_pattern(entry: Any) -> bool:
 
 
 class _KeyOfFxopt:
-    """A pass that does nothing but keep graphs compiled without those patterns apart in Inductor's caches."""
+    """A pass that does nothing but keep graphs compiled by fxopt apart in Inductor's caches."""
 
     def __call__(self, graph: fx.Graph) -> None:
         pass
 
     def uuid(self) -> str:
-        return "fxopt: attention patterns off"
+        return f"fxopt {version('fxopt')}: attention patterns off, decompositions of its own"

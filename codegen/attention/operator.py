@@ -22,6 +22,7 @@ from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.kernels import family, source
 from fxopt.codegen.attention.portable.config import widened
 from fxopt.codegen.attention.portable.kernel import KIND, objection
+from fxopt.codegen.building import launcher
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -66,7 +67,7 @@ def _cuda(
     config, width = split_config(config)[0], v.shape[3]
     v = widened(v, q.shape[3]) if family(config).pads_values else v
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
-    out, lse = kernel.launch(q, k, v, captures, with_lse)
+    out, lse = launcher(kernel)(q, k, v, captures, with_lse)
     return (out if v.shape[3] == width else reference.lay_out(meaning, out[..., :width])), lse
 
 

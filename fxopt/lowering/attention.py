@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import source
 from fxopt.ir.operators import overload
 from fxopt.lowering import weights
+from fxopt.lowering.building import build
 from fxopt.lowering.candidate import Candidate, triton_objection
-from fxopt.lowering.measure import materialise, median_seconds
+from fxopt.lowering.measure import hint, layout, materialise, median_seconds
 from fxopt.lowering.versions import fingerprint
 
 __all__ = ["Candidate", "candidates", "choose", "operator"]
@@ -96,8 +97,8 @@ def _with_backward(problem: Problem, configs: tuple[str, ...], refused: dict[str
 
 
 def _problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Problem:
-    batch, heads, rows = (_hint(size) if _has_hint(size) else None for size in q.shape[:3])
-    kv_heads, keys = (_hint(size) if _has_hint(size) else None for size in k.shape[1:3])
+    batch, heads, rows = (hint(size) if _has_hint(size) else None for size in q.shape[:3])
+    kv_heads, keys = (hint(size) if _has_hint(size) else None for size in k.shape[1:3])
     capability = torch.cuda.get_device_capability(q.device)
     sizes = (batch, heads, kv_heads, rows, keys)
     dynamic = not isinstance(k.shape[2], int)
@@ -131,6 +132,20 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
     return by_name[best], Decision((site.name,), best, source, seconds)
 
 
+def prepare(sites: Sequence[Node], training: bool) -> None:
+    """Compile, all at once, the kernels that `choose` will measure for ``sites``: those of sites alike once, and none
+    for a site whose decision is in the cache.
+    """
+    start = time.perf_counter()
+    asked: dict[str, tuple[Node, list[Candidate]]] = {}
+    for site in sites:
+        found, _ = candidates(site, training)
+        if len(found) > 1 and _has_hints(site):
+            asked.setdefault(_key(site, training, found), (site, found))
+    build([pair for key, pair in asked.items() if _read_seconds(key, pair[1]) is None], training)
+    MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
+
+
 def _forced(
     site: Node, found: list[Candidate], refused: dict[str, str], lower: str, strict: bool
 ) -> tuple[Candidate, Decision]:
@@ -148,7 +163,8 @@ def _forced(
 def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
     """Median seconds of each candidate (forward, and backward in training); one that fails is refused and left out."""
     nodes = [n for c in found for n in _tensor_nodes(c.arguments)] + _tensor_nodes(site.args)
-    real = {node: _real(node.meta["val"], seed) for seed, node in enumerate(dict.fromkeys(nodes))}
+    values = {node: node.meta["val"] for node in nodes}
+    real = {node: materialise(x, *layout(x), seed) for seed, (node, x) in enumerate(values.items())}
     seconds = {}
     for candidate in found:
         try:
@@ -214,18 +230,9 @@ def _tensor_nodes(arguments: Any) -> list[Node]:
     return nodes
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
-def _real(value: Tensor, seed: int) -> Tensor:
-    sizes, strides = tuple(map(_hint, value.shape)), tuple(map(_hint, value.stride()))
-    return materialise(value, sizes, strides, seed)
-
-
 def _key(site: Node, training: bool, found: list[Candidate]) -> str:
     operands = [
-        f"{x.dtype}{[_bucket(n) for n in x.shape]}{[_hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
+        f"{x.dtype}{[_bucket(n) for n in x.shape]}{[hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
         for x in _flat(site)
     ]
     mode = "training" if training else "inference"
@@ -236,7 +243,7 @@ def _key(site: Node, training: bool, found: list[Candidate]) -> str:
 
 def _bucket(size: int | torch.SymInt) -> str:
     """A static size as it is, a dynamic one rounded up to a power of two."""
-    return str(size) if isinstance(size, int) else f"<={1 << max(_hint(size) - 1, 0).bit_length()}"
+    return str(size) if isinstance(size, int) else f"<={1 << max(hint(size) - 1, 0).bit_length()}"
 
 
 def _read_seconds(key: str, found: list[Candidate]) -> dict[str, float] | None:

@@ -65,9 +65,24 @@ def _once_cuda(function: Callable[[], Any]) -> float:
 def materialise(value: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], seed: int) -> torch.Tensor:
     """A real tensor of ``sizes`` and ``strides`` with the dtype and device of ``value`` and random contents."""
     generator = torch.Generator(device=value.device).manual_seed(seed)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if all(sizes) else 0
+    elements = extent(sizes, strides)
     if value.dtype.is_floating_point:
-        flat = torch.randn(extent, generator=generator, device=value.device, dtype=torch.float32).to(value.dtype)
+        flat = torch.randn(elements, generator=generator, device=value.device, dtype=torch.float32).to(value.dtype)
     else:
-        flat = torch.ones(extent, device=value.device, dtype=value.dtype)
+        flat = torch.ones(elements, device=value.device, dtype=value.dtype)
     return flat.as_strided(sizes, strides)
+
+
+def extent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The number of elements from the first to the last of a tensor, those between its rows included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if all(sizes) else 0
+
+
+def layout(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of a fake tensor, symbolic ones as they were seen."""
+    return tuple(map(hint, value.shape)), tuple(map(hint, value.stride()))
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size, where it is symbolic the one that was seen."""
+    return size if isinstance(size, int) else int(size.node.hint)

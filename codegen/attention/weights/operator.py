@@ -19,6 +19,7 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.weights.backward import gradients
 from fxopt.codegen.attention.weights.kernel import KIND, objection, source
 from fxopt.codegen.attention.weights.reference import exact_weights, reduction, result_size
+from fxopt.codegen.building import launcher
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -52,7 +53,7 @@ def attention_weights_forward(
 @attention_weights_forward.register_kernel("cuda")
 def _cuda(q: Tensor, k: Tensor, captures: Sequence[Tensor], spec: str, kind: str, config: str) -> Tensor:
     _checked(q, k, captures, spec)
-    out: Tensor = module(spec, q.shape[3], q.dtype, kind, config).launch(q, k, captures)
+    out: Tensor = launcher(module(spec, q.shape[3], q.dtype, kind, config))(q, k, captures)
     return out
 
 

@@ -1,0 +1,111 @@
+"""Kernels of all sites are compiled before the first is measured: sites alike once, none for what the cache decides."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
+from fxopt import cache, driver
+from fxopt.backend import COMPILE_SECONDS
+from fxopt.frontend.export import from_export
+from fxopt.ir.nodes import REQUIRES_GRAD
+from fxopt.ir.operators import overload
+from fxopt.ir.program import Program
+from fxopt.lowering import attention
+from fxopt.lowering.attention import candidates, choose, prepare
+from fxopt.lowering.options import Options
+from tests.codegen.offline import Compiled, compiler
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compiled]]:
+    """A GPU to compile for, which CPU tensors pass for lying on."""
+    monkeypatch.setattr(attention, "triton_objection", lambda *_: None)
+    cache.clear()
+    with compiler(tmp_path) as found:
+        yield found
+
+
+def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two sites alike and one that isn't."""
+    for _ in range(2):
+        q = (q @ k.mT * 0.12501).softmax(-1) @ v
+    return (torch.tanh(q @ k.mT) * 0.12501).softmax(-1) @ v
+
+
+def operands(width: int = 32, gradients: bool = False) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(2, 2, 320, width).to(HALF).requires_grad_(gradients) for _ in range(3))
+
+
+def rewritten(function: Any, inputs: tuple[Tensor, ...]) -> tuple[Program, list[Node]]:
+    program = driver.rewrite(from_export(function, inputs), Options(strict=True)).program
+    return program, list(program.graph.find_nodes(op="call_function", target=overload("attention")))
+
+
+def generated(site: Node, training: bool = False) -> list[str]:
+    return [c.name for c in candidates(site, training)[0] if c.family == "triton"]
+
+
+def test_sites_alike_are_compiled_once_and_all_before_any_is_measured(compiled: list[Compiled]) -> None:
+    _, sites = rewritten(layers, operands())
+    assert len(sites) == 3
+    before = attention.MEASUREMENT_SECONDS["total"]
+    prepare(sites, training=False)
+    assert len(compiled) == len(generated(sites[0])) + len(generated(sites[2]))
+    assert len({found.module for found in compiled}) == len(compiled)
+    assert threading.get_ident() not in {found.thread for found in compiled}
+    assert attention.MEASUREMENT_SECONDS["total"] > before, "building counts as measuring"
+    assert set(COMPILE_SECONDS) == {"total", "inductor", "measurement"}
+
+
+def test_what_is_decided_is_not_compiled(compiled: list[Compiled]) -> None:
+    _, sites = rewritten(layers, operands(width=16))
+    key = attention._key(sites[0], False, candidates(sites[0], False)[0])
+    cache.write_json("decisions", key, {"seconds": {"aten": 1.0}})
+    prepare(sites, training=False)
+    assert len(compiled) == len(generated(sites[2]))
+
+
+def test_in_training_the_kernels_of_the_backward_are_compiled(compiled: list[Compiled]) -> None:
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT * 0.1251 + bias).softmax(-1) @ v
+
+    bias = torch.randn(1, 2, 320, 320).to(HALF).requires_grad_()
+    program, (site,) = rewritten(biased, (*operands(gradients=True), bias))
+    for placeholder in program.graph.find_nodes(op="placeholder"):
+        placeholder.meta[REQUIRES_GRAD] = True
+    prepare([site], training=True)
+    counted = Counter(found.name for found in compiled)
+    forwards = {name.partition("/")[0] for name in generated(site, True)}
+    backwards = {name.partition("/")[2] for name in generated(site, True)}
+    assert counted["attention_kernel"] == len(forwards)
+    assert counted["dkdv_kernel"] == counted["dq_kernel"] == len(backwards) == 2
+    assert counted["c0_kernel"] == 1, "both configurations have the same kernel for the bias"
+
+
+def test_a_candidate_that_fails_is_refused_with_its_reason_when_it_is_measured(compiled: list[Compiled]) -> None:
+    """Here all of them do: there is no GPU to launch on."""
+    _, sites = rewritten(layers, operands())
+    prepare(sites[:1], training=False)
+    found, refused = candidates(sites[0], False)
+    seconds = attention._measure(sites[0], False, found, refused)
+    assert "aten" in seconds and not any(name.startswith("triton") for name in seconds)
+    for name in generated(sites[0]):
+        assert "failed when it was measured" in refused[name]
+    decided, _ = choose(sites[0], False, "auto")
+    assert decided.family != "triton"

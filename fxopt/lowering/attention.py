@@ -118,7 +118,8 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         return found[0], Decision((site.name,), found[0].name, f"the only one that can serve ({why})")
     if not _has_hints(site):
-        return found[0], Decision((site.name,), found[0].name, "best guess: the sizes are not known")
+        guess = f"best guess: the sizes are not known{_left_out(site, training, found)}"
+        return found[0], Decision((site.name,), found[0].name, guess)
     key = _key(site, training, found)
     seconds = _read_seconds(key, found)
     source = "measured, from the cache"
@@ -129,7 +130,16 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
         cache.write_json("decisions", key, {"seconds": seconds})
     by_name = {candidate.name: candidate for candidate in found}
     best = min(seconds, key=lambda name: seconds[name])
-    return by_name[best], Decision((site.name,), best, source, seconds)
+    return by_name[best], Decision((site.name,), best, f"{source}{_left_out(site, training, found)}", seconds)
+
+
+def _left_out(site: Node, training: bool, found: list[Candidate]) -> str:
+    """What the report says of configurations that the cost model kept from being tried, if there are any."""
+    if site.target is not overload("attention") or not any(c.family == "triton" for c in found):
+        return ""
+    q, k, v, _ = _operands(site)
+    count = len(kernels.ranking(_problem(read_spec(str(site.args[4])), q, k, v, training)).left_out)
+    return f"; {count} more configurations left out by the cost model" if count else ""
 
 
 def prepare(sites: Sequence[Node], training: bool) -> None:

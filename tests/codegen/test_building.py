@@ -28,8 +28,8 @@ SPEC = str(AttentionSpec(parse("s * 0.0625078125"), parse("j <= i"), out_dtype=H
 
 
 def operands(rows: int = 256, keys: int = 256, width: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    q = torch.empty(2, 4, rows, width, dtype=HALF)
-    return q, *(torch.empty(2, 4, keys, width, dtype=HALF) for _ in range(2))
+    q, k, v = (torch.empty(2, 4, length, width, dtype=HALF) for length in (rows, keys, keys))
+    return q, k, v
 
 
 def call(config: str, width: int = 64, **sizes: int) -> partial[Any]:

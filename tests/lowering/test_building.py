@@ -17,7 +17,10 @@ from torch.fx import Node
 import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
 from fxopt import cache, driver
 from fxopt.backend import COMPILE_SECONDS
+from fxopt.codegen.attention.kernels import ranking
+from fxopt.codegen.attention.problem import Problem
 from fxopt.frontend.export import from_export
+from fxopt.ir.attention import read_spec
 from fxopt.ir.nodes import REQUIRES_GRAD
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
@@ -55,6 +58,11 @@ def operands(width: int = 32, gradients: bool = False) -> tuple[Tensor, ...]:
 def rewritten(function: Any, inputs: tuple[Tensor, ...]) -> tuple[Program, list[Node]]:
     program = driver.rewrite(from_export(function, inputs), Options(strict=True)).program
     return program, list(program.graph.find_nodes(op="call_function", target=overload("attention")))
+
+
+def problem_of(site: Node) -> Problem:
+    q, k, v = (node.meta["val"] for node in site.args[:3] if isinstance(node, Node))
+    return attention._problem(read_spec(str(site.args[4])), q, k, v, training=False)
 
 
 def generated(site: Node, training: bool = False) -> list[str]:
@@ -107,5 +115,7 @@ def test_a_candidate_that_fails_is_refused_with_its_reason_when_it_is_measured(c
     assert "aten" in seconds and not any(name.startswith("triton") for name in seconds)
     for name in generated(sites[0]):
         assert "failed when it was measured" in refused[name]
-    decided, _ = choose(sites[0], False, "auto")
+    decided, decision = choose(sites[0], False, "auto")
     assert decided.family != "triton"
+    left_out = len(ranking(problem_of(sites[0])).left_out)
+    assert left_out and decision.reason == f"measured; {left_out} more configurations left out by the cost model"

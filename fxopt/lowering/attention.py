@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -175,12 +176,14 @@ def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[s
     nodes = [n for c in found for n in _tensor_nodes(c.arguments)] + _tensor_nodes(site.args)
     values = {node: node.meta["val"] for node in nodes}
     real = {node: materialise(x, *layout(x), seed) for seed, (node, x) in enumerate(values.items())}
-    seconds = {}
+    device = _flat(site)[0].device
+    seconds: dict[str, float] = {}
     for candidate in found:
+        best = min(seconds.values(), default=math.inf)
         try:
             run = _timed_call(candidate, site, real, training)
             with torch.set_grad_enabled(training):
-                seconds[candidate.name] = median_seconds(run, _flat(site)[0].device)
+                seconds[candidate.name] = median_seconds(run, device, best)
         except Exception as error:
             if candidate.family == "aten":
                 raise

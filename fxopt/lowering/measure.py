@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,12 +12,16 @@ import torch
 
 _BUDGET_SECONDS: Final = 0.05
 _MAX_REPEATS: Final = 20
+#: How much slower than the best so far a first time must be to be the last one.
+_HOPELESS: Final = 2.0
 #: Calls recorded into one CUDA graph.
 _CALLS: Final = 5
 
 
-def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
+def median_seconds(function: Callable[[], Any], device: torch.device, best: float = math.inf) -> float:
     """Median time of one call in seconds, after a warm-up call; about a twentieth of a second is spent.
+
+    A single time is enough of a function that takes more than twice the ``best`` seconds of others.
 
     On a GPU the device's own time is measured, by replaying a CUDA graph of several calls: what launching costs depends
     on the program around the site, and overlaps with its work. A function that can't be captured is timed by events.
@@ -24,6 +29,8 @@ def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
     function()
     run, calls = _replayed(function, device)
     first = _once(run, device) / calls
+    if first > _HOPELESS * best:
+        return first
     repeats = max(1, min(_MAX_REPEATS, int(_BUDGET_SECONDS / max(first * calls, 1e-6))))
     return statistics.median(_once(run, device) for _ in range(repeats)) / calls
 

@@ -1,0 +1,80 @@
+"""Timing of candidates: how often they run, and when a single time is enough."""
+
+from __future__ import annotations
+
+import time
+import pytest
+import torch
+
+import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
+from fxopt import cache, driver
+from fxopt.frontend.export import from_export
+from fxopt.ir.operators import overload
+from fxopt.lowering import attention, measure
+from fxopt.lowering.options import Options
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands still but for what is added to it."""
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    return now
+
+
+class Function:
+    """Takes the given seconds, one after the other, the last ones again and again."""
+
+    def __init__(self, clock: list[float], *seconds: float) -> None:
+        self.clock, self.seconds, self.calls = clock, seconds, 0
+
+    def __call__(self) -> None:
+        self.clock[0] += self.seconds[min(self.calls, len(self.seconds) - 1)]
+        self.calls += 1
+
+
+def test_the_median_of_several_calls_after_a_warm_up(clock: list[float]) -> None:
+    function = Function(clock, 9.0, 0.004, 0.003, 0.001, 0.001, 0.005)
+    assert measure.median_seconds(function, CPU) == pytest.approx(0.005)
+    assert function.calls == 2 + int(0.05 / 0.004)
+
+
+@pytest.mark.parametrize(("first", "calls"), [(0.0021, 2), (0.0019, 2 + 20)])
+def test_one_time_is_enough_of_what_takes_twice_the_best(clock: list[float], first: float, calls: int) -> None:
+    """The warm-up call, which may compile, does not count."""
+    function = Function(clock, 5.0, first, 0.001)
+    found = measure.median_seconds(function, CPU, best=0.001)
+    assert function.calls == calls
+    assert found == pytest.approx(first if calls == 2 else 0.001)
+
+
+def test_without_others_nothing_is_hopeless(clock: list[float]) -> None:
+    function = Function(clock, 0.0, 1.0)
+    assert measure.median_seconds(function, CPU) == 1.0
+    assert function.calls == 3
+
+
+def test_candidates_are_told_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    taken = iter([0.3, 0.2, 0.4])
+
+    def timed(function: object, device: torch.device, best: float) -> float:
+        told.append(best)
+        return next(taken)
+
+    monkeypatch.setattr(attention, "median_seconds", timed)
+    cache.clear()
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    program = driver.rewrite(
+        from_export(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (q, k, v)), Options(strict=True)
+    ).program
+    (site,) = program.graph.find_nodes(op="call_function", target=overload("attention"))
+    found, refused = attention.candidates(site, False)
+    attention._measure(site, False, [found[0], *found], refused)
+    assert told[:3] == [float("inf"), 0.3, 0.2]
+
+
+def test_times_are_real_ones() -> None:
+    assert 0.002 <= measure.median_seconds(lambda: time.sleep(0.002), CPU) < 0.2

@@ -89,6 +89,7 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 
 
+@lru_cache(maxsize=1024)
 def family(config: str) -> Family:
     """The family that a printed configuration belongs to.
 

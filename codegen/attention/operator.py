@@ -97,11 +97,17 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: 
     if not q.dtype == k.dtype == v.dtype or len(devices) > 1:
         shown = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise LoweringError(f"attention operands must share dtype and device, found {shown}; lower it to ATen instead")
-    reason = objection(meaning, q.shape[3], v.shape[3], q.dtype)
+    reason = _objection(spec, q.shape[3], v.shape[3], q.dtype)
     # Elsewhere than on CUDA no kernel is generated, and float64 serves as an oracle.
     if reason is not None and (q.is_cuda or meaning.dropout):
         raise LoweringError(f"no Triton kernel for this attention: {reason}; lower it to ATen instead ({meaning})")
     return meaning
+
+
+@lru_cache(maxsize=1024)
+def _objection(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
+    """`objection` to a printed specification, which every call asks for."""
+    return objection(reference.specification(spec), head_dim, value_dim, dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -127,6 +127,8 @@ def widened(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 
     Triton 3.6.0 miscompiles the masked last block of keys then (sm_90, bfloat16: wrong sums, reads out of bounds).
     """
+    if x.shape[3] >= head_dim:
+        return x
     missing = padded(head_dim) - x.shape[3]
     return torch.nn.functional.pad(x, (0, missing)) if padded(x.shape[3]) < padded(head_dim) else x
 

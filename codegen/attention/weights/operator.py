@@ -79,11 +79,17 @@ def _checked(q: Tensor, k: Tensor, captures: Sequence[Tensor], spec: str) -> Att
     if q.dtype != k.dtype or len({x.device for x in (q, k, *captures)}) > 1:
         shown = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k))
         raise LoweringError(f"attention operands must share dtype and device, found {shown}; lower it to ATen instead")
-    reason = objection(meaning, q.shape[3], q.dtype)
+    reason = _objection(spec, q.shape[3], q.dtype)
     # Elsewhere than on CUDA no kernel is generated, and float64 serves as an oracle.
     if reason is not None and q.is_cuda:
         raise LoweringError(f"no Triton kernel for these attention weights: {reason}; lower them to ATen instead")
     return meaning
+
+
+@lru_cache(maxsize=1024)
+def _objection(spec: str, head_dim: int, dtype: torch.dtype) -> str | None:
+    """`objection` to a printed specification, which every call asks for."""
+    return objection(reference.specification(spec), head_dim, dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

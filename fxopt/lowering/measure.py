@@ -14,6 +14,8 @@ _BUDGET_SECONDS: Final = 0.05
 _MAX_REPEATS: Final = 20
 #: How much slower than the best so far a first time must be to be the last one.
 _HOPELESS: Final = 2.0
+#: Seconds that launching the kernels of a candidate may take, which its time on the device does not include.
+_LAUNCHES: Final = 1e-3
 #: Calls recorded into one CUDA graph.
 _CALLS: Final = 5
 
@@ -21,12 +23,16 @@ _CALLS: Final = 5
 def median_seconds(function: Callable[[], Any], device: torch.device, best: float = math.inf) -> float:
     """Median time of one call in seconds, after a warm-up call; about a twentieth of a second is spent.
 
-    A single time is enough of a function that takes more than twice the ``best`` seconds of others.
+    A single time is enough of a function that takes more than twice the ``best`` seconds of others; one that does so
+    by far is not even captured.
 
     On a GPU the device's own time is measured, by replaying a CUDA graph of several calls: what launching costs depends
     on the program around the site, and overlaps with its work. A function that can't be captured is timed by events.
     """
     function()
+    once = _once(function, device)
+    if once > _HOPELESS * best + _LAUNCHES:
+        return once
     run, calls = _replayed(function, device)
     first = _once(run, device) / calls
     if first > _HOPELESS * best:

@@ -192,15 +192,15 @@ def measured() -> list[Any]:
 
 @pytest.mark.parametrize(("asked", "timings"), measured())
 def test_expectations_agree_with_measurements(asked: Problem, timings: dict[str, dict[str, float]]) -> None:
-    """Each within a factor of 1.7, and the best guess at most 1.15 times as slow as the best."""
+    """Each within a factor of 1.5, and the best guess at most 1.1 times as slow as the best."""
     ranked = kernels.ranking(asked)
     times = {c: timings[c]["median_ms"] / 1e3 for c in (*ranked.tried, *ranked.left_out) if c in timings}
     assert times
     for config, time in times.items():
         expected = {**ranked.expected, **ranked.left_out}[config]
-        assert 1 / 1.7 <= expected / time <= 1.7, (config, expected, time)
+        assert 1 / 1.5 <= expected / time <= 1.5, (config, expected, time)
     tried = [config for config in ranked.tried if config in times]
-    assert times[tried[0]] <= 1.15 * min(times.values())
+    assert times[tried[0]] <= 1.1 * min(times.values())
     assert min(times, key=lambda config: times[config]) in tried or min(times[c] for c in tried) <= 1.05 * min(
         times.values()
     )

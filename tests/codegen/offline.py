@@ -1,4 +1,4 @@
-"""A GPU that isn't there: Triton compiles for it, nothing can be launched on it, and tensors stay on the CPU."""
+"""A GPU that isn't there: Triton compiles for it, launches do nothing or fail, and tensors stay on the CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Compiled:
 
 
 class Device:
-    """What Triton asks a driver for before it compiles. There is nothing to launch with."""
+    """What Triton asks a driver for before it compiles."""
 
     def __init__(self, architecture: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -54,12 +54,14 @@ class Device:
 
 
 @contextmanager
-def compiler(cache: Path, architecture: int = 90) -> Iterator[list[Compiled]]:
+def compiler(cache: Path, architecture: int = 90, launches: bool = False) -> Iterator[list[Compiled]]:
     """Triton's compiler for a device of the architecture, with its cache; the kernels that were compiled, so far.
 
-    Attention operators take CPU tensors where they take those of a GPU: to what launches kernels.
+    Attention operators take CPU tensors where they take those of a GPU: to what launches kernels. That does nothing,
+    where ``launches``, and fails otherwise.
     """
     from triton import knobs
+    from triton.compiler import CompiledKernel
     from triton.runtime import driver
 
     compiled: list[Compiled] = []
@@ -75,6 +77,9 @@ def compiler(cache: Path, architecture: int = 90) -> Iterator[list[Compiled]]:
         patch.setattr(knobs.compilation, "listener", note)
         for operator, launching in LAUNCHING:
             patch.setitem(operator._backend_fns, "cpu", launching)
+        if launches:
+            patch.setattr(CompiledKernel, "run", property(lambda kernel: lambda *arguments: None))
+            patch.setattr(CompiledKernel, "launch_metadata", lambda kernel, *arguments: None)
         driver.set_active(Device(architecture))
         try:
             yield compiled

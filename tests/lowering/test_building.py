@@ -36,6 +36,15 @@ HALF = torch.bfloat16
 
 
 @pytest.fixture
+def launching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compiled]]:
+    """The same, where launches do nothing."""
+    monkeypatch.setattr(attention, "triton_objection", lambda *_: None)
+    cache.clear()
+    with compiler(tmp_path, launches=True) as found:
+        yield found
+
+
+@pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compiled]]:
     """A GPU to compile for, which CPU tensors pass for lying on."""
     monkeypatch.setattr(attention, "triton_objection", lambda *_: None)
@@ -49,6 +58,20 @@ def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for _ in range(2):
         q = (q @ k.mT * 0.12501).softmax(-1) @ v
     return (torch.tanh(q @ k.mT) * 0.12501).softmax(-1) @ v
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return (q @ k.mT * 0.08839).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    near = torch.ones(320, 320, dtype=torch.bool).tril().triu(-64)
+    return (q @ k.mT * 0.08839).masked_fill(~near, float("-inf")).softmax(-1) @ v
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    k, v = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
+    return (q @ k.mT * 0.08839).softmax(-1) @ v
 
 
 def operands(width: int = 32, gradients: bool = False) -> tuple[Tensor, ...]:
@@ -89,14 +112,27 @@ def test_what_is_decided_is_not_compiled(compiled: list[Compiled]) -> None:
     assert len(compiled) == len(generated(sites[2]))
 
 
-def test_in_training_the_kernels_of_the_backward_are_compiled(compiled: list[Compiled]) -> None:
-    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        return (q @ k.mT * 0.1251 + bias).softmax(-1) @ v
+def made(compiled: list[Compiled]) -> int:
+    """How many were compiled: kernels that two modules have alike are read again from Triton's cache."""
+    return sum(not found.cached for found in compiled)
 
+
+def biased(scale: float, width: int) -> Node:
+    """A site in training whose bias needs a gradient."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT * scale + bias).softmax(-1) @ v
+
+    q, k, v = operands(width, gradients=True)
     bias = torch.randn(1, 2, 320, 320).to(HALF).requires_grad_()
-    program, (site,) = rewritten(biased, (*operands(gradients=True), bias))
+    program, (site,) = rewritten(function, (q, k, v, bias))
     for placeholder in program.graph.find_nodes(op="placeholder"):
         placeholder.meta[REQUIRES_GRAD] = True
+    return site
+
+
+def test_in_training_the_kernels_of_the_backward_are_compiled(compiled: list[Compiled]) -> None:
+    site = biased(0.1251, 32)
     prepare([site], training=True)
     counted = Counter(found.name for found in compiled)
     forwards = {name.partition("/")[0] for name in generated(site, True)}
@@ -104,6 +140,33 @@ def test_in_training_the_kernels_of_the_backward_are_compiled(compiled: list[Com
     assert counted["attention_kernel"] == len(forwards)
     assert counted["dkdv_kernel"] == counted["dq_kernel"] == len(backwards) == 2
     assert counted["c0_kernel"] == 1, "both configurations have the same kernel for the bias"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("width", [64, 128])
+def test_measuring_compiles_nothing_more(launching: list[Compiled], training: bool, width: int) -> None:
+    """What was compiled is what is launched, in the backward too: the same strides, alignment and constants."""
+    site = biased(0.1252 + training / 100, width)
+    prepare([site], training)
+    before = made(launching)
+    found, refused = candidates(site, training)
+    seconds = attention._measure(site, training, found, refused)
+    assert set(generated(site, training)) <= set(seconds), refused
+    assert made(launching) == before > len(generated(site, training)) - 1
+
+
+@pytest.mark.parametrize("function", [padded, windowed, grouped])
+def test_nor_where_masks_read_vectors_and_operands_are_views(launching: list[Compiled], function: Any) -> None:
+    packed = torch.randn(2, 320, 3, 4, 128).to(HALF)
+    q, k, v = (packed[:, :, n].transpose(1, 2) for n in range(3))
+    keep = torch.arange(320) < torch.tensor([320, 100])[:, None, None, None]
+    _, (site,) = rewritten(function, (q, k, v, keep))
+    prepare([site], training=False)
+    before = made(launching)
+    found, refused = candidates(site, False)
+    seconds = attention._measure(site, False, found, refused)
+    assert set(generated(site)) <= set(seconds), refused
+    assert made(launching) == before > 0
 
 
 def test_a_candidate_that_fails_is_refused_with_its_reason_when_it_is_measured(compiled: list[Compiled]) -> None:

@@ -27,7 +27,7 @@ def launcher(module: ModuleType) -> Callable[..., Any]:
 
 def compile_together(calls: Iterable[Callable[[], object]]) -> None:
     """Make ``calls``, whose launchers only compile, and compile what they ask for in as many threads as there are
-    processors.
+    processors. Compilation goes on while later calls run.
 
     Nothing is raised: a kernel that can't be compiled is compiled again by whoever launches it, who learns why.
     """

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +146,8 @@ def _left_out(site: Node, training: bool, found: list[Candidate]) -> str:
 
 def prepare(sites: Sequence[Node], training: bool) -> None:
     """Compile, all at once, the kernels that `choose` will measure for ``sites``: those of sites alike once, and none
-    for a site whose decision is in the cache.
+    for a site whose decision is in the cache. Meanwhile the other candidates run for the first time: some of PyTorch's
+    kernels are built then as well.
     """
     start = time.perf_counter()
     asked: dict[str, tuple[Node, list[Candidate]]] = {}
@@ -153,7 +155,9 @@ def prepare(sites: Sequence[Node], training: bool) -> None:
         found, _ = candidates(site, training)
         if len(found) > 1 and _has_hints(site):
             asked.setdefault(_key(site, training, found), (site, found))
-    build([pair for key, pair in asked.items() if _read_seconds(key, pair[1]) is None], training)
+    undecided = [pair for key, pair in asked.items() if _read_seconds(key, pair[1]) is None]
+    others = [(site, c) for site, found in undecided for c in found if c.family != "triton"]
+    build(undecided, training, [partial(_first_run, site, candidate, training) for site, candidate in others])
     MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
 
 
@@ -173,9 +177,7 @@ def _forced(
 
 def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
     """Median seconds of each candidate (forward, and backward in training); one that fails is refused and left out."""
-    nodes = [n for c in found for n in _tensor_nodes(c.arguments)] + _tensor_nodes(site.args)
-    values = {node: node.meta["val"] for node in nodes}
-    real = {node: materialise(x, *layout(x), seed) for seed, (node, x) in enumerate(values.items())}
+    real = _real(site, found)
     device = _flat(site)[0].device
     seconds: dict[str, float] = {}
     for candidate in found:
@@ -185,10 +187,23 @@ def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[s
             with torch.set_grad_enabled(training):
                 seconds[candidate.name] = median_seconds(run, device, best)
         except Exception as error:
-            if candidate.family == "aten":
+            # The original itself may fail where its weights don't fit the memory.
+            if not seconds and candidate is found[-1]:
                 raise
             refused[candidate.name] = f"failed when it was measured: {error}"
     return seconds
+
+
+def _first_run(site: Node, candidate: Candidate, training: bool) -> None:
+    with torch.set_grad_enabled(training):
+        _timed_call(candidate, site, _real(site, [candidate]), training)()
+
+
+def _real(site: Node, found: Sequence[Candidate]) -> dict[Node, Tensor]:
+    """Operands of the sizes, strides and dtypes that the candidates of a site read, of random contents."""
+    nodes = [node for candidate in found for node in _tensor_nodes(candidate.arguments)] + _tensor_nodes(site.args)
+    values = {node: node.meta["val"] for node in nodes}
+    return {node: materialise(x, *layout(x), seed) for seed, (node, x) in enumerate(values.items())}
 
 
 def _timed_call(candidate: Candidate, site: Node, real: dict[Node, Tensor], training: bool) -> Callable[[], Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -18,13 +18,18 @@ from fxopt.lowering.candidate import Candidate
 from fxopt.lowering.measure import extent, layout
 
 
-def build(sites: Sequence[tuple[Node, Sequence[Candidate]]], training: bool) -> None:
+def build(
+    sites: Sequence[tuple[Node, Sequence[Candidate]]], training: bool, meanwhile: Sequence[Callable[[], None]] = ()
+) -> None:
     """Compile the generated kernels among the candidates of each site, for operands as it has them; none is run.
 
-    What fails here fails again when it is measured, and is refused there with its reason.
+    Where there are any, calls to make ``meanwhile`` are made. What fails here fails again when it is measured, and is
+    refused there with its reason.
     """
     generated = [(site, candidate) for site, found in sites for candidate in found if candidate.family == "triton"]
-    compile_together([partial(_compile, site, candidate, training) for site, candidate in generated])
+    if generated:
+        compilations = [partial(_compile, site, candidate, training) for site, candidate in generated]
+        compile_together([*compilations, *meanwhile])
 
 
 def _compile(site: Node, candidate: Candidate, training: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections import Counter
@@ -167,6 +168,31 @@ def test_nor_where_masks_read_vectors_and_operands_are_views(launching: list[Com
     seconds = attention._measure(site, False, found, refused)
     assert set(generated(site)) <= set(seconds), refused
     assert made(launching) == before > 0
+
+
+def test_other_candidates_run_once_meanwhile(compiled: list[Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[Node, str]] = []
+    monkeypatch.setattr(attention, "_first_run", lambda site, candidate, _: ran.append((site, candidate.name)))
+    _, sites = rewritten(layers, operands(width=16))
+    prepare(sites, training=False)
+    others = {site: [c.name for c in candidates(site, False)[0] if c.family != "triton"] for site in sites}
+    assert ran == [(site, name) for site in (sites[0], sites[2]) for name in others[site]]
+    assert any("aten" in name for _, name in ran)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_first_run_is_that_of_the_measurement(training: bool) -> None:
+    site = biased(0.125, 16)
+    plain = candidates(site, training)[0][-1]
+    calls: list[bool] = []
+
+    def target(*arguments: Any) -> Tensor:
+        calls.append(arguments[0].requires_grad)
+        result: Tensor = overload("attention")(*arguments)
+        return result
+
+    attention._first_run(site, dataclasses.replace(plain, target=target), training)
+    assert calls == ([False, True] if training else [False])
 
 
 def test_a_candidate_that_fails_is_refused_with_its_reason_when_it_is_measured(compiled: list[Compiled]) -> None:

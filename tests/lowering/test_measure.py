@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
 import torch
+from torch.fx import Node
 
 import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
-from fxopt import cache, driver
+from fxopt import driver
 from fxopt.frontend.export import from_export
 from fxopt.ir.operators import overload
 from fxopt.lowering import attention, measure
+from fxopt.lowering.candidate import Candidate
 from fxopt.lowering.options import Options
 
 CPU = torch.device("cpu")
@@ -66,7 +69,20 @@ def test_without_others_nothing_is_hopeless(clock: list[float]) -> None:
     assert function.calls == 4
 
 
-def test_candidates_are_told_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def site() -> Node:
+    """An attention on the CPU."""
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    traced = from_export(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (q, k, v))
+    found: list[Node] = list(
+        driver.rewrite(traced, Options(strict=True)).program.graph.find_nodes(
+            op="call_function", target=overload("attention")
+        )
+    )
+    return found[0]
+
+
+def test_candidates_are_told_the_best_so_far(site: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[float] = []
     taken = iter([0.3, 0.2, 0.4])
 
@@ -75,15 +91,29 @@ def test_candidates_are_told_the_best_so_far(monkeypatch: pytest.MonkeyPatch) ->
         return next(taken)
 
     monkeypatch.setattr(attention, "median_seconds", timed)
-    cache.clear()
-    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
-    program = driver.rewrite(
-        from_export(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (q, k, v)), Options(strict=True)
-    ).program
-    (site,) = program.graph.find_nodes(op="call_function", target=overload("attention"))
     found, refused = attention.candidates(site, False)
     attention._measure(site, False, [found[0], *found], refused)
     assert told[:3] == [float("inf"), 0.3, 0.2]
+
+
+def failing(candidate: Candidate) -> Candidate:
+    def target(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("no room for the weights")
+
+    return dataclasses.replace(candidate, target=target)
+
+
+def test_the_original_may_fail_where_another_serves(site: Node) -> None:
+    (served, *_, plain), refused = attention.candidates(site, False)
+    seconds = attention._measure(site, False, [served, failing(plain)], refused)
+    assert list(seconds) == [served.name]
+    assert "no room for the weights" in refused[plain.name]
+
+
+def test_where_nothing_serves_the_error_is_the_original_s(site: Node) -> None:
+    found, refused = attention.candidates(site, False)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        attention._measure(site, False, [failing(candidate) for candidate in found], refused)
 
 
 def test_times_are_real_ones() -> None:

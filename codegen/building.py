@@ -22,7 +22,7 @@ def launcher(module: ModuleType) -> Callable[..., Any]:
     them: results are then allocated as ever, and hold anything.
     """
     launch: Callable[..., Any] = module.launch
-    return _compiling(module, launch) if _only_compiled.get() else launch
+    return _compiling(module) if _only_compiled.get() else launch
 
 
 def compile_together(calls: Iterable[Callable[[], object]]) -> None:
@@ -52,15 +52,19 @@ def _processors() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _compiling(module: ModuleType, launch: Callable[..., Any]) -> Callable[..., Any]:
-    """``launch`` in a namespace whose kernels only compile."""
+def _compiling(module: ModuleType) -> Callable[..., Any]:
+    """The module's ``launch`` in a namespace whose kernels only compile; so are the functions that it calls."""
     from triton.runtime.jit import JITFunction
 
-    assert isinstance(launch, FunctionType)
-    names = {
-        name: _Compiled(value) if isinstance(value, JITFunction) else value for name, value in vars(module).items()
-    }
-    return FunctionType(launch.__code__, names, launch.__name__, launch.__defaults__)
+    names = dict(vars(module))
+    for name, value in vars(module).items():
+        if isinstance(value, JITFunction):
+            names[name] = _Compiled(value)
+        elif isinstance(value, FunctionType) and value.__module__ == module.__name__:
+            names[name] = FunctionType(value.__code__, names, name, value.__defaults__)
+            names[name].__kwdefaults__ = value.__kwdefaults__
+    launch: Callable[..., Any] = names["launch"]
+    return launch
 
 
 class _Compiled:

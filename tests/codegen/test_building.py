@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxopt.cache import import_source
 from fxopt.codegen.attention.operator import attention_forward, module
 from fxopt.codegen.building import compile_together, launcher
 from fxopt.ir.attention import AttentionSpec
@@ -110,6 +111,34 @@ def test_without_triton_s_mode_launchers_launch() -> None:
     compile_together([lambda: seen.append(launcher(generated))])
     assert seen and seen[0] is not generated.launch
     assert launcher(generated) is generated.launch
+
+
+MODULE = """
+import triton
+
+
+@triton.jit
+def fill(out_ptr, value: triton.language.constexpr):
+    triton.language.store(out_ptr, value)
+
+
+def run(out, *, value=3):
+    fill[(1,)](out, value=value)
+
+
+def launch(out, value=None):
+    run(out) if value is None else run(out, value=value)
+    return out
+"""
+
+
+def test_functions_that_launch_for_a_launcher_only_compile_too(tmp_path: Path) -> None:
+    generated = import_source("test_building", MODULE)
+    out = torch.zeros(1)
+    with compiler(tmp_path) as compiled:
+        compile_together([lambda: launcher(generated)(out), lambda: launcher(generated)(out, 5)])
+    assert [found.name for found in compiled] == ["fill", "fill"]
+    assert generated.launch.__globals__ is vars(generated), "the module itself is as it was"
 
 
 def test_another_mode_of_triton_s_is_left_alone(tmp_path: Path) -> None:

@@ -104,9 +104,15 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: 
     return meaning
 
 
-@lru_cache(maxsize=1024)
 def _objection(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
-    """`objection` to a printed specification, which every call asks for."""
+    """`objection` to a printed specification, which every call asks for: looked up, unless sizes are symbolic."""
+    known = isinstance(head_dim, int) and isinstance(value_dim, int)
+    asked = _known_objection if known else _known_objection.__wrapped__
+    return asked(spec, head_dim, value_dim, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _known_objection(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
     return objection(reference.specification(spec), head_dim, value_dim, dtype)
 
 

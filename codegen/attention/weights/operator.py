@@ -86,9 +86,14 @@ def _checked(q: Tensor, k: Tensor, captures: Sequence[Tensor], spec: str) -> Att
     return meaning
 
 
-@lru_cache(maxsize=1024)
 def _objection(spec: str, head_dim: int, dtype: torch.dtype) -> str | None:
-    """`objection` to a printed specification, which every call asks for."""
+    """`objection` to a printed specification, which every call asks for: looked up, unless the size is symbolic."""
+    asked = _known_objection if isinstance(head_dim, int) else _known_objection.__wrapped__
+    return asked(spec, head_dim, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _known_objection(spec: str, head_dim: int, dtype: torch.dtype) -> str | None:
     return objection(reference.specification(spec), head_dim, dtype)
 
 

@@ -170,6 +170,22 @@ def test_nor_where_masks_read_vectors_and_operands_are_views(launching: list[Com
     assert made(launching) == before > 0
 
 
+def test_dynamic_lengths_are_built_as_they_were_seen(launching: list[Compiled]) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.12504).softmax(-1) @ v
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    inputs = operands()
+    traced = from_export(function, inputs, dynamic_shapes=(({2: length},) * 3,))
+    program = driver.rewrite(traced, Options(strict=True)).program
+    (site,) = program.graph.find_nodes(op="call_function", target=overload("attention"))
+    prepare([site], training=False)
+    before = made(launching)
+    decided, decision = choose(site, False, "auto")
+    assert made(launching) == before == len(generated(site))
+    assert set(generated(site)) < set(decision.seconds) and decided.name in decision.seconds
+
+
 def test_other_candidates_run_once_meanwhile(compiled: list[Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[Node, str]] = []
     monkeypatch.setattr(attention, "_first_run", lambda site, candidate, _: ran.append((site, candidate.name)))

@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxopt.analysis.gradients import may_need_gradient
-from fxopt.codegen.attention.backward.config import split_config
+from fxopt.codegen.attention.backward.config import RECOMPUTE, split_config
 from fxopt.codegen.building import compile_together
 from fxopt.ir.nodes import tensor
 from fxopt.lowering.candidate import Candidate
@@ -37,13 +37,21 @@ def _compile(site: Node, candidate: Candidate, training: bool) -> None:
     arguments = map_arg(site.args, lambda node: operands[node])
     with torch.no_grad():
         result = candidate.target(*arguments, *candidate.extra)
-        if not training or candidate.target is not torch.ops.fxopt.attention_forward.default:
+        config = _backward_config(candidate) if training else ""
+        if not config:
             return
         # Autograd would call it in a thread of its own, where kernels are launched.
-        (q, k, v, captures, spec), (out, lse) = arguments, result
-        wanted, config = _wanted(site), split_config(candidate.extra[0])[1]
+        (q, k, v, captures, spec), (out, lse), wanted = arguments, result, _wanted(site)
         grad_out = torch.empty_like(out)
         torch.ops.fxopt.attention_backward(q, k, v, captures, out, lse, grad_out, None, wanted, spec, config)
+
+
+def _backward_config(candidate: Candidate) -> str:
+    """The configuration of the generated backward; nothing where there is none."""
+    if candidate.target is not torch.ops.fxopt.attention_forward.default:
+        return ""
+    config = split_config(candidate.extra[0])[1]
+    return "" if config == RECOMPUTE else config
 
 
 def _stand_ins(site: Node) -> dict[Node, Tensor]:

@@ -18,6 +18,7 @@ from torch.fx import Node
 import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
 from fxopt import cache, driver
 from fxopt.backend import COMPILE_SECONDS
+from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.kernels import ranking
 from fxopt.codegen.attention.problem import Problem
 from fxopt.frontend.export import from_export
@@ -27,6 +28,7 @@ from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.lowering import attention
 from fxopt.lowering.attention import candidates, choose, prepare
+from fxopt.lowering.building import build
 from fxopt.lowering.options import Options
 from tests.codegen.offline import Compiled, compiler
 
@@ -141,6 +143,16 @@ def test_in_training_the_kernels_of_the_backward_are_compiled(compiled: list[Com
     assert counted["attention_kernel"] == len(forwards)
     assert counted["dkdv_kernel"] == counted["dq_kernel"] == len(backwards) == 2
     assert counted["c0_kernel"] == 1, "both configurations have the same kernel for the bias"
+
+
+def test_without_a_generated_backward_only_the_forward_is_compiled(compiled: list[Compiled]) -> None:
+    site = biased(0.12505, 16)
+    (triton, *_), _ = candidates(site, True)
+    for config in (RECOMPUTE, ""):
+        forward = str(triton.extra[0]).partition("/")[0]
+        alone = dataclasses.replace(triton, extra=(f"{forward}/{config}".removesuffix("/"), True))
+        build([(site, [alone])], training=True)
+    assert {found.name for found in compiled} == {"attention_kernel"}
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -19,7 +19,7 @@ from benchmarks.attention_peers import PEERS, Build, Forward
 from benchmarks.attention_results import Result
 from benchmarks.kernels import kernel_times
 from benchmarks.timing import Timing, cuda_graph, interleave
-from fxopt.codegen.attention.kernels import candidates
+from fxopt.codegen.attention.kernels import ranking
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.portable.config import Loads
@@ -169,17 +169,18 @@ def _add_own_baseline(bench: Bench, kind: Kind, work: Work) -> None:
 
 
 def _configs(case: Case, settings: Settings, operands: Operands) -> list[str]:
-    """fxopt's own candidates; or those asked for, portable ones with each kind of loads that is asked for."""
+    """fxopt's own candidates, those that the cost model leaves out too where all are asked for; or those asked for,
+    portable ones with each kind of loads that is asked for.
+    """
     z = case.sizes
     on_gpu = settings.device.type == "cuda"
     capability = torch.cuda.get_device_capability(settings.device) if on_gpu else _CAPABILITY
     sizes = (z.batch, z.heads, z.kv_heads, z.rows, z.keys)
     training = operands.grad_out is not None
     problem = Problem(operands.spec, z.width, z.width, settings.dtype, capability, *sizes, with_lse=training)
-    own, _ = candidates(problem)
-    more = portable.candidates(operands.spec, z.width, z.width, settings.dtype, capability, z.rows)
-    chosen = settings.configs or own
-    chosen = [*own, *map(str, more)] if list(chosen) == ["all"] else chosen
+    own = ranking(problem)
+    chosen: Sequence[str] = settings.configs or own.tried
+    chosen = [*own.tried, *own.left_out] if list(chosen) == ["all"] else chosen
     return list(dict.fromkeys(text for config in chosen for text in _with_loads(config, settings.loads)))
 
 

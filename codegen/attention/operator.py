@@ -7,7 +7,7 @@ stands in graphs like any other operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from fxopt.codegen.attention.kernels import family, source
 from fxopt.codegen.attention.portable.config import widened
 from fxopt.codegen.attention.portable.kernel import KIND, objection
 from fxopt.codegen.attention.replay import Replay, layouts, record
+from fxopt.codegen.building import launcher, only_compiles
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -68,7 +69,7 @@ def _cuda(
     q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
     key = (spec, config, with_lse, _precision(q.dtype), *layouts((q, k, v, *captures)))
-    replay = _REPLAYS.get(key)
+    replay = None if only_compiles() else _REPLAYS.get(key)
     # A replay runs on the current device.
     if replay is not None and q.get_device() == torch.cuda.current_device():
         out, lse = replay((q, k, v, *captures))
@@ -90,7 +91,9 @@ def _recorded(
     config, width = split_config(config)[0], v.shape[3]
     v = widened(v, q.shape[3]) if family(config).pads_values else v
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
-    (out, lse), replay = record(kernel, lambda: kernel.launch(q, k, v, captures, with_lse), (q, k, v, *captures))
+    launch = partial(launcher(kernel), q, k, v, captures, with_lse)
+    operands = (q, k, v, *captures)
+    (out, lse), replay = (launch(), None) if only_compiles() else record(kernel, launch, operands)
     if v.shape[3] != width:
         return reference.lay_out(meaning, out[..., :width]), lse
     if replay is not None:
@@ -132,11 +135,23 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: 
     if not q.dtype == k.dtype == v.dtype or len(devices) > 1:
         shown = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise LoweringError(f"attention operands must share dtype and device, found {shown}; lower it to ATen instead")
-    reason = objection(meaning, q.shape[3], v.shape[3], q.dtype)
+    reason = _objection(spec, q.shape[3], v.shape[3], q.dtype)
     # Elsewhere than on CUDA no kernel is generated, and float64 serves as an oracle.
     if reason is not None and (q.is_cuda or meaning.dropout):
         raise LoweringError(f"no Triton kernel for this attention: {reason}; lower it to ATen instead ({meaning})")
     return meaning
+
+
+def _objection(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
+    """`objection` to a printed specification, which every call asks for: looked up, unless sizes are symbolic."""
+    known = isinstance(head_dim, int) and isinstance(value_dim, int)
+    asked = _known_objection if known else _known_objection.__wrapped__
+    return asked(spec, head_dim, value_dim, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _known_objection(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
+    return objection(reference.specification(spec), head_dim, value_dim, dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import source
 from fxopt.ir.operators import overload
 from fxopt.lowering import weights
+from fxopt.lowering.building import build
 from fxopt.lowering.candidate import Candidate, triton_objection
-from fxopt.lowering.measure import materialise, median_seconds
+from fxopt.lowering.measure import hint, layout, materialise, median_seconds
 from fxopt.lowering.versions import fingerprint
 
 __all__ = ["Candidate", "candidates", "choose", "operator"]
@@ -96,8 +99,8 @@ def _with_backward(problem: Problem, configs: tuple[str, ...], refused: dict[str
 
 
 def _problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Problem:
-    batch, heads, rows = (_hint(size) if _has_hint(size) else None for size in q.shape[:3])
-    kv_heads, keys = (_hint(size) if _has_hint(size) else None for size in k.shape[1:3])
+    batch, heads, rows = (hint(size) if _has_hint(size) else None for size in q.shape[:3])
+    kv_heads, keys = (hint(size) if _has_hint(size) else None for size in k.shape[1:3])
     capability = torch.cuda.get_device_capability(q.device)
     sizes = (batch, heads, kv_heads, rows, keys)
     dynamic = not isinstance(k.shape[2], int)
@@ -117,7 +120,8 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         return found[0], Decision((site.name,), found[0].name, f"the only one that can serve ({why})")
     if not _has_hints(site):
-        return found[0], Decision((site.name,), found[0].name, "best guess: the sizes are not known")
+        guess = f"best guess: the sizes are not known{_left_out(site, training, found)}"
+        return found[0], Decision((site.name,), found[0].name, guess)
     key = _key(site, training, found)
     seconds = _read_seconds(key, found)
     source = "measured, from the cache"
@@ -128,7 +132,33 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
         cache.write_json("decisions", key, {"seconds": seconds})
     by_name = {candidate.name: candidate for candidate in found}
     best = min(seconds, key=lambda name: seconds[name])
-    return by_name[best], Decision((site.name,), best, source, seconds)
+    return by_name[best], Decision((site.name,), best, f"{source}{_left_out(site, training, found)}", seconds)
+
+
+def _left_out(site: Node, training: bool, found: list[Candidate]) -> str:
+    """What the report says of configurations that the cost model kept from being tried, if there are any."""
+    if site.target is not overload("attention") or not any(c.family == "triton" for c in found):
+        return ""
+    q, k, v, _ = _operands(site)
+    count = len(kernels.ranking(_problem(read_spec(str(site.args[4])), q, k, v, training)).left_out)
+    return f"; {count} more configurations left out by the cost model" if count else ""
+
+
+def prepare(sites: Sequence[Node], training: bool) -> None:
+    """Compile, all at once, the kernels that `choose` will measure for ``sites``: those of sites alike once, and none
+    for a site whose decision is in the cache. Meanwhile the other candidates run for the first time: some of PyTorch's
+    kernels are built then as well.
+    """
+    start = time.perf_counter()
+    asked: dict[str, tuple[Node, list[Candidate]]] = {}
+    for site in sites:
+        found, _ = candidates(site, training)
+        if len(found) > 1 and _has_hints(site):
+            asked.setdefault(_key(site, training, found), (site, found))
+    undecided = [pair for key, pair in asked.items() if _read_seconds(key, pair[1]) is None]
+    others = [(site, c) for site, found in undecided for c in found if c.family != "triton"]
+    build(undecided, training, [partial(_first_run, site, candidate, training) for site, candidate in others])
+    MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
 
 
 def _forced(
@@ -147,19 +177,33 @@ def _forced(
 
 def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
     """Median seconds of each candidate (forward, and backward in training); one that fails is refused and left out."""
-    nodes = [n for c in found for n in _tensor_nodes(c.arguments)] + _tensor_nodes(site.args)
-    real = {node: _real(node.meta["val"], seed) for seed, node in enumerate(dict.fromkeys(nodes))}
-    seconds = {}
+    real = _real(site, found)
+    device = _flat(site)[0].device
+    seconds: dict[str, float] = {}
     for candidate in found:
+        best = min(seconds.values(), default=math.inf)
         try:
             run = _timed_call(candidate, site, real, training)
             with torch.set_grad_enabled(training):
-                seconds[candidate.name] = median_seconds(run, _flat(site)[0].device)
+                seconds[candidate.name] = median_seconds(run, device, best)
         except Exception as error:
-            if candidate.family == "aten":
+            # The original itself may fail where its weights don't fit the memory.
+            if not seconds and candidate is found[-1]:
                 raise
             refused[candidate.name] = f"failed when it was measured: {error}"
     return seconds
+
+
+def _first_run(site: Node, candidate: Candidate, training: bool) -> None:
+    with torch.set_grad_enabled(training):
+        _timed_call(candidate, site, _real(site, [candidate]), training)()
+
+
+def _real(site: Node, found: Sequence[Candidate]) -> dict[Node, Tensor]:
+    """Operands of the sizes, strides and dtypes that the candidates of a site read, of random contents."""
+    nodes = [node for candidate in found for node in _tensor_nodes(candidate.arguments)] + _tensor_nodes(site.args)
+    values = {node: node.meta["val"] for node in nodes}
+    return {node: materialise(x, *layout(x), seed) for seed, (node, x) in enumerate(values.items())}
 
 
 def _timed_call(candidate: Candidate, site: Node, real: dict[Node, Tensor], training: bool) -> Callable[[], Any]:
@@ -214,18 +258,9 @@ def _tensor_nodes(arguments: Any) -> list[Node]:
     return nodes
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
-def _real(value: Tensor, seed: int) -> Tensor:
-    sizes, strides = tuple(map(_hint, value.shape)), tuple(map(_hint, value.stride()))
-    return materialise(value, sizes, strides, seed)
-
-
 def _key(site: Node, training: bool, found: list[Candidate]) -> str:
     operands = [
-        f"{x.dtype}{[_bucket(n) for n in x.shape]}{[_hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
+        f"{x.dtype}{[_bucket(n) for n in x.shape]}{[hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
         for x in _flat(site)
     ]
     mode = "training" if training else "inference"
@@ -236,7 +271,7 @@ def _key(site: Node, training: bool, found: list[Candidate]) -> str:
 
 def _bucket(size: int | torch.SymInt) -> str:
     """A static size as it is, a dynamic one rounded up to a power of two."""
-    return str(size) if isinstance(size, int) else f"<={1 << max(_hint(size) - 1, 0).bit_length()}"
+    return str(size) if isinstance(size, int) else f"<={1 << max(hint(size) - 1, 0).bit_length()}"
 
 
 def _read_seconds(key: str, found: list[Candidate]) -> dict[str, float] | None:

@@ -13,7 +13,7 @@ from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import source
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
-from fxopt.lowering.attention import Candidate, choose
+from fxopt.lowering.attention import Candidate, choose, prepare
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
 
@@ -31,6 +31,8 @@ def lower(
     lowered = program.copy()
     # Outputs first: one may be computed from weights that another node computes anyway.
     sites = [s for name in _LOWERED for s in lowered.graph.find_nodes(op="call_function", target=overload(name))]
+    if option == "auto":
+        prepare(sites, training)
     decisions = tuple(_lower_site(lowered, site, training, option, strict) for site in sites)
     lowered.graph.lint()
     lowered.module.recompile()

@@ -30,8 +30,10 @@ SHAPES = {
 def configs(spec: AttentionSpec, shape: Shape, dtype: torch.dtype) -> list[str]:
     sizes = (shape.batch, shape.heads, shape.kv_heads, shape.rows, shape.keys)
     capability = torch.cuda.get_device_capability()
-    found, _ = kernels.candidates(Problem(spec, shape.head_dim, shape.value_dim, dtype, capability, *sizes))
-    return [config for config in found if config.startswith("split:")]
+    split = kernels.FAMILIES["split"]
+    problem = Problem(spec, shape.head_dim, shape.value_dim, dtype, capability, *sizes)
+    assert split.objection(problem) is None
+    return list(split.candidates(problem))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])

@@ -165,7 +165,7 @@ def _allocated(text: BackwardText) -> str:
 def _statistics(text: BackwardText) -> str:
     lines = ["shift, count = torch.empty_like(lse), torch.empty_like(lse)"] * text.recounted
     if text.spoils:
-        blocks = f"triton.cdiv(rows, {text.config.rows.block_m})"
+        blocks = f"-(-rows // {text.config.rows.block_m})"
         lines.append(f"spoilt = torch.empty((batch, heads, {blocks}), dtype=torch.float32, device=q.device)")
     for flow in text.flows:
         lines += _sums(flow) if flow.side != "table" else _parts(flow, text)
@@ -182,7 +182,7 @@ def _parts(flow: Flow, text: BackwardText) -> list[str]:
     name, config = flow.name, _table_config(text)
     batches = {"b": "batch", "p": f"{name}.shape[0]", "-": "1"}[flow.how.dims[0]]
     heads = "heads" if flow.how.dims[1] == "h" else "1"
-    blocks = f"triton.cdiv(rows, {config.block_m}) * triton.cdiv(keys, {config.block_n})"
+    blocks = f"-(-rows // {config.block_m}) * -(-keys // {config.block_n})"
     return [
         f"{name}_programs = {blocks} * {batches} * {heads}",
         f"{name}_parts = max(1, min(batch * heads // ({batches} * {heads}), {_PROGRAMS} // {name}_programs))",
@@ -202,9 +202,9 @@ def _launches(text: BackwardText) -> list[str]:
     rows, keys = text.config.rows, text.config.keys
     prepare = Config(rows.block_m, rows.block_n, rows.num_warps if text.recounted else 4, 1)
     lines = [
-        _launch("prepare", prepare, f"triton.cdiv(rows, {rows.block_m}) * batch * heads", "keys", prepare.block_n),
-        _launch("dkdv", keys, f"triton.cdiv(keys, {keys.block_n}) * batch * kv_heads", "rows", keys.block_m),
-        _launch("dq", rows, f"triton.cdiv(rows, {rows.block_m}) * batch * heads", "keys", rows.block_n),
+        _launch("prepare", prepare, f"-(-rows // {rows.block_m}) * batch * heads", "keys", prepare.block_n),
+        _launch("dkdv", keys, f"-(-keys // {keys.block_n}) * batch * kv_heads", "rows", keys.block_m),
+        _launch("dq", rows, f"-(-rows // {rows.block_m}) * batch * heads", "keys", rows.block_n),
     ]
     config = _table_config(text)
     for flow in (flow for flow in text.flows if flow.side == "table"):

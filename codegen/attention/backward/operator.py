@@ -20,6 +20,7 @@ from fxopt.codegen.attention.backward import kernel
 from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.portable.config import widened
+from fxopt.codegen.building import launcher
 from fxopt.ir.attention import AttentionSpec
 
 _NO_LSE: Final = "the forward did not return the log-sum-exp"
@@ -105,7 +106,7 @@ def _cuda(
     # A gradient that was broadcast, as that of a sum, would be read without coalescing.
     grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
     launched = module(spec, q.shape[3], v.shape[3], q.dtype, chosen, tuple(wanted))
-    found: list[Tensor] = launched.launch(q, k, v, captures, out, lse, grad_out, grad_lse)
+    found: list[Tensor] = launcher(launched)(q, k, v, captures, out, lse, grad_out, grad_lse)
     if v.shape[3] != width:
         found[2] = _laid_out(meaning, found[2][..., :width], q.dtype)
     return found

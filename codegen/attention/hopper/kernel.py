@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 
+from fxopt.codegen.attention import cost
 from fxopt.codegen.attention.hopper.config import Config, read_config
 from fxopt.codegen.attention.hopper.source import HopperText
 from fxopt.codegen.attention.portable import kernel as portable
@@ -33,6 +34,11 @@ _CONFIGS_BY_KEY: Final[dict[int, tuple[Config, ...]]] = {
 #: With fewer rows a program has too little work to hide where its tiles begin and end.
 _FEWEST_ROWS: Final = 256
 _HALF: Final = (torch.bfloat16, torch.float16)
+#: How much longer a step takes than its products and exponentials one after the other, which overlap: as measured in
+#: `benchmarks/results/h100-attention-quick.json`, where the portable kernel took 1.3 times as long without a mask.
+_PACE: Final = {128: 0.9, 256: 1.0}
+#: Cycles of a tile beside its steps (the same, causal attention of 512 keys).
+_START: Final = 6000
 
 
 def objection(problem: Problem) -> str | None:
@@ -68,6 +74,13 @@ def candidates(problem: Problem) -> tuple[str, ...]:
     by_key = spec.score.reads(J) or any(c.dims[3] != "-" for c in spec.captures)
     table = _CONFIGS_BY_KEY if by_key else _CONFIGS
     return tuple(map(str, table[padded(problem.head_dim)]))
+
+
+def seconds(problem: Problem, config: str) -> float:
+    """How long a configuration should take on a problem (`fxopt.codegen.attention.cost`)."""
+    cut, width = read_config(config), padded(problem.head_dim)
+    schedule = cost.Schedule(cut.rows, cut.keys, 1, 2 * width, pace=_PACE[width], start=_START, latency=0)
+    return cost.seconds(problem, schedule)
 
 
 def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:

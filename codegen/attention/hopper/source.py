@@ -182,6 +182,7 @@ class HopperText(LogitsText):
             "unpack_captures": unpacked(names),
             "width": str(width),
             "element": _ELEMENT[self.dtype],
+            "described_rows": "64, 128" if config.keys > 64 else "64,",
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
             "group": fitting if self._ranged else "1",

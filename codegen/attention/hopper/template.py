@@ -270,17 +270,22 @@ GROUP: Final = """\
 """
 
 LAUNCH: Final = '''
+#: How blocks of so many rows lie in shared memory, where TMA puts them.
+LAYOUTS = {rows: gl.NVMMASharedLayout.get_default_for([1, 1, rows, $width], gl.$element) for rows in ($described_rows)}
+
+
 def describable(x: torch.Tensor) -> bool:
     """Whether TMA can read ``x``: dense rows, and everything else in steps of 16 bytes."""
-    steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
-    return x.stride(-1) == 1 and min(x.stride()) > 0 and all(step % 16 == 0 for step in steps)
+    *steps, last = x.stride()
+    # A power of two divides all of them where it divides their bits taken together.
+    bits = x.data_ptr() | (steps[0] | steps[1] | steps[2]) * x.element_size()
+    return last == 1 and min(steps) > 0 and bits % 16 == 0
 
 
 def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """``x`` as blocks of ``rows``; it is copied where TMA can't read it."""
     source = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
-    block = [1, 1, rows, $width]
-    return TensorDescriptor.from_tensor(source, block, gl.NVMMASharedLayout.get_default_for(block, gl.$element))
+    return TensorDescriptor.from_tensor(source, [1, 1, rows, $width], LAYOUTS[rows])
 
 
 def launch(
@@ -297,7 +302,7 @@ def launch(
     if keys == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     $unpack_captures
-    blocks, pairs = triton.cdiv(rows, $rows), batch * heads
+    blocks, pairs = -(-rows // $rows), batch * heads
     if blocks * pairs == 0:
         return out, lse
     halves = $halves

@@ -15,6 +15,8 @@ _TEXT: Final = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)(?:r(\d+))?(tma)?")
 _SHARED: Final[dict[tuple[int, int], int]] = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448}
 _SHARED_DEFAULT: Final = 101_376
 CANDIDATES: Final = 4
+#: Registers of a multiprocessor, and those of a thread beside its logits and results.
+_REGISTERS, _OTHER_REGISTERS = 65_536, 60
 Loads = Literal["pointer", "tma"]
 #: The largest part of a captured tensor that a block update reads: nothing, a vector along the keys, or a tile.
 Captured = Literal["nothing", "vector", "tile"]
@@ -121,6 +123,8 @@ def widened(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 
     Triton 3.6.0 miscompiles the masked last block of keys then (sm_90, bfloat16: wrong sums, reads out of bounds).
     """
+    if x.shape[3] >= head_dim:
+        return x
     missing = padded(head_dim) - x.shape[3]
     return torch.nn.functional.pad(x, (0, missing)) if padded(x.shape[3]) < padded(head_dim) else x
 
@@ -130,6 +134,15 @@ def shared_bytes(config: Config, head_dim: int, value_dim: int, dtype: torch.dty
     rows = config.block_m * padded(head_dim)
     keys = config.num_stages * config.block_n * (padded(head_dim) + padded(value_dim))
     return (rows + keys) * dtype.itemsize
+
+
+def resident(config: Config, head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """How many programs share a multiprocessor, as far as their registers can be told: logits, results and others."""
+    threads = 32 * config.num_warps
+    held = config.block_m * (padded(value_dim) + config.block_n) // threads + _OTHER_REGISTERS
+    by_registers = _REGISTERS // (threads * (config.registers or min(held, 255)))
+    by_memory = shared_limit(capability) // shared_bytes(config, head_dim, value_dim, dtype)
+    return max(1, min(by_registers, by_memory))
 
 
 def fitting(

@@ -107,7 +107,7 @@ class Hull:
     @property
     def allocate(self) -> str:
         """The launcher's lines that allocate the hulls."""
-        count = f"batch * triton.cdiv(rows, {self.block_m})" if self._by_rows else "batch"
+        count = f"batch * -(-rows // {self.block_m})" if self._by_rows else "batch"
         return _ALLOCATE.format(fewest=_FEWEST_BLOCKS * self.block_n, count=count)
 
     @property

@@ -6,21 +6,34 @@ from typing import Final
 
 import torch
 
-from fxopt.codegen.attention.portable.config import Captured, Config, fitting, read_config
+from fxopt.codegen.attention import cost
+from fxopt.codegen.attention.portable.config import (
+    Captured,
+    Config,
+    fitting,
+    padded,
+    read_config,
+    resident,
+)
 from fxopt.codegen.attention.portable.source import KernelText
 from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
 __all__ = [
-    "KIND", "Config", "candidates", "candidates_for", "objection", "objection_to", "read_config", "source",
+    "KIND", "Config", "candidates", "candidates_for", "objection", "objection_to", "read_config", "seconds", "source",
 ]  # fmt: skip
 
 #: The kind under which generated attention sources are kept in the cache.
 KIND: Final = "attention_triton"
-#: Configurations measured for a site.
-_TRIED: Final = 2
 _LARGEST_HEAD: Final = 256
+#: How much longer a step takes than its products and exponentials one after the other, by padded head dimension: from
+#: `benchmarks/results/h100-attention.json`, plain attention of 8192 keys.
+_PACE: Final = {16: 1.0, 32: 1.0, 64: 0.95, 128: 1.05, 256: 1.05}
+#: And for each place behind the first in the tables, which stand in the order measured.
+_PACE_BEHIND: Final = 0.15
+#: Cycles of a program beside its steps, those for each element of its rows, and those that one warp waits in a step.
+_START, _START_ELEMENT, _LATENCY = 1000, 0.25, 2000
 
 
 def objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
@@ -43,9 +56,31 @@ def objection_to(problem: Problem) -> str | None:
 
 
 def candidates_for(problem: Problem) -> tuple[str, ...]:
-    """The printed configurations to measure for a problem."""
+    """The printed configurations that fit a problem, in the order measured."""
+    return tuple(map(str, _candidates(problem)))
+
+
+def _candidates(problem: Problem) -> tuple[Config, ...]:
     sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype, problem.capability, problem.rows)
-    return tuple(map(str, candidates(*sizes)[:_TRIED]))
+    return candidates(*sizes)
+
+
+def seconds(problem: Problem, config: str) -> float:
+    """How long a configuration should take on a problem (`fxopt.codegen.attention.cost`)."""
+    cut, places = read_config(config), _candidates(problem)
+    key, value = padded(problem.head_dim), padded(problem.value_dim)
+    width = max(key, value)
+    behind = places.index(cut) if cut in places else 0
+    schedule = cost.Schedule(
+        cut.block_m,
+        cut.block_n,
+        resident(cut, problem.head_dim, problem.value_dim, problem.dtype, problem.capability),
+        key + value,
+        pace=_PACE[width] * (1 + _PACE_BEHIND * behind),
+        start=_START + _START_ELEMENT * width * cut.block_m,
+        latency=_LATENCY / cut.num_warps,
+    )
+    return cost.seconds(problem, schedule)
 
 
 def candidates(

@@ -137,7 +137,7 @@ def launch(
     if keys == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     $unpack_captures
-    grid = (triton.cdiv(rows, $block_m) * batch * heads,)
+    grid = (-(-rows // $block_m) * batch * heads,)
     if grid[0] == 0:
         return out, lse
     $describe

@@ -6,15 +6,16 @@ from typing import Final
 
 import torch
 
+from fxopt.codegen.attention.cost import device_of
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short.config import LONGEST, read_config
-from fxopt.codegen.attention.short.order import ordered
+from fxopt.codegen.attention.short.order import cycles, ordered
 from fxopt.codegen.attention.short.source import KernelText
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
-__all__ = ["candidates", "objection", "source"]
+__all__ = ["candidates", "objection", "seconds", "source"]
 
 _LARGEST_HEAD: Final = 128
 
@@ -38,6 +39,11 @@ def objection(problem: Problem) -> str | None:
 def candidates(problem: Problem) -> tuple[str, ...]:
     """The printed configurations to measure, best guess first, at most two; none where there is an objection."""
     return () if objection(problem) is not None else tuple(map(str, ordered(problem)))
+
+
+def seconds(problem: Problem, config: str) -> float:
+    """How long a configuration should take on a problem."""
+    return cycles(read_config(config), problem) / device_of(problem.capability).clock
 
 
 def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:

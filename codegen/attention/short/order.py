@@ -47,6 +47,8 @@ _LATENCY: Final = {1: 1500, 2: 800}
 #: Cycles of a step for each logit, and for each element of queries, keys, values and results that it moves.
 _PER_LOGIT: Final = 0.1
 _PER_ELEMENT: Final = 0.02
+#: How much longer kernels take than these cycles say (`benchmarks/results/h100-windows.json`).
+_PACE: Final = 1.5
 _STEPS: Final = (1, 2, 4, 8, 16)
 _WALKS: Final[tuple[tuple[Walk, int], ...]] = (("batch", 1), ("batch", 2), ("rows", 1), ("rows", 2))
 
@@ -87,6 +89,11 @@ def ordered(problem: Problem) -> tuple[Config, ...]:
     for config, _ in shapes:
         best.setdefault((config.rows, config.pieces, config.walk, config.stages), config)
     return tuple(best.values())[:TRIED]
+
+
+def cycles(config: Config, problem: Problem) -> float:
+    """The cycles that a configuration should take on a whole problem."""
+    return _PACE * _cost(config, _sizes(problem))
 
 
 def _sizes(problem: Problem) -> Sizes:

@@ -107,7 +107,7 @@ GRID: Final = {
     "batch": """\
 # Batch entries a common multiple of all periods apart read the same periodic tensors.
 stride = math.lcm($periods)
-lanes = stride * triton.cdiv(triton.cdiv(batch, stride), $steps)
-grid = (triton.cdiv(rows, $block_m) * heads * lanes,)""",
-    "rows": "grid = (triton.cdiv(rows, $block_m * $steps) * heads * batch,)",
+lanes = stride * -(-batch // (stride * $steps))
+grid = (-(-rows // $block_m) * heads * lanes,)""",
+    "rows": "grid = (-(-rows // ($block_m * $steps)) * heads * batch,)",
 }

@@ -6,19 +6,23 @@ from typing import Final
 
 import torch
 
+from fxopt.codegen.attention import cost
 from fxopt.codegen.attention.portable import kernel as portable
+from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
-from fxopt.codegen.attention.split.config import LARGEST_TILE, fitting, read_config
+from fxopt.codegen.attention.split.config import LARGEST_TILE, fitting, largest_tile, read_config
 from fxopt.codegen.attention.split.source import text_of
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
-__all__ = ["KIND", "candidates", "objection", "read_config", "source"]
+__all__ = ["KIND", "candidates", "objection", "read_config", "seconds", "source"]
 
 #: The kind under which the sources are kept in the cache.
 KIND: Final = portable.KIND
 #: With fewer keys the whole of them is read in the time that a launch takes, and partial results only add to it.
 _FEWEST_KEYS: Final = 1024
+#: Cycles of merging the parts of a head, and those that a single warp waits in a step.
+_MERGE, _LATENCY = 8000, 4000
 
 
 def objection(problem: Problem) -> str | None:
@@ -45,6 +49,22 @@ def objection(problem: Problem) -> str | None:
 def candidates(problem: Problem) -> tuple[str, ...]:
     """The printed configurations to measure for a problem without objections, best guess first, at most two."""
     return tuple(map(str, _configs(problem)))
+
+
+def seconds(problem: Problem, config: str) -> float:
+    """How long a configuration should take on a problem (`fxopt.codegen.attention.cost`)."""
+    cut = read_config(config)
+    schedule = cost.Schedule(
+        min(padded(_rows(problem)), largest_tile(problem.head_dim, problem.value_dim)),
+        cut.block_n,
+        cut.programs,
+        padded(problem.head_dim) + padded(problem.value_dim),
+        start=_MERGE,
+        latency=_LATENCY / cut.num_warps,
+        served=(problem.heads or 1) // (problem.kv_heads or 1),
+        even=True,
+    )
+    return cost.seconds(problem, schedule)
 
 
 def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:

@@ -284,7 +284,7 @@ def launch(
     block_m = min(max(triton.next_power_of_2(served), 16), $largest_tile)
     programs = $programs
     counter = counters(q.device, 4 * programs)
-    blocks = batch * kv_heads * triton.cdiv(served, block_m) * triton.cdiv(keys, $block_n)
+    blocks = batch * kv_heads * -(-served // block_m) * -(-keys // $block_n)
     grid = (min(programs, blocks),)
     scratch = torch.empty(2 * grid[0] * block_m * ($block_e + 2), dtype=torch.float32, device=q.device)
     # Strides so long that offsets within a block need 64 bits.

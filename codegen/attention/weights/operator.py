@@ -19,6 +19,7 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.weights.backward import gradients
 from fxopt.codegen.attention.weights.kernel import KIND, objection, source
 from fxopt.codegen.attention.weights.reference import exact_weights, reduction, result_size
+from fxopt.codegen.building import launcher
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -52,7 +53,7 @@ def attention_weights_forward(
 @attention_weights_forward.register_kernel("cuda")
 def _cuda(q: Tensor, k: Tensor, captures: Sequence[Tensor], spec: str, kind: str, config: str) -> Tensor:
     _checked(q, k, captures, spec)
-    out: Tensor = module(spec, q.shape[3], q.dtype, kind, config).launch(q, k, captures)
+    out: Tensor = launcher(module(spec, q.shape[3], q.dtype, kind, config))(q, k, captures)
     return out
 
 
@@ -78,11 +79,22 @@ def _checked(q: Tensor, k: Tensor, captures: Sequence[Tensor], spec: str) -> Att
     if q.dtype != k.dtype or len({x.device for x in (q, k, *captures)}) > 1:
         shown = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k))
         raise LoweringError(f"attention operands must share dtype and device, found {shown}; lower it to ATen instead")
-    reason = objection(meaning, q.shape[3], q.dtype)
+    reason = _objection(spec, q.shape[3], q.dtype)
     # Elsewhere than on CUDA no kernel is generated, and float64 serves as an oracle.
     if reason is not None and q.is_cuda:
         raise LoweringError(f"no Triton kernel for these attention weights: {reason}; lower them to ATen instead")
     return meaning
+
+
+def _objection(spec: str, head_dim: int, dtype: torch.dtype) -> str | None:
+    """`objection` to a printed specification, which every call asks for: looked up, unless the size is symbolic."""
+    asked = _known_objection if isinstance(head_dim, int) else _known_objection.__wrapped__
+    return asked(spec, head_dim, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _known_objection(spec: str, head_dim: int, dtype: torch.dtype) -> str | None:
+    return objection(reference.specification(spec), head_dim, dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

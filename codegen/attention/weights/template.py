@@ -247,7 +247,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor] = 
     exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     fast = q.is_cuda and q.dtype != torch.float32
     $sums
-    grid = (triton.cdiv(rows, $block_m) * batch * heads,)
+    grid = (-(-rows // $block_m) * batch * heads,)
     with torch.cuda.device_of(q):
         rows_kernel[grid](
             $rows_arguments
@@ -262,7 +262,7 @@ peak = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
 total = torch.empty_like(peak)"""
 
 LAUNCH_COLUMNS: Final = """\
-columns_kernel[(triton.cdiv(keys, $block_n) * batch * heads,)](
+columns_kernel[(-(-keys // $block_n) * batch * heads,)](
     $columns_arguments
 )"""
 

@@ -1,0 +1,82 @@
+"""Compiling the kernels of generated modules without running them, several at once.
+
+Triton's passes, LLVM and the assembler run without Python's lock, so threads are enough: a tenth of the time that a
+kernel takes is Python.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
+from types import FunctionType, ModuleType
+from typing import Any
+
+_only_compiled: ContextVar[bool] = ContextVar("fxopt_only_compiled", default=False)
+
+
+def only_compiles() -> bool:
+    """Whether launchers only compile: within `compile_together`."""
+    return _only_compiled.get()
+
+
+def launcher(module: ModuleType) -> Callable[..., Any]:
+    """The ``launch`` of a generated module, which within `compile_together` compiles its kernels instead of running
+    them: results are then allocated as ever, and hold anything.
+    """
+    launch: Callable[..., Any] = module.launch
+    return _compiling(module) if only_compiles() else launch
+
+
+def compile_together(calls: Iterable[Callable[[], object]]) -> None:
+    """Make ``calls``, whose launchers only compile, and compile what they ask for in as many threads as there are
+    processors. Compilation goes on while later calls run.
+
+    Nothing is raised: a kernel that can't be compiled is compiled again by whoever launches it, who learns why.
+    """
+    # In a context of its own, Triton's mode ends with it, even when interrupted.
+    with suppress(Exception):
+        copy_context().run(_compile_together, calls)
+
+
+def _compile_together(calls: Iterable[Callable[[], object]]) -> None:
+    import triton
+
+    _only_compiled.set(True)
+    with ThreadPoolExecutor(_processors()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for call in calls:
+            with suppress(Exception):
+                call()
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _compiling(module: ModuleType) -> Callable[..., Any]:
+    """The module's ``launch`` in a namespace whose kernels only compile; so are the functions that it calls."""
+    from triton.runtime.jit import JITFunction
+
+    names = dict(vars(module))
+    for name, value in vars(module).items():
+        if isinstance(value, JITFunction):
+            names[name] = _Compiled(value)
+        elif isinstance(value, FunctionType) and value.__module__ == module.__name__:
+            names[name] = FunctionType(value.__code__, names, name, value.__defaults__)
+            names[name].__kwdefaults__ = value.__kwdefaults__
+    launch: Callable[..., Any] = names["launch"]
+    return launch
+
+
+class _Compiled:
+    """A kernel that is compiled for the arguments it is launched with, and not launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: object) -> Callable[..., object]:
+        return lambda *arguments, **options: self._kernel.warmup(*arguments, grid=grid, **options)

@@ -1,0 +1,71 @@
+"""Compiling the kernels of all sites before the first of them is measured: several at once, and each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from fxopt.analysis.gradients import may_need_gradient
+from fxopt.codegen.attention.backward.config import RECOMPUTE, split_config
+from fxopt.codegen.building import compile_together
+from fxopt.ir.nodes import tensor
+from fxopt.lowering.candidate import Candidate
+from fxopt.lowering.measure import extent, layout
+
+
+def build(
+    sites: Sequence[tuple[Node, Sequence[Candidate]]], training: bool, meanwhile: Sequence[Callable[[], None]] = ()
+) -> None:
+    """Compile the generated kernels among the candidates of each site, for operands as it has them; none is run.
+
+    Where there are any, calls to make ``meanwhile`` are made. What fails here fails again when it is measured, and is
+    refused there with its reason.
+    """
+    generated = [(site, candidate) for site, found in sites for candidate in found if candidate.family == "triton"]
+    if generated:
+        compilations = [partial(_compile, site, candidate, training) for site, candidate in generated]
+        compile_together([*compilations, *meanwhile])
+
+
+def _compile(site: Node, candidate: Candidate, training: bool) -> None:
+    operands = _stand_ins(site)
+    arguments = map_arg(site.args, lambda node: operands[node])
+    with torch.no_grad():
+        result = candidate.target(*arguments, *candidate.extra)
+        config = _backward_config(candidate) if training else ""
+        if not config:
+            return
+        # Autograd would call it in a thread of its own, where kernels are launched.
+        (q, k, v, captures, spec), (out, lse), wanted = arguments, result, _wanted(site)
+        grad_out = torch.empty_like(out)
+        torch.ops.fxopt.attention_backward(q, k, v, captures, out, lse, grad_out, None, wanted, spec, config)
+
+
+def _backward_config(candidate: Candidate) -> str:
+    """The configuration of the generated backward; nothing where there is none."""
+    if candidate.target is not torch.ops.fxopt.attention_forward.default:
+        return ""
+    config = split_config(candidate.extra[0])[1]
+    return "" if config == RECOMPUTE else config
+
+
+def _stand_ins(site: Node) -> dict[Node, Tensor]:
+    """Tensors like the operands of a site that share one piece of memory, as nobody reads them."""
+    nodes: list[Node] = []
+    map_arg(site.args, nodes.append)
+    layouts = {node: (tensor(node).dtype, *layout(tensor(node))) for node in nodes}
+    size = max(extent(sizes, strides) * dtype.itemsize for dtype, sizes, strides in layouts.values())
+    # A multiple of every element's size.
+    shared = torch.empty(-(-size // 16) * 16, dtype=torch.uint8, device=tensor(nodes[0]).device)
+    return {node: shared.view(dtype).as_strided(sizes, strides) for node, (dtype, sizes, strides) in layouts.items()}
+
+
+def _wanted(site: Node) -> list[bool]:
+    captures = site.args[3]
+    assert isinstance(captures, list | tuple)
+    return [isinstance(node, Node) and may_need_gradient(node) for node in captures]

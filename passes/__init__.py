@@ -17,11 +17,13 @@ from fxopt.passes.canonical.rotary import Rotary
 from fxopt.passes.canonical.silu import Silu
 from fxopt.passes.canonical.softmax import Softmax
 from fxopt.passes.linear.patch_embedding import PatchEmbedding
+from fxopt.passes.norm.fold_norm_affine import FoldNormAffine
 from fxopt.rewriter.passes import Pass
 
 __all__ = [
     "Contractions",
     "FoldConstants",
+    "FoldNormAffine",
     "FuseAttention",
     "FuseSdpa",
     "Gelu",
@@ -57,4 +59,5 @@ def exact_pipeline() -> tuple[Pass, ...]:
         PatchEmbedding(),
         FuseSdpa(),
         FuseAttention(),
+        FoldNormAffine(),
     )

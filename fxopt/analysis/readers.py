@@ -1,0 +1,141 @@
+"""Linear layers as readers and writers of channels: whether their weights can take over a scale and a shift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch.fx import Node
+
+from fxopt.analysis.channels import End, Obstacle, follow_channels
+from fxopt.analysis.convolutions import CONVOLUTIONS, read_convolution
+from fxopt.analysis.state import State
+from fxopt.ir.nodes import arguments, scalar, shape, source, tensor
+from fxopt.ir.program import Program, operator_name
+
+aten = torch.ops.aten
+
+Form = Literal["linear", "addmm", "matmul", "convolution"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer with weights of the model: ``y = x·W + c`` or a convolution.
+
+    Attributes:
+        node: the call.
+        form: how it is spelled: ``linear`` and ``convolution`` have ``W [out, in, …]``, ``addmm`` and ``matmul``
+            ``[in, out]``.
+        x: what it reads.
+        weight: ``W``.
+        bias: ``c [out]``, or ``None``.
+        read: the axis of ``x`` that holds the channels.
+        written: the axis of the result that holds the channels.
+        groups: groups of channels (1 unless a convolution has more).
+        padded: whether zeros are read around ``x``.
+    """
+
+    node: Node
+    form: Form
+    x: Node
+    weight: Node
+    bias: Node | None
+    read: int
+    written: int
+    groups: int = 1
+    padded: bool = False
+
+
+def find_readers(
+    program: Program, state: State, start: Node, axis: int, *, shifted: bool
+) -> tuple[tuple[Node, ...], tuple[Layer, ...]] | Obstacle:
+    """The moves between ``start`` and the layers that read its channels, and those layers; an obstacle if there is
+    a reader of another kind, or one whose weights can't take over a scale and, if ``shifted``, a shift per channel.
+    """
+    reach = follow_channels(start, axis, shifted=shifted)
+    if isinstance(reach, Obstacle):
+        return reach
+    if not reach.ends:
+        return Obstacle(f"nothing reads {start}", (start,))
+    layers: list[Layer] = []
+    for end in reach.ends:
+        layer = _reader(state, end, shifted)
+        if isinstance(layer, str):
+            return Obstacle(layer, (end.node,))
+        layers.append(layer)
+    return reach.between, tuple(layers)
+
+
+def _reader(state: State, end: End, shifted: bool) -> Layer | str:
+    if end.node.op == "output":
+        return "it is also a result of the model"
+    where = source(end.node).location
+    name = f"{operator_name(end.node)}{f' at {where}' if where else ''}"
+    layer = read_layer(end.node)
+    if layer is None or layer.x is not end.x or end.node.all_input_nodes.count(end.x) > 1:
+        return f"{name} reads it too, which is no linear layer"
+    if layer.read != end.axis:
+        return f"{name} does not read its channels as channels"
+    if layer.padded and shifted:
+        return f"{name} pads with zeros, which would become the shift of the norm"
+    return weights_objection(state, layer) or layer
+
+
+def weights_objection(state: State, layer: Layer) -> str:
+    """Why the weights of ``layer`` can't take over anything; empty if they can."""
+    for operand in (layer.weight, layer.bias):
+        if operand is None:
+            continue
+        if not state.holds(operand):
+            return f"the weight {operand} of {operator_name(layer.node)} depends on the inputs"
+        if not tensor(operand).dtype.is_floating_point or tensor(operand).dtype == torch.float16:
+            return f"a weight in {tensor(operand).dtype} may not hold the product of two weights"
+    return ""
+
+
+def read_layer(node: Node) -> Layer | None:
+    """The linear layer that ``node`` computes; ``None`` for anything else. Whether its weights are the model's own is
+    for `weights_objection` to say.
+    """
+    read = _LAYERS.get(node.target) if node.op == "call_function" else None
+    return None if read is None else read(node)
+
+
+def _linear(node: Node) -> Layer | None:
+    given = arguments(node)
+    x = given["input"]
+    return Layer(node, "linear", x, given["weight"], given["bias"], len(shape(x)) - 1, len(shape(node)) - 1)
+
+
+def _matmul(node: Node) -> Layer | None:
+    x, weight = node.args[:2]
+    if not isinstance(x, Node) or not isinstance(weight, Node) or len(shape(weight)) != 2 or len(shape(x)) < 2:
+        return None
+    return Layer(node, "matmul", x, weight, None, len(shape(x)) - 1, len(shape(node)) - 1)
+
+
+def _addmm(node: Node) -> Layer | None:
+    given = arguments(node)
+    bias, x, weight = given["self"], given["mat1"], given["mat2"]
+    if scalar(given["alpha"]) != 1 or scalar(given["beta"]) != 1 or len(shape(bias)) != 1:
+        return None
+    return Layer(node, "addmm", x, weight, bias, 1, 1)
+
+
+def _convolution(node: Node) -> Layer | None:
+    found = read_convolution(node)
+    if found is None:
+        return None
+    place = len(shape(found.x)) - len(found.kernel) - 1
+    return Layer(node, "convolution", found.x, found.weight, found.bias, place, place, found.groups, any(found.padding))
+
+
+_LAYERS: Final[dict[object, Callable[[Node], Layer | None]]] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.addmm.default: _addmm,
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+}

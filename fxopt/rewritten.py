@@ -21,7 +21,7 @@ Build = Callable[[nn.Module], Callable[[bool], Program]]
 
 @dataclass
 class _Mode:
-    """What runs in one mode: ``program``, divided if it has folded weights, and what runs when gradients are recorded."""
+    """What runs in one mode: ``program``, divided if it has folded weights, and ``live`` for calls with gradients."""
 
     make: Callable[[bool], Program]
     program: Program

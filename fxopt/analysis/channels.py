@@ -1,8 +1,8 @@
 """Following the channels of a tensor to whatever reads them as channels.
 
-A scale and a shift per channel may be moved past everything that only moves whole channels about, and past averages over
-other axes: ``move(a ⊙ x + b) = a ⊙ move(x) + b``. What puts in elements of its own is an obstacle: a padded zero would
-become ``b``.
+A scale and a shift per channel may be moved past everything that only moves whole channels about, and past averages
+over other axes: ``move(a ⊙ x + b) = a ⊙ move(x) + b``. What puts in elements of its own is an obstacle: a padded zero
+would become ``b``.
 """
 
 from __future__ import annotations
@@ -98,12 +98,19 @@ def _dropout(node: Node, axis: int, shifted: bool) -> Answer:
     return axis
 
 
-def _permuted(node: Node, axis: int, shifted: bool) -> Answer:
-    """By what the operator does to a tensor all of whose sizes differ."""
-    (x, *rest), rank = node.args, len(shape(node.args[0]))
+def axis_order(node: Node) -> tuple[int, ...]:
+    """For each axis of the result of a permutation (`PERMUTATIONS`) the axis of its operand that it is.
+
+    Found by what the operator does to a tensor all of whose sizes differ.
+    """
+    rest, rank = node.args[1:], len(shape(node.args[0]))
     assert callable(node.target)
     marked = torch.empty(tuple(range(2, rank + 2)), device="meta")
-    return list(node.target(marked, *rest, **node.kwargs).shape).index(axis + 2)
+    return tuple(size - 2 for size in node.target(marked, *rest, **node.kwargs).shape)
+
+
+def _permuted(node: Node, axis: int, shifted: bool) -> Answer:
+    return axis_order(node).index(axis)
 
 
 def _viewed(node: Node, axis: int, shifted: bool) -> Answer:
@@ -198,6 +205,8 @@ def _pooled(node: Node, axis: int, shifted: bool) -> Answer:
 def _padded(node: Node, axis: int, shifted: bool) -> Answer:
     given = arguments(node)
     amounts, rank = list(given["pad"]), len(shape(node.args[0]))
+    if all(scalar(amount) == 0 for amount in amounts):
+        return axis
     behind = 2 * (rank - 1 - axis)
     if any(scalar(amount) != 0 for amount in amounts[behind : behind + 2]):
         return f"{operator_name(node)} adds channels"
@@ -242,3 +251,6 @@ _MOVES: Final = _table(
     (_pooled, "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d"),
     (_padded, "pad constant_pad_nd"),
 )
+
+#: Operators that put the axes into another order.
+PERMUTATIONS: Final = frozenset(target for target, answer in _MOVES.items() if answer is _permuted)

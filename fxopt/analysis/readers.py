@@ -9,10 +9,10 @@ from typing import Final, Literal
 import torch
 from torch.fx import Node
 
-from fxopt.analysis.channels import End, Obstacle, follow_channels
+from fxopt.analysis.channels import End, Obstacle, follow_channels, moved_axis
 from fxopt.analysis.convolutions import CONVOLUTIONS, read_convolution
 from fxopt.analysis.state import State
-from fxopt.ir.nodes import arguments, scalar, shape, source, tensor
+from fxopt.ir.nodes import arguments, is_tensor, scalar, shape, source, tensor
 from fxopt.ir.program import Program, operator_name
 
 aten = torch.ops.aten
@@ -81,6 +81,50 @@ def _reader(state: State, end: End, shifted: bool) -> Layer | str:
     if layer.padded and shifted:
         return f"{name} pads with zeros, which would become the shift of the norm"
     return weights_objection(state, layer) or layer
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A layer that computes a tensor, and the moves ``between`` them in the order of the graph."""
+
+    layer: Layer
+    between: tuple[Node, ...]
+
+
+def find_writer(state: State, x: Node, axis: int, readers: set[Node], *, shifted: bool) -> Writer | Obstacle:
+    """The layer whose output channels are the axis ``axis`` of ``x`` and go nowhere but, moved about, to ``readers``.
+
+    An obstacle where there is none, or its weights can't take over a scale and, if ``shifted``, a shift per channel.
+    """
+    between: list[Node] = []
+    while True:
+        others = [user for user in x.users if user not in readers]
+        if others:
+            return Obstacle(f"{operator_name(others[0]) or others[0].op} reads {x} too", (x, others[0]))
+        layer = read_layer(x)
+        if layer is not None and (layer.written != axis or weights_objection(state, layer)):
+            objection = weights_objection(state, layer)
+            return Obstacle(objection or f"{operator_name(x)} does not write its channels as channels", (x,))
+        if layer is not None:
+            return Writer(layer, tuple(reversed(between)))
+        step = _moved_from(x, axis, shifted)
+        if isinstance(step, str):
+            return Obstacle(step, (x,))
+        between.append(x)
+        readers = {x}
+        x, axis = step
+
+
+def _moved_from(node: Node, axis: int, shifted: bool) -> tuple[Node, int] | str:
+    """What ``node`` moves the channels of, and where they are there; a reason if it does not."""
+    x = node.args[0] if node.op == "call_function" and node.args else None
+    name = operator_name(node) if node.op == "call_function" else f"the input {node}"
+    if not is_tensor(x):
+        return f"no linear layer writes {name}"
+    answers = [moved_axis(node, x, place, shifted=shifted) for place in range(len(shape(x)))]  # type: ignore[arg-type]
+    if axis in answers:
+        return x, answers.index(axis)  # type: ignore[return-value]
+    return next((answer for answer in answers if isinstance(answer, str)), f"{name} is no linear layer")
 
 
 def weights_objection(state: State, layer: Layer) -> str:

@@ -97,8 +97,8 @@ class FoldNormAffine:
     """``linear(γ ⊙ n + β, W, c) -> linear(n, W∘γ, c + W·β)``, where ``n`` is the normalised value of a LayerNorm or
     RMSNorm.
 
-    ``n [..., C]``, ``γ``, ``β`` ``[C]``, ``W [O, C]``; ``W∘γ`` scales the columns of ``W``. Every reader of the norm must
-    be a linear layer or a convolution with weights of the model; between them elements may only be moved about
+    ``n [..., C]``, ``γ``, ``β`` ``[C]``, ``W [O, C]``; ``W∘γ`` scales the columns of ``W``. Every reader of the norm
+    must be a linear layer or a convolution with weights of the model; between them elements may only be moved about
     (permutations, reshapes that keep the channels whole, rolls, windows, slices and gathers of tokens, means over
     tokens). A norm that is also returned, added to something or otherwise read keeps its weight, and so does one whose
     result is padded with zeros and has a bias. A bias is made where a layer has none. Norms and layers may share their

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import fx
@@ -18,6 +19,8 @@ from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import NearMiss, PassResult, Replacement, difference, erase_unused
 
 aten = torch.ops.aten
+
+_ORIGIN: Final = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,26 @@ def rebuilt(builder: Builder, start: Node, new: Node, between: Iterable[Node]) -
     copies = {start: new}
     for node in between:
         with builder.before(node):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
-            # The strides of what is moved may be others now.
-            target = (
-                aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
-            )
-            assert callable(target)
-            copies[node] = builder.call(target, *args, **kwargs)
+            copies[node] = _move(builder, node, copies)
     return copies
+
+
+def rebuilt_here(builder: Builder, start: Node, new: Node, between: Iterable[Node]) -> dict[Node, Node]:
+    """The same, all of it where the builder stands; lines and modules are those of the originals."""
+    copies = {start: new}
+    for node in between:
+        copies[node] = _move(builder, node, copies)
+    for old, copied in copies.items():
+        copied.meta.update({key: old.meta[key] for key in _ORIGIN if key in old.meta})
+    return copies
+
+
+def _move(builder: Builder, node: Node, copies: dict[Node, Node]) -> Node:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
+    # The strides of what is moved may be others now.
+    target = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
+    assert callable(target)
+    return builder.call(target, *args, **kwargs)
 
 
 def into_readers(

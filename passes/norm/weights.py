@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch.fx import Node
 
@@ -56,7 +57,8 @@ def write_through(builder: Builder, layer: Layer, affine: Affine) -> Node:
 
 
 def fold(builder: Builder, wide: Node, like: Node) -> Node:
-    """``wide`` rounded to the dtype that ``like`` has when the program runs: a folded weight."""
+    """``wide`` rounded to the dtype that the weight ``like`` has when the program runs: a folded weight."""
+    like = like.args[1] if FOLDED in like.meta else like  # type: ignore[assignment]
     folded = builder.call(aten.type_as.default, wide, like)
     folded.meta[FOLDED] = True
     return folded
@@ -73,7 +75,8 @@ def call_layer(builder: Builder, layer: Layer, x: Node, weight: Node, bias: Node
 
 
 def _wide(builder: Builder, node: Node) -> Node:
-    return builder.cast(node, torch.float64)
+    """In float64, a folded weight as it was before it was rounded."""
+    return node.args[0] if FOLDED in node.meta else builder.cast(node, torch.float64)  # type: ignore[return-value]
 
 
 def _by_input(builder: Builder, layer: Layer, weight: Node, scale: Node) -> Node:

@@ -20,6 +20,8 @@ from fxopt.testing import assert_within_budget, evaluate, oracle
 
 #: Relative to the largest value of the result.
 EXACT = 1e-12
+#: The rules that are tested here.
+RULES = {"norm-affine", "channel-affine", "centred"}
 
 
 class Net(nn.Module):
@@ -73,21 +75,25 @@ def fold(
 
 @torch.no_grad()
 def assert_folds(
-    module: nn.Module, args: tuple[Any, ...], passes: Sequence[str | fxopt.Pass], sites: int = 1
+    module: nn.Module,
+    args: tuple[Any, ...],
+    passes: Sequence[str | fxopt.Pass],
+    sites: int = 1,
+    *,
+    verified: bool = True,
 ) -> PipelineResult:
-    """``sites`` norms are folded; the result is exact in float64, within the budget in bfloat16, verified in float32."""
+    """``sites`` are folded: exact in float64, within the budget in bfloat16, in float32 verified site by site."""
     single, half = (cast((module, args), dtype) for dtype in (torch.float32, torch.bfloat16))
-    verified = fold(*single, passes, verify="numeric")
-    folds = [replacement for replacement in verified.replacements if replacement.site.kind in ("norm", "linear")]
-    folds = [replacement for replacement in folds if replacement.rule in ("norm-affine", "channel-affine")]
-    told = [f"{miss.rule}: {miss.reason}" for miss in verified.near_misses]
+    result = fold(*single, passes, verify="numeric" if verified else "structural")
+    folds = [replacement for replacement in result.replacements if replacement.rule in RULES]
+    told = [f"{miss.rule}: {miss.reason}" for miss in result.near_misses]
     assert len(folds) == sites, f"{len(folds)} folded; {told}"
     double, args = cast((module, args), torch.float64)
     assert_exact(fxopt.rewrite(double, args, passes=list(passes), strict=True), double, args)
     rewritten = fxopt.rewrite(*half, passes=list(passes), strict=True)
     eager, actual = evaluate(half[0], *half[1]), evaluate(rewritten, *half[1])
     assert_within_budget(actual.outputs, eager.outputs, oracle(half[0], *half[1]), floor=1.0)
-    return verified
+    return result
 
 
 @torch.no_grad()
@@ -102,9 +108,8 @@ def assert_refused(
 ) -> None:
     """No weight is folded and ``reason`` is told."""
     result = fold(module, args, passes, **options)
-    rules = {"norm-affine", "channel-affine", "centred"}
-    assert not [done for done in result.replacements if done.rule in rules]
-    told = [miss.reason for miss in result.near_misses if miss.rule in rules]
+    assert not [done for done in result.replacements if done.rule in RULES]
+    told = [miss.reason for miss in result.near_misses if miss.rule in RULES]
     assert [text for text in told if reason in text], f"nothing says {reason!r}; it is said {told}"
 
 

@@ -103,6 +103,9 @@ FIRES: dict[str, Callable[[], Net]] = {
     "padded convolution without a shift": lambda: Net(
         lambda n, x: n.a(n.norm(x).mT), norm=layer_norm(bias=False), a=nn.Conv1d(C, OUT, 3, padding=1)
     ),
+    "padding by nothing": lambda: Net(
+        lambda n, x: n.a(F.pad(n.norm(x), (0, 0, 0, 0))), norm=layer_norm(), a=linear()
+    ),
     "reflected borders": lambda: Net(
         lambda n, x: n.a(F.pad(n.norm(x).mT, (1, 1), mode="reflect")), norm=layer_norm(), a=nn.Conv1d(C, OUT, 3)
     ),

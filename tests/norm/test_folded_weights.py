@@ -1,4 +1,4 @@
-"""Where folded weights live: names, renewal, gradients, modes, `torch.compile` and `torch.export` of a rewritten module."""
+"""Where folded weights live: names, renewal, gradients and modes of a rewritten module, compiled and exported."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def _run(net: Any, x: Tensor) -> Tensor:
 
 
 def _net(seed: int = 0) -> Net:
-    return Net(
-        _run, seed, norm=nn.LayerNorm(C), a=nn.Linear(C, 6), b=nn.Linear(C, 6, bias=False)
-    ).double()
+    return Net(_run, seed, norm=nn.LayerNorm(C), a=nn.Linear(C, 6), b=nn.Linear(C, 6, bias=False)).double()
 
 
 def _rewritten(net: nn.Module) -> fxopt.RewrittenModule:

@@ -78,7 +78,7 @@ class RewrittenModule(nn.Module):
         object.__setattr__(self, "_build", build)
         object.__setattr__(self, "_modes", {})
         self.folded_weights = nn.Module()
-        self.register_load_state_dict_post_hook(lambda module, keys: module.renew_folded_weights())
+        self.register_load_state_dict_post_hook(lambda module, keys: module.renew_folded_weights())  # type: ignore[no-untyped-call]
         mode = self._mode()
         if mode.division is None or any(parameter.requires_grad for parameter in self.parameters()):
             mode.with_gradients()  # now, as a call may be traced

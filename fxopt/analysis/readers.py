@@ -107,7 +107,7 @@ def find_writer(state: State, x: Node, axis: int, readers: set[Node], *, shifted
             return Obstacle(objection or f"{operator_name(x)} does not write its channels as channels", (x,))
         if layer is not None:
             return Writer(layer, tuple(reversed(between)))
-        step = _moved_from(x, axis, shifted)
+        step = moved_from(x, axis, shifted=shifted)
         if isinstance(step, str):
             return Obstacle(step, (x,))
         between.append(x)
@@ -115,7 +115,7 @@ def find_writer(state: State, x: Node, axis: int, readers: set[Node], *, shifted
         x, axis = step
 
 
-def _moved_from(node: Node, axis: int, shifted: bool) -> tuple[Node, int] | str:
+def moved_from(node: Node, axis: int, *, shifted: bool) -> tuple[Node, int] | str:
     """What ``node`` moves the channels of, and where they are there; a reason if it does not."""
     x = node.args[0] if node.op == "call_function" and node.args else None
     name = operator_name(node) if node.op == "call_function" else f"the input {node}"

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.channels import Obstacle
-from fxopt.analysis.readers import Writer, find_readers, find_writer
+from fxopt.analysis.readers import Layer, Writer, find_readers, find_writer
 from fxopt.analysis.state import State
 from fxopt.ir.nodes import arguments, tensor
 from fxopt.ir.program import Program
@@ -50,7 +50,7 @@ class FoldChannelAffine:
     """``a ⊙ (x·W + c) + b -> x·(diag(a)W) + (a ⊙ c + b)``, or ``(a ⊙ x + b)·W + c -> x·(W∘a) + (c + W·b)``.
 
     ``a``, ``b`` ``[C]`` are made of weights alone, one number a channel: BatchNorm with running statistics
-    (``s = γ / √(σ² + ε)``, ``a = s``, ``b = β − s·μ``), RepBN (``BN(x) + α·x``: ``a = s + α``), ``x * γ + β``, the scale
+    (``s = γ / √(σ² + ε)``, ``a = s``, ``b = β − s·μ``), RepBN (``BN(x) + α·x``: ``a = s + α``), ``x * γ + β``, a scale
     of a layer, and what they are one after the other. Any axis may hold the channels.
 
     First the layer that writes ``x`` is tried: a linear layer or a convolution, padded or not, that nothing else reads.
@@ -94,28 +94,24 @@ def _why_not(state: State, node: Node) -> str:
 
 
 def _attempt(program: Program, state: State, node: Node, form: ChannelForm) -> Folded | Refusal:
-    kind = "norm" if any(map(is_batch_norm, form.nodes)) else "linear"
     assert form.axis is not None
-    shifted = form.shift is not None
+    named, kind = _named(form), _kind(form)
     writer = _writer(state, node, form)
-    readers: object = None
-    if isinstance(writer, Obstacle):
-        readers = find_readers(program, state, node, form.axis, shifted=shifted)
-    if isinstance(writer, Obstacle) and isinstance(readers, Obstacle):
-        reason = f"it stays: before it, {writer.reason}; behind it, {readers.reason}"
-        return Refusal(reason, (_named(form), *writer.nodes, *readers.nodes), kind)
-    objection = frozen_objection(program)
-    if objection:
-        return Refusal(objection, (_named(form),), kind)
-    builder = Builder(program, node, _RULE)
-    affine = Affine(*vectors(builder, form))
     if isinstance(writer, Writer):
-        return _into_writer(builder, form, affine, writer, kind)
-    between, layers = readers  # type: ignore[misc]
-    copies = rebuilt(builder, node, _bare(builder, form, form.x), between)
-    pairs = into_readers(builder, affine, copies, layers)
-    became = f"folded into {count_layers(layers, affine)} behind it"
-    return Folded(_named(form), pairs, tuple(builder.created), became, kind)
+        objection = frozen_objection(program)
+        builder = Builder(program, node, _RULE)
+        return Refusal(objection, (named,), kind) if objection else _into_writer(builder, form, writer)
+    readers = find_readers(program, state, node, form.axis, shifted=form.shift is not None)
+    if isinstance(readers, Obstacle):
+        reason = f"it stays: before it, {writer.reason}; behind it, {readers.reason}"
+        return Refusal(reason, (named, *writer.nodes, *readers.nodes), kind)
+    objection = frozen_objection(program)
+    builder = Builder(program, node, _RULE)
+    return Refusal(objection, (named,), kind) if objection else _into_readers(builder, form, *readers)
+
+
+def _kind(form: ChannelForm) -> str:
+    return "norm" if any(map(is_batch_norm, form.nodes)) else "linear"
 
 
 def _writer(state: State, node: Node, form: ChannelForm) -> Writer | Obstacle:
@@ -127,14 +123,21 @@ def _writer(state: State, node: Node, form: ChannelForm) -> Writer | Obstacle:
     return find_writer(state, form.x, form.order[form.axis], region, shifted=form.shift is not None)
 
 
-def _into_writer(builder: Builder, form: ChannelForm, affine: Affine, writer: Writer, kind: str) -> Folded:
-    layer = writer.layer
-    new = write_through(builder, layer, affine)
-    copies = rebuilt_here(builder, layer.node, new, writer.between)
+def _into_writer(builder: Builder, form: ChannelForm, writer: Writer) -> Folded:
+    layer, affine = writer.layer, Affine(*vectors(builder, form))
+    copies = rebuilt_here(builder, layer.node, write_through(builder, layer, affine), writer.between)
     result = _bare(builder, form, copies[form.x])
     became = f"folded into the {'convolution' if layer.form == 'convolution' else 'linear layer'} before it"
     made = " (which gets a bias)" if layer.bias is None and affine.shift is not None else ""
-    return Folded(_named(form), ((builder.at, result),), tuple(builder.created), became + made, kind)
+    return Folded(_named(form), ((builder.at, result),), tuple(builder.created), became + made, _kind(form))
+
+
+def _into_readers(builder: Builder, form: ChannelForm, between: tuple[Node, ...], layers: tuple[Layer, ...]) -> Folded:
+    affine = Affine(*vectors(builder, form))
+    copies = rebuilt(builder, builder.at, _bare(builder, form, form.x), between)
+    pairs = into_readers(builder, affine, copies, layers)
+    became = f"folded into {count_layers(layers, affine)} behind it"
+    return Folded(_named(form), pairs, tuple(builder.created), became, _kind(form))
 
 
 def _named(form: ChannelForm) -> Node:

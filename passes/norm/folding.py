@@ -81,7 +81,7 @@ def rebuilt(builder: Builder, start: Node, new: Node, between: Iterable[Node]) -
     copies = {start: new}
     for node in between:
         with builder.before(node):
-            copies[node] = _move(builder, node, copies)
+            copies[node] = move(builder, node, copies)
     return copies
 
 
@@ -89,13 +89,14 @@ def rebuilt_here(builder: Builder, start: Node, new: Node, between: Iterable[Nod
     """The same, all of it where the builder stands; lines and modules are those of the originals."""
     copies = {start: new}
     for node in between:
-        copies[node] = _move(builder, node, copies)
+        copies[node] = move(builder, node, copies)
     for old, copied in copies.items():
         copied.meta.update({key: old.meta[key] for key in _ORIGIN if key in old.meta})
     return copies
 
 
-def _move(builder: Builder, node: Node, copies: dict[Node, Node]) -> Node:
+def move(builder: Builder, node: Node, copies: dict[Node, Node]) -> Node:
+    """``node`` once more, reading the copies of its operands."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
     # The strides of what is moved may be others now.
     target = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target

@@ -29,11 +29,11 @@ def read_through(builder: Builder, layer: Layer, x: Node, affine: Affine) -> Nod
     """
     weight, bias = layer.weight, layer.bias
     if affine.scale is not None:
-        scaled = _by_input(builder, layer, _wide(builder, layer.weight), _wide(builder, affine.scale))
+        scaled = _by_input(builder, layer, widened(builder, layer.weight), widened(builder, affine.scale))
         weight = fold(builder, scaled, layer.weight)
     if affine.shift is not None:
-        added = _through(builder, layer, _wide(builder, affine.shift))
-        total = added if bias is None else builder.call(aten.add.Tensor, _wide(builder, bias), added)
+        added = _through(builder, layer, widened(builder, affine.shift))
+        total = added if bias is None else builder.call(aten.add.Tensor, widened(builder, bias), added)
         bias = fold(builder, total, layer.weight if bias is None else bias)
     return call_layer(builder, layer, x, weight, bias)
 
@@ -42,14 +42,14 @@ def write_through(builder: Builder, layer: Layer, affine: Affine) -> Node:
     """``a ⊙ layer(x) + b = x·(diag(a)W) + (a ⊙ c + b)``: the layer with folded weights."""
     weight, bias = layer.weight, layer.bias
     if affine.scale is not None:
-        scale = _wide(builder, affine.scale)
-        scaled = builder.call(aten.mul.Tensor, _wide(builder, weight), _as_outputs(builder, layer, scale))
+        scale = widened(builder, affine.scale)
+        scaled = builder.call(aten.mul.Tensor, widened(builder, weight), _as_outputs(builder, layer, scale))
         weight = fold(builder, scaled, layer.weight)
-    total: Node | None = None if bias is None else _wide(builder, bias)
+    total: Node | None = None if bias is None else widened(builder, bias)
     if total is not None and affine.scale is not None:
-        total = builder.call(aten.mul.Tensor, total, _wide(builder, affine.scale))
+        total = builder.call(aten.mul.Tensor, total, widened(builder, affine.scale))
     if affine.shift is not None:
-        shift = _wide(builder, affine.shift)
+        shift = widened(builder, affine.shift)
         total = shift if total is None else builder.call(aten.add.Tensor, total, shift)
     if total is not None:
         bias = fold(builder, total, layer.weight if bias is None else bias)
@@ -74,7 +74,7 @@ def call_layer(builder: Builder, layer: Layer, x: Node, weight: Node, bias: Node
     return builder.again(layer.node, input=x, weight=weight, bias=bias)
 
 
-def _wide(builder: Builder, node: Node) -> Node:
+def widened(builder: Builder, node: Node) -> Node:
     """In float64, a folded weight as it was before it was rounded."""
     return node.args[0] if FOLDED in node.meta else builder.cast(node, torch.float64)  # type: ignore[return-value]
 
@@ -93,7 +93,7 @@ def _by_input(builder: Builder, layer: Layer, weight: Node, scale: Node) -> Node
 
 def _through(builder: Builder, layer: Layer, shift: Node) -> Node:
     """``W·b``, one number an output channel."""
-    weight = _wide(builder, layer.weight)
+    weight = widened(builder, layer.weight)
     weighted = _by_input(builder, layer, weight, shift)
     axes = [0] if layer.form in ("addmm", "matmul") else list(range(1, len(shape(weight))))
     return builder.call(aten.sum.dim_IntList, weighted, axes)

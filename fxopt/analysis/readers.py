@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from fxopt.analysis.channels import End, Obstacle, follow_channels, moved_axis
 from fxopt.analysis.convolutions import CONVOLUTIONS, read_convolution
-from fxopt.analysis.state import State
-from fxopt.ir.nodes import arguments, is_tensor, scalar, shape, source, tensor
+from fxopt.analysis.state import State, weight_objection
+from fxopt.ir.nodes import arguments, is_tensor, scalar, shape, source
 from fxopt.ir.program import Program, operator_name
 
 aten = torch.ops.aten
@@ -129,14 +129,8 @@ def moved_from(node: Node, axis: int, *, shifted: bool) -> tuple[Node, int] | st
 
 def weights_objection(state: State, layer: Layer) -> str:
     """Why the weights of ``layer`` can't take over anything; empty if they can."""
-    for operand in (layer.weight, layer.bias):
-        if operand is None:
-            continue
-        if not state.holds(operand):
-            return f"the weight {operand} of {operator_name(layer.node)} depends on the inputs"
-        if not tensor(operand).dtype.is_floating_point or tensor(operand).dtype == torch.float16:
-            return f"a weight in {tensor(operand).dtype} may not hold the product of two weights"
-    return ""
+    operands = [operand for operand in (layer.weight, layer.bias) if operand is not None]
+    return next(filter(None, (weight_objection(state, operand) for operand in operands)), "")
 
 
 def read_layer(node: Node) -> Layer | None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch.fx import Node
 
+from fxopt.ir.nodes import tensor
 from fxopt.ir.program import Program
+
+#: Dtypes with the range for a product of weights.
+_WIDE_ENOUGH: Final = (torch.bfloat16, torch.float32, torch.float64)
 
 
 class State:
@@ -39,6 +45,15 @@ class State:
         if node.op == "placeholder":
             return node in self._leaves
         return node.op == "get_attr" or (_may_be(node) and all(self._known[n] for n in node.all_input_nodes))
+
+
+def weight_objection(state: State, node: Node) -> str:
+    """Why something can't be folded into ``node`` as a weight; empty if it can."""
+    if not state.holds(node):
+        return f"the weight {node} depends on the inputs"
+    if tensor(node).dtype not in _WIDE_ENOUGH:
+        return f"a weight in {tensor(node).dtype} may not hold the product of two weights"
+    return ""
 
 
 def _may_be(node: Node) -> bool:

@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from fxopt.analysis.channels import Obstacle, moved_axis
 from fxopt.analysis.readers import Layer, moved_from, read_layer, weights_objection
-from fxopt.analysis.state import State
-from fxopt.ir.nodes import arguments, is_tensor, same_size, scalar, shape, source, tensor
+from fxopt.analysis.state import State, weight_objection
+from fxopt.ir.nodes import arguments, is_tensor, same_size, scalar, shape, source
 from fxopt.ir.operators import overload
 from fxopt.ir.program import operator_name
 
@@ -93,17 +93,14 @@ class _Walk:
             self.stream.layers[node] = layer
             return _at(node, objection) if objection else None
         if node.target is aten.embedding.default:
-            objection = _table_objection(self.state, node.args[0]) or ("" if axis == len(shape(node)) - 1 else "axes")
+            objection = _table_objection(self.state, node.args[0]) or _axis_objection(node, axis)
             self.stream.lookups.append(node)
             return _at(node, objection) if objection else None
         operands = _operands(node, axis)
         if operands is None:
             return _at(node, "it writes into the stream and can't be centred")
-        for operand, place in operands:
-            objection = self._add(operand, place)
-            if objection:
-                return objection
-        return None
+        obstacles = (self._add(operand, place) for operand, place in operands)
+        return next(filter(None, obstacles), None)
 
     def read(self, node: Node, axis: int) -> Iterator[Obstacle | None]:
         """Follow what reads ``node``."""
@@ -130,11 +127,11 @@ class _Walk:
 
 
 def _table_objection(state: State, node: object) -> str:
-    if not isinstance(node, Node) or not state.holds(node):
-        return f"{node} depends on the inputs"
-    if not tensor(node).dtype.is_floating_point or tensor(node).dtype == torch.float16:
-        return f"a weight in {tensor(node).dtype} is not centred"
-    return ""
+    return weight_objection(state, node) if isinstance(node, Node) else f"{node} is no weight"
+
+
+def _axis_objection(node: Node, axis: int) -> str:
+    return "" if axis == len(shape(node)) - 1 else "it does not write its channels as channels"
 
 
 def _at(node: Node, reason: str) -> Obstacle:

@@ -25,7 +25,7 @@ from fxopt.passes.norm.folding import (
     rebuilt,
     run_folds,
 )
-from fxopt.passes.norm.weights import Affine
+from fxopt.passes.norm.weights import Affine, widened
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import PassResult
 from fxopt.rewriter.registry import register_pass
@@ -72,7 +72,8 @@ def _attempt(program: Program, state: State, norm: _Norm) -> Folded | Refusal:
 def _fold(program: Program, norm: _Norm, between: tuple[Node, ...], layers: tuple[Layer, ...]) -> Folded:
     builder = Builder(program, norm.node, _RULE)
     copies = rebuilt(builder, norm.node, _plain(builder, norm.node), between)
-    pairs = into_readers(builder, norm.affine, copies, layers)
+    wide = Affine(*(operand and widened(builder, operand) for operand in (norm.affine.scale, norm.affine.shift)))
+    pairs = into_readers(builder, wide, copies, layers)
     became = f"weight and bias moved into {count_layers(layers, norm.affine)}"
     return Folded(norm.node, pairs, tuple(builder.created), became)
 

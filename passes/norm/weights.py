@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Affine:
-    """``a ⊙ x + b``: ``scale`` and ``shift`` are ``[C]``, or ``None`` for 1 and 0."""
+    """``a ⊙ x + b``: ``scale`` and ``shift`` are ``[C]`` in float64, or ``None`` for 1 and 0."""
 
     scale: Node | None
     shift: Node | None
@@ -27,12 +27,11 @@ def read_through(builder: Builder, layer: Layer, x: Node, affine: Affine) -> Nod
 
     ``∘`` scales what belongs to an input channel. A bias is made where there is none and ``b`` is not 0.
     """
-    weight, bias = layer.weight, layer.bias
+    weight, bias, wide = layer.weight, layer.bias, widened(builder, layer.weight)
     if affine.scale is not None:
-        scaled = _by_input(builder, layer, widened(builder, layer.weight), widened(builder, affine.scale))
-        weight = fold(builder, scaled, layer.weight)
+        weight = fold(builder, _by_input(builder, layer, wide, affine.scale), layer.weight)
     if affine.shift is not None:
-        added = _through(builder, layer, widened(builder, affine.shift))
+        added = _through(builder, layer, wide, affine.shift)
         total = added if bias is None else builder.call(aten.add.Tensor, widened(builder, bias), added)
         bias = fold(builder, total, layer.weight if bias is None else bias)
     return call_layer(builder, layer, x, weight, bias)
@@ -42,15 +41,14 @@ def write_through(builder: Builder, layer: Layer, affine: Affine) -> Node:
     """``a ⊙ layer(x) + b = x·(diag(a)W) + (a ⊙ c + b)``: the layer with folded weights."""
     weight, bias = layer.weight, layer.bias
     if affine.scale is not None:
-        scale = widened(builder, affine.scale)
-        scaled = builder.call(aten.mul.Tensor, widened(builder, weight), _as_outputs(builder, layer, scale))
+        factors = _as_outputs(builder, layer, affine.scale)
+        scaled = builder.call(aten.mul.Tensor, widened(builder, weight), factors)
         weight = fold(builder, scaled, layer.weight)
     total: Node | None = None if bias is None else widened(builder, bias)
     if total is not None and affine.scale is not None:
-        total = builder.call(aten.mul.Tensor, total, widened(builder, affine.scale))
+        total = builder.call(aten.mul.Tensor, total, affine.scale)
     if affine.shift is not None:
-        shift = widened(builder, affine.shift)
-        total = shift if total is None else builder.call(aten.add.Tensor, total, shift)
+        total = affine.shift if total is None else builder.call(aten.add.Tensor, total, affine.shift)
     if total is not None:
         bias = fold(builder, total, layer.weight if bias is None else bias)
     return call_layer(builder, layer, layer.x, weight, bias)
@@ -91,12 +89,14 @@ def _by_input(builder: Builder, layer: Layer, weight: Node, scale: Node) -> Node
     return builder.call(aten.flatten.using_ints, builder.call(aten.mul.Tensor, grouped, factors), 0, 1)
 
 
-def _through(builder: Builder, layer: Layer, shift: Node) -> Node:
+def _through(builder: Builder, layer: Layer, weight: Node, shift: Node) -> Node:
     """``W·b``, one number an output channel."""
-    weight = widened(builder, layer.weight)
+    if layer.form == "linear":
+        return builder.call(aten.matmul.default, weight, shift)
+    if layer.form != "convolution":
+        return builder.call(aten.matmul.default, shift, weight)
     weighted = _by_input(builder, layer, weight, shift)
-    axes = [0] if layer.form in ("addmm", "matmul") else list(range(1, len(shape(weight))))
-    return builder.call(aten.sum.dim_IntList, weighted, axes)
+    return builder.call(aten.sum.dim_IntList, weighted, list(range(1, len(shape(weight)))))
 
 
 def _as_outputs(builder: Builder, layer: Layer, scale: Node) -> Node:

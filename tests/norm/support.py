@@ -38,6 +38,9 @@ class Net(nn.Module):
     def forward(self, *args: Any) -> Any:
         return self.run(self, *args)
 
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -97,7 +100,7 @@ def assert_folds(
 
 
 @torch.no_grad()
-def assert_exact(rewritten: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> None:
+def assert_exact(rewritten: Callable[..., Any], module: nn.Module, args: tuple[Any, ...]) -> None:
     """Every result to `EXACT`, relative to its largest value."""
     for new, old in zip(tree_leaves(rewritten(*args)), tree_leaves(module(*args)), strict=True):
         assert (new - old).abs().max() <= EXACT * old.abs().max().clamp(min=1), (new - old).abs().max()

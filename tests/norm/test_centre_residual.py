@@ -30,7 +30,7 @@ def norm(**options: Any) -> nn.LayerNorm:
     return nn.LayerNorm(C, **options)
 
 
-def _stream(net: Any, x: Tensor) -> Tensor:
+def _stream(net: Any, x: Tensor) -> Any:
     """A pre-norm block of two layers."""
     x = x + net.a(torch.relu(net.first(x)))
     x = x + net.b(torch.tanh(net.second(x)))
@@ -44,12 +44,12 @@ def stream(start: Callable[[Any, Tensor], Tensor], **parts: Any) -> Net:
     )  # fmt: skip
 
 
-def _class_token(net: Any, x: Tensor) -> Tensor:
+def _class_token(net: Any, x: Tensor) -> Any:
     tokens = net.conv(x).flatten(2).transpose(1, 2)
     return torch.cat((net.token.expand(2, -1, -1), tokens), 1) + net.places
 
 
-def _head(net: Any, ids: Tensor) -> Tensor:
+def _head(net: Any, ids: Tensor) -> Any:
     x = net.table(ids)
     x = x + net.a(torch.relu(net.first(x)))
     return F.linear(net.last(x), net.table.weight)
@@ -121,7 +121,7 @@ def test_centre_residual_fires(name: str) -> None:
 @torch.no_grad()
 def test_no_writer_has_a_mean_and_the_head_keeps_its_own() -> None:
     net = FIRES["tied head"][2]().double()
-    rewritten = fxopt.rewrite(net, IDS, passes=PASSES, strict=True)
+    rewritten: Any = fxopt.rewrite(net, IDS, passes=PASSES, strict=True)
     folded = dict(rewritten.folded_weights.named_buffers())
     assert set(folded) == {"table_weight", "a_weight", "a_bias"}
     assert folded["table_weight"].mean(-1).abs().max() < EXACT
@@ -142,7 +142,7 @@ def test_together_with_the_other_folds() -> None:
     assert [node.args[2] for node in norms] == [None, None]
 
 
-def _post_norm(net: Any, x: Tensor) -> Tensor:
+def _post_norm(net: Any, x: Tensor) -> Any:
     x = net.first(x)
     return net.last(x + net.a(x)).square()
 
@@ -275,7 +275,7 @@ def test_streams_of_models(name: str, options: dict[str, Any], norms: int) -> No
     passes = [*fxopt.passes.exact_pipeline(), CentreResidual()]
     report = fxopt.explain_program(fxopt.capture(net, (x,)), passes)
     assert [site.rule for site in report.sites].count("centred") == norms
-    rewritten = fxopt.rewrite(net, (x,), passes=passes, strict=True)
+    rewritten: Any = fxopt.rewrite(net, (x,), passes=passes, strict=True)
     expected = net(x)
     assert (rewritten(x) - expected).abs().max() <= EXACT * expected.abs().max().clamp(min=1)
 

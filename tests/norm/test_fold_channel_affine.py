@@ -30,35 +30,34 @@ def conv(out: int = C, size: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(C, out, size, **options)
 
 
-def over_channels(norm: nn.Module, x: Tensor) -> Tensor:
+def over_channels(norm: nn.Module, x: Tensor) -> Any:
     """Tokens ``[B, N, C]`` through a BatchNorm1d, which has its channels in the middle."""
-    normal: Tensor = norm(x.transpose(1, 2)).transpose(1, 2)
-    return normal
+    return norm(x.transpose(1, 2)).transpose(1, 2)
 
 
-def rep_norm(norm: nn.Module, alpha: Tensor, x: Tensor) -> Tensor:
+def rep_norm(norm: nn.Module, alpha: Tensor, x: Tensor) -> Any:
     """RepBN as SLAB writes it."""
     x = x.transpose(1, 2)
     return (norm(x) + alpha * x).transpose(1, 2)
 
 
-def rep_norm_apart(norm: nn.Module, alpha: Tensor, x: Tensor) -> Tensor:
+def rep_norm_apart(norm: nn.Module, alpha: Tensor, x: Tensor) -> Any:
     """RepBN whose second term is not transposed with the first."""
     return over_channels(norm, x) + alpha * x
 
 
-def _cut(net: Any, x: Tensor) -> Tensor:
+def _cut(net: Any, x: Tensor) -> Any:
     """A patch embedding with a norm over its tokens."""
     return rep_norm(net.bn, net.alpha, net.conv(x).flatten(2).transpose(1, 2))
 
 
-def _single(net: Any, x: Tensor) -> Tensor:
+def _single(net: Any, x: Tensor) -> Any:
     """A norm in float32 around a model of another dtype."""
     wide = torch.float32 if x.dtype != torch.float64 else x.dtype
     return (net.conv(x).to(wide) * net.scale.to(wide) + net.shift.to(wide)).to(x.dtype)
 
 
-def _windows(net: Any, x: Tensor) -> Tensor:
+def _windows(net: Any, x: Tensor) -> Any:
     image = torch.roll(net.bn(x), (1, -1), (2, 3)).permute(0, 2, 3, 1)
     return net.a(image.reshape(2, 2, 3, 5, C).transpose(1, 2))
 
@@ -205,7 +204,7 @@ def _rep_net(alpha: float = 0.7) -> Net:
 def test_the_bias_of_the_layer_is_scaled_by_alpha_too() -> None:
     """``a ⊙ c + b``; folding it as a plain BatchNorm, ``s(c − μ) + β``, leaves ``α·c`` out."""
     net = _rep_net().double()
-    rewritten = fxopt.rewrite(net, IMAGES, passes=PASSES)
+    rewritten: Any = fxopt.rewrite(net, IMAGES, passes=PASSES)
     slope = net.bn.weight / (net.bn.running_var + net.bn.eps).sqrt()
     right = (slope + net.alpha) * net.conv.bias + net.bn.bias - slope * net.bn.running_mean
     torch.testing.assert_close(rewritten.folded_weights.conv_bias, right, rtol=EXACT, atol=EXACT)
@@ -247,7 +246,7 @@ def test_a_layer_between_two_norms_is_rounded_once() -> None:
     assert_folds(net, TOKENS, ["fold-norm-affine", "fold-channel-affine"], 2)
     half = net.bfloat16()
     with torch.no_grad():
-        rewritten = fxopt.rewrite(half, (TOKENS[0].bfloat16(),), strict=True)
+        rewritten: Any = fxopt.rewrite(half, (TOKENS[0].bfloat16(),), strict=True)
         slope = net.bn.weight.double() / (net.bn.running_var.double() + net.bn.eps).sqrt()
         once = slope[:, None] * net.a.weight.double() * net.norm.weight.double()
         assert torch.equal(rewritten.folded_weights.a_weight, once.bfloat16())
@@ -350,7 +349,7 @@ def test_fold_channel_affine_leaves_alone(name: str) -> None:
 
 def test_a_batch_norm_in_training_is_kept() -> None:
     net = FIRES["conv and batch norm"][2]().double()
-    rewritten = fxopt.rewrite(net.train(), IMAGES, passes=PASSES)
+    rewritten: Any = fxopt.rewrite(net.train(), IMAGES, passes=PASSES)
     assert not list(rewritten.folded_weights.buffers())
     (site,) = collect_sites(fold(net, IMAGES, PASSES, frozen=False))
     assert (site.kind, site.status) == ("norm", "kept")
@@ -360,7 +359,7 @@ def test_a_batch_norm_in_training_is_kept() -> None:
 @torch.no_grad()
 def test_changed_statistics_are_folded_anew() -> None:
     net = FIRES["conv and batch norm"][2]().double()
-    rewritten = fxopt.rewrite(net, IMAGES, passes=PASSES)
+    rewritten: Any = fxopt.rewrite(net, IMAGES, passes=PASSES)
     randomise(net, 3)
     rewritten.load_state_dict(net.state_dict())
     torch.testing.assert_close(rewritten(*IMAGES), net(*IMAGES), rtol=EXACT, atol=EXACT)

@@ -30,7 +30,7 @@ def linear(out: int = OUT, **options: Any) -> nn.Linear:
     return nn.Linear(C, out, **options)
 
 
-def _windows(net: Any, x: Tensor) -> Tensor:
+def _windows(net: Any, x: Tensor) -> Any:
     """Swin: the tokens as an image, rolled and cut into windows."""
     image = net.norm(x).view(2, 4, 4, C)
     image = torch.roll(image, (-1, -1), (1, 2))
@@ -38,14 +38,14 @@ def _windows(net: Any, x: Tensor) -> Tensor:
     return net.a(windows)
 
 
-def _by_hand(net: Any, x: Tensor) -> Tensor:
+def _by_hand(net: Any, x: Tensor) -> Any:
     """RMSNorm as Llama writes it."""
     wide = x.to(torch.float32) if x.dtype != torch.float64 else x
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
     return net.a(net.weight * normal.to(x.dtype))
 
 
-def _merged(net: Any, x: Tensor) -> Tensor:
+def _merged(net: Any, x: Tensor) -> Any:
     """Swin's patch merging: a norm over four joined patches, a reduction without bias."""
     image = x.view(2, 4, 4, C)
     parts = [image[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
@@ -89,7 +89,7 @@ FIRES: dict[str, Callable[[], Net]] = {
     "sum without a shift": lambda: Net(
         lambda n, x: n.a(n.norm(x).sum(1)), norm=layer_norm(bias=False), a=linear(64)
     ),
-    "addmm": lambda: Net(lambda n, x: n.a(n.norm(x)), norm=layer_norm(), a=Conv1D(OUT, C)),
+    "addmm": lambda: Net(lambda n, x: n.a(n.norm(x)), norm=layer_norm(), a=Conv1D(OUT, C)),  # type: ignore[no-untyped-call]
     "matmul": lambda: Net(lambda n, x: n.norm(x) @ n.a, norm=layer_norm(), a=torch.ones(C, OUT)),
     "convolution": lambda: Net(
         lambda n, x: n.a(n.norm(x).mT.unflatten(2, (4, 4))), norm=layer_norm(), a=nn.Conv2d(C, OUT, 2)
@@ -130,15 +130,15 @@ def test_report_says_what_became_of_a_norm() -> None:
     assert site.reason == "weight and bias moved into 3 linear layers (2 get a bias)"
 
 
-def _shared(net: Any, x: Tensor) -> Tensor:
+def _shared(net: Any, x: Tensor) -> Any:
     return x + net.b(torch.relu(net.a(net.norm(x + net.b(torch.relu(net.a(net.norm(x))))))))
 
 
-def _tied(net: Any, ids: Tensor) -> Tensor:
+def _tied(net: Any, ids: Tensor) -> Any:
     return F.linear(net.norm(net.embedding(ids)), net.embedding.weight)
 
 
-def _two_norms(net: Any, x: Tensor) -> Tensor:
+def _two_norms(net: Any, x: Tensor) -> Any:
     return net.a(net.norm(x)) * net.a(net.other(x))
 
 
@@ -146,14 +146,14 @@ def test_shared_norms_and_layers_are_folded_where_they_are_used() -> None:
     """As in ALBERT; the shared weights themselves stay, folded copies that are equal are one."""
     net = Net(_shared, norm=layer_norm(), a=linear(), b=nn.Linear(OUT, C))
     assert_folds(net, TOKENS, PASSES, 2)
-    rewritten = fxopt.rewrite(net.double(), TOKENS, passes=PASSES)
+    rewritten: Any = fxopt.rewrite(net.double(), TOKENS, passes=PASSES)
     assert [name for name, _ in rewritten.folded_weights.named_buffers()] == ["a_weight", "a_bias"]
 
 
 def test_one_layer_behind_two_norms_has_two_folded_weights() -> None:
     net = Net(_two_norms, norm=layer_norm(), other=layer_norm(), a=linear())
     assert_folds(net, TOKENS, PASSES, 2)
-    rewritten = fxopt.rewrite(net.double(), TOKENS, passes=PASSES)
+    rewritten: Any = fxopt.rewrite(net.double(), TOKENS, passes=PASSES)
     names = [name for name, _ in rewritten.folded_weights.named_buffers()]
     assert names == ["a_weight", "a_bias", "a_weight_1", "a_bias_1"]
 
@@ -181,12 +181,12 @@ def test_dynamic_sizes() -> None:
     net = FIRES["channels first and back"]().double()
     batch, length = Dim("batch", min=2), Dim("length", min=2)
     shapes = (({0: batch, 1: length},),)
-    rewritten = fxopt.rewrite(net, TOKENS, passes=PASSES, dynamic_shapes=shapes, strict=True)
+    rewritten: Any = fxopt.rewrite(net, TOKENS, passes=PASSES, dynamic_shapes=shapes, strict=True)
     for x in (draw(2, 16, C), draw(5, 3, C)):
         assert_exact(rewritten, net, (x,))
 
 
-def _mixed(net: Any, x: Tensor) -> Tensor:
+def _mixed(net: Any, x: Tensor) -> Any:
     """Llama in bfloat16 with weights of the norm in float32."""
     normal = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
     return net.a((net.weight * normal.to(x.dtype)).to(torch.bfloat16))
@@ -196,7 +196,7 @@ def _mixed(net: Any, x: Tensor) -> Tensor:
 def test_weights_of_other_dtypes_than_the_layer() -> None:
     net = Net(_mixed, weight=torch.ones(C), a=linear().bfloat16())
     x = draw(2, 16, C, dtype=torch.bfloat16)
-    rewritten = fxopt.rewrite(net, (x,), passes=PASSES, verify="numeric", strict=True)
+    rewritten: Any = fxopt.rewrite(net, (x,), passes=PASSES, verify="numeric", strict=True)
     assert rewritten.folded_weights.a_weight.dtype == torch.bfloat16
     wide = (net.a.weight.double() * net.weight.double()).bfloat16()
     assert torch.equal(rewritten.folded_weights.a_weight, wide)
@@ -328,7 +328,7 @@ def test_a_range_too_small_for_products_is_refused() -> None:
 def test_weights_in_training_are_refused() -> None:
     net = FIRES["one layer"]().double()
     assert_refused(net, TOKENS, PASSES, "may still be trained", frozen=False)
-    rewritten = fxopt.rewrite(net.train(), TOKENS, passes=PASSES)
+    rewritten: Any = fxopt.rewrite(net.train(), TOKENS, passes=PASSES)
     assert not list(rewritten.folded_weights.buffers())
 
 

@@ -27,7 +27,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _run(net: Any, x: Tensor) -> Tensor:
+def _run(net: Any, x: Tensor) -> Any:
     y = net.norm(x)
     return torch.relu(net.a(y)) @ net.b(y).mT
 
@@ -48,7 +48,7 @@ def _folds(module: fxopt.RewrittenModule) -> bool:
 def test_names_and_values_of_the_model_stay() -> None:
     net = _net()
     before = copy.deepcopy(net.state_dict())
-    rewritten = _rewritten(net)
+    rewritten: Any = _rewritten(net)
     assert list(rewritten.state_dict()) == list(net.state_dict())
     assert [name for name, _ in rewritten.named_parameters()] == [name for name, _ in net.named_parameters()]
     for module in (net, rewritten):
@@ -60,7 +60,7 @@ def test_names_and_values_of_the_model_stay() -> None:
 @torch.no_grad()
 def test_a_changed_weight_is_folded_anew() -> None:
     net = _net()
-    rewritten = _rewritten(net)
+    rewritten: Any = _rewritten(net)
     kept = rewritten.folded_weights.a_weight
     for module in (net, rewritten):
         module.norm.weight[2] = 17.0
@@ -76,7 +76,7 @@ def test_a_changed_weight_is_folded_anew() -> None:
 
 @torch.no_grad()
 def test_unchanged_weights_are_not_folded_again() -> None:
-    rewritten = _rewritten(_net())
+    rewritten: Any = _rewritten(_net())
     division = rewritten._mode().division
     assert division is not None
     calls: list[int] = []
@@ -95,7 +95,7 @@ def test_unchanged_weights_are_not_folded_again() -> None:
 @torch.no_grad()
 def test_loading_a_state_dict() -> None:
     net, other = _net(), _net(seed=5)
-    rewritten = _rewritten(net)
+    rewritten: Any = _rewritten(net)
     fast = torch.compile(rewritten, backend="aot_eager", fullgraph=True)
     assert_exact(fast, net, (X,))
     file = io.BytesIO()
@@ -110,14 +110,14 @@ def test_loading_a_state_dict() -> None:
 @torch.no_grad()
 def test_moving_to_another_dtype() -> None:
     net = _net().float()
-    rewritten = fxopt.rewrite(net, (X.float(),), passes=["fold-norm-affine"])
+    rewritten: Any = fxopt.rewrite(net, (X.float(),), passes=["fold-norm-affine"])
     assert_exact(rewritten.double(), net.double(), (X,))
     assert rewritten.folded_weights.a_weight.dtype == torch.float64
 
 
 def test_gradients_reach_the_weights_themselves() -> None:
     net = _net()
-    rewritten = _rewritten(net)
+    rewritten: Any = _rewritten(net)
     assert not _folds(rewritten), "gradients are recorded here"
     with torch.no_grad():
         assert _folds(rewritten)
@@ -129,7 +129,7 @@ def test_gradients_reach_the_weights_themselves() -> None:
 
 def test_gradients_of_the_input_alone_run_the_folded_program() -> None:
     net = _net().requires_grad_(False)
-    rewritten = _rewritten(net)
+    rewritten: Any = _rewritten(net)
     assert _folds(rewritten)
     x = X.clone().requires_grad_()
     (actual,) = torch.autograd.grad(rewritten(x).sum(), x)
@@ -139,7 +139,7 @@ def test_gradients_of_the_input_alone_run_the_folded_program() -> None:
 
 def test_training_and_coming_back() -> None:
     net = _net()
-    rewritten = _rewritten(net)
+    rewritten: Any = _rewritten(net)
     for module in (net, rewritten):
         module.train()
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -154,7 +154,7 @@ def test_training_and_coming_back() -> None:
 @pytest.mark.parametrize("base", ["aot_eager", "inductor"])
 def test_compiled_with_and_without_gradients(base: str) -> None:
     net = _net()
-    rewritten = _rewritten(net)
+    rewritten: Any = _rewritten(net)
     fast = torch.compile(rewritten, backend=base, fullgraph=True)
     assert_exact(fast, net, (X,))
     expected, actual = evaluate(net, X), evaluate(fast, X)
@@ -165,7 +165,7 @@ def test_compiled_with_and_without_gradients(base: str) -> None:
 @torch.no_grad()
 def test_compiled_code_sees_what_was_renewed() -> None:
     net = _net()
-    rewritten = _rewritten(net)
+    rewritten: Any = _rewritten(net)
     fast = torch.compile(rewritten, backend="aot_eager", fullgraph=True)
     fast(X)
     for module in (net, rewritten):
@@ -177,7 +177,7 @@ def test_compiled_code_sees_what_was_renewed() -> None:
 
 @torch.no_grad()
 def test_the_backend_reports_a_folded_norm_as_it_is() -> None:
-    rewritten = _rewritten(_net())
+    rewritten: Any = _rewritten(_net())
     (site,) = fxopt.explain(rewritten, X).sites
     assert (site.kind, site.rule, site.reason) == (
         "norm", "", "it already is one operator and is left to the base compiler",
@@ -197,7 +197,7 @@ def test_export_and_back(tmp_path: Any) -> None:
 def test_inference_mode() -> None:
     net = _net()
     with torch.inference_mode():
-        rewritten = fxopt.rewrite(net, (X,), strict=True)
+        rewritten: Any = fxopt.rewrite(net, (X,), strict=True)
         torch.testing.assert_close(rewritten(X), net(X), rtol=1e-12, atol=1e-12)
     randomise(net, 9)
     with torch.inference_mode():
@@ -208,12 +208,12 @@ def test_inference_mode() -> None:
 
 @torch.no_grad()
 def test_a_weight_edited_by_the_model_is_no_weight() -> None:
-    def run(net: Any, x: Tensor) -> Tensor:
+    def run(net: Any, x: Tensor) -> Any:
         net.norm.weight.mul_(2)
         return net.a(net.norm(x))
 
     net = Net(run, norm=nn.LayerNorm(C), a=nn.Linear(C, 6)).double()
-    rewritten = fxopt.rewrite(net, (X,), passes=["fold-norm-affine"])
+    rewritten: Any = fxopt.rewrite(net, (X,), passes=["fold-norm-affine"])
     assert not list(rewritten.folded_weights.buffers())
 
 

@@ -125,6 +125,8 @@ def capture(
 ) -> Program:
     """Capture ``model`` called on ``args`` and ``kwargs`` as one program of the fxopt dialect.
 
+    Of a module in evaluation mode the program is frozen: passes fold weights in it as in `rewrite`.
+
     Args:
         model: a module or a function.
         args: positional arguments, a tuple.
@@ -190,12 +192,14 @@ def rewrite(
 
     def build(source: nn.Module) -> Callable[[bool], ir.Program]:
         captured = from_export(source, args, kwargs, dynamic_shapes)
+        told: set[str] = set()
 
         def make(frozen: bool) -> ir.Program:
             result = driver.rewrite(replace(captured, frozen=frozen), chosen)
-            for record in result.records:
-                if record.failure:
-                    warnings.warn(f"pass {record.name} was rolled back: {record.failure}", FxoptWarning, stacklevel=5)
+            failed = {record.name: record.failure for record in result.records if record.failure}
+            for name in failed.keys() - told:
+                warnings.warn(f"pass {name} was rolled back: {failed[name]}", FxoptWarning, stacklevel=5)
+            told.update(failed)
             return result.program
 
         return make

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -104,6 +104,26 @@ def _rest(program: Program, roots: list[Node], places: list[int], names: tuple[s
     rest.graph.lint()
     rest.module.recompile()
     return rest.generated()
+
+
+def undivided(program: Program, division: Division, folder: str) -> Program:
+    """The rest of ``program`` as a program of its own, whose folded weights are the buffers of the module ``folder``.
+
+    Weights that only folded ones are made of are no inputs of it any more.
+    """
+    assert program.signature is not None
+    rest = replace(program, module=division.rest).copy()
+    inputs = rest.graph.find_nodes(op="placeholder")
+    taken = len(inputs) - len(division.names)
+    bound = {**program.signature.bound}
+    for node in inputs[:taken]:
+        if node.name in bound and not node.users:
+            del bound[node.name]
+            rest.graph.erase_node(node)
+    for node, name in zip(inputs[taken:], division.names, strict=True):
+        bound[node.name] = f"{folder}.{name}"
+    rest.module.recompile()
+    return replace(rest, signature=replace(program.signature, bound=bound))
 
 
 def version(tensor: Tensor) -> tuple[Any, ...]:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import CaptureError
-from fxopt.folded import Division, divide, renew, version
+from fxopt.errors import CaptureError, OptionError
+from fxopt.folded import Division, divide, renew, undivided, version
 from fxopt.ir.program import Program
 
 #: Captures a model in its present mode; what comes back makes the program, with weights that may be folded or not.
@@ -62,6 +62,10 @@ class RewrittenModule(nn.Module):
     program without folded weights, so that they reach the weights themselves; call under ``torch.no_grad()`` for speed.
     """
 
+    _model: nn.Module
+    _build: Build
+    _modes: dict[bool, _Mode]
+
     def __init__(self, model: nn.Module, build: Build) -> None:
         super().__init__()
         with torch.inference_mode(False):  # so that in-place changes of the copies are counted
@@ -108,7 +112,7 @@ class RewrittenModule(nn.Module):
 
     def renew_folded_weights(self) -> None:
         """Compute the folded weights of the current mode anew if a weight that they are made of has changed."""
-        mode: _Mode | None = self._modes.get(self.training)  # type: ignore[operator,union-attr]
+        mode = self._modes.get(self.training)
         if mode is None or mode.division is None:
             return
         sources = tuple(self._state(name) for name in mode.division.sources)
@@ -123,8 +127,45 @@ class RewrittenModule(nn.Module):
             kept.register_buffer(name, value, persistent=False)
         mode.versions, mode.sources = versions, sources
 
+    def freeze(self) -> RewrittenModule:
+        """Give up the weights that only folded ones are made of: they take no memory any more. For deployment.
+
+        The folded weights join the ``state_dict`` in their place. The module can't be trained any more, nor load a
+        checkpoint of the original. Returns the module itself.
+
+        Raises:
+            OptionError: the module is in training mode.
+        """
+        if self.training:
+            raise OptionError("freeze() keeps the weights of the evaluation mode only; call eval() before")
+        mode = self._mode()
+        if mode.division is not None:
+            self.renew_folded_weights()
+            program = undivided(mode.program, mode.division, "folded_weights")
+            self._modes[False] = _Mode(mode.make, program, None)
+            self._drop(mode.division.sources, self._modes[False].bound)
+            self.folded_weights._non_persistent_buffers_set.clear()
+        self._modes[False].with_gradients()
+        self._modes.pop(True, None)
+        object.__setattr__(self, "_frozen", True)
+        return self
+
+    def _drop(self, sources: tuple[str, ...], kept: list[str | None]) -> None:
+        """Remove the parameters and buffers ``sources``, under all their names, but for those that are ``kept``."""
+        needed = {id(self._state(name)) for name in kept if name is not None}
+        dropped = {id(self._state(name)) for name in sources} - needed
+        for module in (*self.modules(), *self._model.modules()):
+            for state in (module._parameters, module._buffers):
+                state.update({name: None for name, value in state.items() if id(value) in dropped})
+
     def train(self, mode: bool = True) -> RewrittenModule:
-        """As of any module; see the class for what it does to folded weights."""
+        """As of any module; see the class for what it does to folded weights.
+
+        Raises:
+            OptionError: the module was frozen.
+        """
+        if mode and self.__dict__.get("_frozen"):
+            raise OptionError("this module was frozen: its weights are folded for good; train the original")
         super().train(mode)
         if "_modes" in self.__dict__:
             self.renew_folded_weights()
@@ -136,11 +177,11 @@ class RewrittenModule(nn.Module):
         return self
 
     def _mode(self) -> _Mode:
-        modes: dict[bool, _Mode] = self._modes  # type: ignore[assignment]
+        modes = self._modes
         if self.training not in modes:
             self._share_state()
             with torch.random.fork_rng():
-                make = self._build(self._model.train(self.training))  # type: ignore[operator,union-attr]
+                make = self._build(self._model.train(self.training))
                 program = make(not self.training)
             modes[self.training] = _Mode(make, program, divide(program))
         return modes[self.training]
@@ -163,7 +204,7 @@ class RewrittenModule(nn.Module):
 
     def _share_state(self) -> None:
         """Point the skeleton at this module's own top-level state, which ``.to()`` and loading may have replaced."""
-        model: nn.Module = self._model  # type: ignore[assignment]
+        model = self._model
         model._parameters.update(self._parameters)
         model._buffers.update(self._buffers)
         model._modules.update({name: module for name, module in self._modules.items() if name in model._modules})

@@ -111,7 +111,8 @@ def _attempt(program: Program, state: State, node: Node, form: ChannelForm) -> F
 
 
 def _kind(form: ChannelForm) -> str:
-    return "norm" if any(map(is_batch_norm, form.nodes)) else "linear"
+    """A scale with a shift is what a norm with running statistics is in evaluation; a scale alone is a layer's."""
+    return "norm" if form.shift is not None or any(map(is_batch_norm, form.nodes)) else "linear"
 
 
 def _writer(state: State, node: Node, form: ChannelForm) -> Writer | Obstacle:

@@ -189,7 +189,7 @@ def test_fold_channel_affine_fires(name: str) -> None:
     result = assert_folds(net, args, PASSES, verified=name not in LUCKY)
     assert where in result.replacements[-1].site.reason
     assert not result.program.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default)
-    has_norm = any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in net.modules())
+    has_norm = any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in net.modules()) or hasattr(net, "shift")
     assert result.replacements[-1].site.kind == ("norm" if has_norm else "linear")
 
 

@@ -166,7 +166,7 @@ def test_compiled_with_and_without_gradients(base: str) -> None:
 def test_compiled_code_sees_what_was_renewed() -> None:
     net = _net()
     rewritten: Any = _rewritten(net)
-    fast = torch.compile(rewritten, backend="aot_eager", fullgraph=True)
+    fast: Any = torch.compile(rewritten, backend="aot_eager", fullgraph=True)
     fast(X)
     for module in (net, rewritten):
         module.norm.weight.mul_(2)
@@ -223,3 +223,57 @@ def test_a_dump_of_a_folded_program_runs(tmp_path: Any) -> None:
     folder = fxopt.capture(net, (X,)).dump(tmp_path / "dump")
     last = sorted(folder.glob("[0-9]*fold-norm-affine*.py"))[-1].read_text()
     assert "torch.ops.aten.layer_norm.default(arg5_1, [8], None, None" in last
+
+
+@torch.no_grad()
+def test_frozen_modules_keep_folded_weights_only() -> None:
+    net = _net()
+    rewritten: Any = _rewritten(net)
+    assert rewritten.freeze() is rewritten
+    names = ["a_weight", "a_bias", "b_weight", "b_weight_1"]
+    assert list(rewritten.state_dict()) == [f"folded_weights.{name}" for name in names]
+    assert not list(rewritten.parameters())
+    fast = torch.compile(rewritten, backend="aot_eager", fullgraph=True)
+    for module in (rewritten, fast, torch.export.export(rewritten, (X,)).module()):
+        assert_exact(module, net, (X,))
+    assert "aten.type_as" not in rewritten.program().operators()
+
+
+@torch.no_grad()
+def test_state_of_a_frozen_module_goes_into_another() -> None:
+    net, other = _net(), _rewritten(_net(seed=4)).freeze()
+    other.load_state_dict(_rewritten(net).freeze().state_dict())
+    assert_exact(other, net, (X,))
+    single = X.float()
+    torch.testing.assert_close(other.float()(single), net.float()(single), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_freezing_keeps_what_is_read_elsewhere() -> None:
+    def tied(net: Any, ids: Tensor) -> Any:
+        return torch.nn.functional.linear(net.norm(net.table(ids)), net.table.weight)
+
+    net, ids = Net(tied, table=nn.Embedding(11, C), norm=nn.LayerNorm(C)).double(), torch.arange(6).view(2, 3)
+    rewritten: Any = fxopt.rewrite(net, (ids,)).freeze()
+    assert set(rewritten.state_dict()) == {
+        "table.weight", "folded_weights.table_weight", "folded_weights.table_weight_1",
+    }  # fmt: skip
+    assert_exact(rewritten, net, (ids,))
+
+
+def test_freezing_is_for_evaluation_and_for_good() -> None:
+    rewritten: Any = fxopt.rewrite(_net().train(), (X,))
+    with pytest.raises(fxopt.errors.OptionError, match="call eval"):
+        rewritten.freeze()
+    rewritten.eval().freeze()
+    with pytest.raises(fxopt.errors.OptionError, match="was frozen"):
+        rewritten.train()
+    assert rewritten.eval() is rewritten
+
+
+@torch.no_grad()
+def test_freezing_without_folds_changes_nothing() -> None:
+    net = Net(lambda n, x: n.a(x), a=nn.Linear(C, 4)).double()
+    rewritten: Any = fxopt.rewrite(net, (X,)).freeze()
+    assert list(rewritten.state_dict()) == ["a.weight", "a.bias"]
+    assert_exact(rewritten, net, (X,))

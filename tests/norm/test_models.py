@@ -113,3 +113,18 @@ def test_folded_results_are_within_the_budget_in(name: str) -> None:
 def test_every_fold_is_verified_in(name: str) -> None:
     model, x = _model(name)
     fxopt.rewrite(model, (x,), verify="numeric", strict=True)
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin", "GPT-2"])
+@torch.no_grad()
+def test_a_folded_model_goes_through_the_backend(name: str) -> None:
+    model, x = _model(name)
+    rewritten = fxopt.rewrite(model, (x,), strict=True)
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"base": "aot_eager", "strict": True}
+    fast = torch.compile(rewritten, backend="fxopt", fullgraph=True, options=options)
+    for new, old in zip(fast(x), model(x), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
+    report = fxopt.explain(rewritten, x)
+    assert report.count("attention", "kept") == 0
+    assert report.count("attention") >= 2

@@ -22,12 +22,14 @@ class Division:
     Attributes:
         prologue: takes the weights called ``sources`` and gives the folded ones, in the order of ``names``.
         sources: parameters and buffers, by name.
+        constants: tensors of the program itself that folded weights are made of too.
         names: the folded weights; each names the parameter or buffer that it stands in for first of all.
         rest: takes what the program takes, then the folded weights.
     """
 
     prologue: fx.GraphModule
     sources: tuple[str, ...]
+    constants: tuple[Tensor, ...]
     names: tuple[str, ...]
     rest: fx.GraphModule
 
@@ -44,7 +46,14 @@ def divide(program: Program) -> Division | None:
     distinct = list(dict.fromkeys(computed))
     names = _names(roots, computed, bound)
     rest = _rest(program, roots, [distinct.index(node) for node in computed], names)
-    return Division(prologue, tuple(bound[node.name] for node in sources), names, rest)
+    constants = tuple(_attribute(program, node) for node in cone if node.op == "get_attr")
+    return Division(prologue, tuple(bound[node.name] for node in sources), constants, names, rest)
+
+
+def _attribute(program: Program, node: Node) -> Tensor:
+    value: Any = operator.attrgetter(str(node.target))(program.module)
+    assert isinstance(value, Tensor)
+    return value
 
 
 def _cone(program: Program, roots: list[Node]) -> set[Node]:

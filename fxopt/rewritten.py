@@ -116,7 +116,7 @@ class RewrittenModule(nn.Module):
         if mode is None or mode.division is None:
             return
         sources = tuple(self._state(name) for name in mode.division.sources)
-        versions = tuple(map(version, sources))
+        versions = tuple(map(version, (*sources, *mode.division.constants)))
         if versions == mode.versions:
             return
         kept = self.folded_weights

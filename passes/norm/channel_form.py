@@ -85,15 +85,27 @@ def _channels(form: ChannelForm) -> Any:
     return shape(form.x)[form.order[form.axis]]
 
 
-def _operand(state: State, node: Node) -> ChannelForm:
-    """What ``node``, an operand read by one node only, computes; else the operand itself, behind permutations."""
+def _operand(state: State, node: Node, axis: int | None = None) -> ChannelForm:
+    """What ``node``, an operand read by one node only, computes; else the operand itself, behind permutations.
+
+    With ``axis``, what is read over another axis is the operand itself.
+    """
+    form = _read_operand(state, node)
+    return form if axis is None or form.axis in (None, axis) else _plain(node)
+
+
+def _plain(node: Node) -> ChannelForm:
+    return ChannelForm(node, tuple(range(len(shape(node)))))
+
+
+def _read_operand(state: State, node: Node) -> ChannelForm:
     read = _READ.get(node.target) if node.op == "call_function" and len(node.users) == 1 else None
     form = read(state, node) if read is not None and not state.holds(node) else None
     if form is not None:
         return form
     if node.op == "call_function" and node.target in PERMUTATIONS:
         return _permuted(_operand(state, node.args[0]), node)  # type: ignore[arg-type]
-    return ChannelForm(node, tuple(range(len(shape(node)))))
+    return _plain(node)
 
 
 def _permuted(form: ChannelForm, node: Node) -> ChannelForm:
@@ -123,7 +135,7 @@ def _read_batch_norm(state: State, node: Node) -> ChannelForm | None:
     inverse = _inverse_root(_weight(variance), float(given["eps"]))
     slope = inverse if weight is None else _product(_weight(weight), inverse)
     offset = _of(aten.neg.default, _product(_weight(mean), slope))
-    found = _operand(state, given["input"]).times(slope).plus(offset)
+    found = _operand(state, given["input"], 1).times(slope).plus(offset)
     return (found if bias is None else found.plus(_weight(bias))).over(node, 1)
 
 
@@ -131,7 +143,7 @@ def _read_mul(state: State, node: Node) -> ChannelForm | None:
     for x, factor in (node.args, reversed(node.args)):
         vector = _vector(state, node, factor)
         if vector is not None and is_tensor(x) and same_shape(shape(x), shape(node)) and not state.holds(x):
-            return _operand(state, x).times(vector[0]).over(node, vector[1])  # type: ignore[arg-type]
+            return _operand(state, x, vector[1]).times(vector[0]).over(node, vector[1])  # type: ignore[arg-type]
     return None
 
 
@@ -140,7 +152,7 @@ def _read_div(state: State, node: Node) -> ChannelForm | None:
     vector = _vector(state, node, divisor)
     if vector is None or not is_tensor(x) or not same_shape(shape(x), shape(node)):
         return None
-    return _operand(state, x).times(_of(aten.reciprocal.default, vector[0])).over(node, vector[1])  # type: ignore[arg-type]
+    return _operand(state, x, vector[1]).times(_of(aten.reciprocal.default, vector[0])).over(node, vector[1])  # type: ignore[arg-type]
 
 
 def _read_add(state: State, node: Node) -> ChannelForm | None:
@@ -149,7 +161,7 @@ def _read_add(state: State, node: Node) -> ChannelForm | None:
     for x, term in (node.args[:2], reversed(node.args[:2])):
         vector = _vector(state, node, term)
         if vector is not None and is_tensor(x) and same_shape(shape(x), shape(node)) and not state.holds(x):
-            return _operand(state, x).plus(vector[0]).over(node, vector[1])  # type: ignore[arg-type]
+            return _operand(state, x, vector[1]).plus(vector[0]).over(node, vector[1])  # type: ignore[arg-type]
     left, right = (_operand(state, x) if isinstance(x, Node) else None for x in node.args[:2])
     return None if left is None or right is None else _added(left, right, node)
 
@@ -170,7 +182,7 @@ def _read_sub(state: State, node: Node) -> ChannelForm | None:
     vector = _vector(state, node, term) if scalar(arguments(node)["alpha"]) == 1 else None
     if vector is None or not is_tensor(x) or not same_shape(shape(x), shape(node)):
         return None
-    return _operand(state, x).plus(_of(aten.neg.default, vector[0])).over(node, vector[1])  # type: ignore[arg-type]
+    return _operand(state, x, vector[1]).plus(_of(aten.neg.default, vector[0])).over(node, vector[1])  # type: ignore[arg-type]
 
 
 def _read_addcmul(state: State, node: Node) -> ChannelForm | None:
@@ -181,8 +193,8 @@ def _read_addcmul(state: State, node: Node) -> ChannelForm | None:
         return None
     if None not in (shift[1], scale[1]) and shift[1] != scale[1]:
         return None
-    found = _operand(state, x).times(scale[0]).plus(shift[0])
-    return found.over(node, shift[1] if scale[1] is None else scale[1])
+    axis = shift[1] if scale[1] is None else scale[1]
+    return _operand(state, x, axis).times(scale[0]).plus(shift[0]).over(node, axis)
 
 
 def _vector(state: State, node: Node, operand: object) -> tuple[Vector, int | None] | None:

@@ -110,6 +110,10 @@ FIRES: dict[str, tuple[str, tuple[Tensor, ...], Callable[[], Net]]] = {
     "scale of a layer": (
         BEFORE, TOKENS, lambda: Net(lambda n, x: x + n.scale * n.a(x), a=linear(), scale=torch.ones(C)),
     ),
+    "over another axis before": (
+        BEHIND, (draw(2, C, 6, 5),),
+        lambda: Net(lambda n, x: n.conv(n.bn(x * n.scale)), conv=conv(OUT), bn=nn.BatchNorm2d(C), scale=torch.ones(5)),
+    ),
     "scale and shift": (
         BEFORE, TOKENS,
         lambda: Net(lambda n, x: n.a(x) * n.scale + n.shift, a=linear(), scale=torch.ones(C), shift=torch.ones(C)),

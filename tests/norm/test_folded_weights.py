@@ -207,6 +207,17 @@ def test_inference_mode() -> None:
 
 
 @torch.no_grad()
+def test_a_tensor_that_is_no_parameter_is_folded_and_watched() -> None:
+    scale = torch.linspace(0.5, 2.0, C, dtype=torch.float64)
+    net = Net(lambda n, x: n.a(x * scale), a=nn.Linear(C, 4)).double()
+    rewritten: Any = fxopt.rewrite(net, (X,), strict=True)
+    assert [name for name, _ in rewritten.folded_weights.named_buffers()] == ["a_weight"]
+    assert_exact(rewritten, net, (X,))
+    scale.mul_(3)
+    assert_exact(rewritten, net, (X,))
+
+
+@torch.no_grad()
 def test_a_weight_edited_by_the_model_is_no_weight() -> None:
     def run(net: Any, x: Tensor) -> Any:
         net.norm.weight.mul_(2)

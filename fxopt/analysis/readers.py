@@ -144,6 +144,8 @@ def read_layer(node: Node) -> Layer | None:
 def _linear(node: Node) -> Layer | None:
     given = arguments(node)
     x = given["input"]
+    if len(shape(given["weight"])) != 2:
+        return None
     return Layer(node, "linear", x, given["weight"], given["bias"], len(shape(x)) - 1, len(shape(node)) - 1)
 
 

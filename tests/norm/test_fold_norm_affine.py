@@ -307,6 +307,15 @@ REFUSED: dict[str, tuple[Callable[[], Net], str]] = {
     "read by its own weight": (
         lambda: Net(lambda n, x: (y := n.norm(x)[0]) @ y.mT, norm=layer_norm()), "depends on the inputs",
     ),
+    "one output without an axis": (
+        lambda: Net(lambda n, x: F.linear(n.norm(x), n.a), norm=layer_norm(), a=torch.ones(C)), "is no linear layer",
+    ),
+    "weight on the left": (
+        lambda: Net(lambda n, x: n.a @ n.norm(x), norm=layer_norm(), a=torch.ones(16, 16)), "is no linear layer",
+    ),
+    "weights of each sample": (
+        lambda: Net(lambda n, x: n.norm(x) @ n.a, norm=layer_norm(), a=torch.ones(2, C, OUT)), "is no linear layer",
+    ),
     "dropped": (
         lambda: Net(lambda n, x: n.a(F.dropout(n.norm(x), 0.5, True)), norm=layer_norm(), a=linear()),
         "dropout lies between",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -125,6 +125,8 @@ def capture(
 ) -> Program:
     """Capture ``model`` called on ``args`` and ``kwargs`` as one program of the fxopt dialect.
 
+    Of a module in evaluation mode the program is frozen: passes fold weights in it as in `rewrite`.
+
     Args:
         model: a module or a function.
         args: positional arguments, a tuple.
@@ -140,7 +142,8 @@ def capture(
             f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,) for one"
         )
     found = from_export(model, args, kwargs, dynamic_shapes)
-    return Program(found.module, found.entry, found.signature, found.notes)
+    frozen = isinstance(model, nn.Module) and not model.training
+    return Program(found.module, found.entry, found.signature, found.notes, frozen)
 
 
 def explain_program(program: ir.Program, passes: Sequence[str | Pass] | None = None) -> Report:
@@ -187,12 +190,18 @@ def rewrite(
         )
     chosen = read_options({**options, **({} if passes is None else {"passes": passes})})
 
-    def build(source: nn.Module) -> ir.Program:
-        program = from_export(source, args, kwargs, dynamic_shapes)
-        result = driver.rewrite(program, chosen)
-        for record in result.records:
-            if record.failure:
-                warnings.warn(f"pass {record.name} was rolled back: {record.failure}", FxoptWarning, stacklevel=4)
-        return result.program
+    def build(source: nn.Module) -> Callable[[bool], ir.Program]:
+        captured = from_export(source, args, kwargs, dynamic_shapes)
+        told: set[str] = set()
+
+        def make(frozen: bool) -> ir.Program:
+            result = driver.rewrite(replace(captured, frozen=frozen), chosen)
+            failed = {record.name: record.failure for record in result.records if record.failure}
+            for name in failed.keys() - told:
+                warnings.warn(f"pass {name} was rolled back: {failed[name]}", FxoptWarning, stacklevel=5)
+            told.update(failed)
+            return result.program
+
+        return make
 
     return RewrittenModule(model, build)

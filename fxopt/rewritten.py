@@ -4,14 +4,47 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import CaptureError
+from fxopt.errors import CaptureError, OptionError
+from fxopt.folded import Division, divide, renew, undivided, version
 from fxopt.ir.program import Program
+
+#: Captures a model in its present mode; what comes back makes the program, with weights that may be folded or not.
+Build = Callable[[nn.Module], Callable[[bool], Program]]
+
+
+@dataclass
+class _Mode:
+    """What runs in one mode: ``program``, divided if it has folded weights, and ``live`` for calls with gradients."""
+
+    make: Callable[[bool], Program]
+    program: Program
+    division: Division | None
+    live: Program | None = None
+    versions: tuple[Any, ...] = ()
+    #: What `versions` are those of: alive, so that nothing new is taken for it.
+    sources: tuple[torch.Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        signature = self.program.signature
+        assert signature is not None
+        #: For each input of the program the parameter or buffer that it is, or ``None`` for an argument of the call.
+        inputs = self.program.graph.find_nodes(op="placeholder")
+        self.bound = [signature.bound.get(node.name) for node in inputs]
+        self.in_spec, self.out_spec = signature.in_spec, signature.out_spec
+
+    def with_gradients(self) -> Program:
+        """The program without folded weights."""
+        if self.live is None:
+            self.live = self.program if self.division is None else self.make(False)
+            self.live.generated()
+        return self.live
 
 
 class RewrittenModule(nn.Module):
@@ -21,11 +54,22 @@ class RewrittenModule(nn.Module):
     the same outputs. The graph depends on the mode (dropout, batch statistics): switching with `train` or `eval`
     rewrites the model for that mode at the next call. Use it with ``state_dict``, ``.to()``, ``torch.compile``,
     ``torch.export``.
+
+    Weights that a pass folded into others (evaluation mode only) are computed once, in buffers below ``folded_weights``
+    that are no part of the state dict, and again when a weight that they are made of has changed. Code compiled by
+    ``torch.compile`` reads the buffers as they are: `load_state_dict`, ``.to()``, `train` and `eval` renew them, after
+    any other change of a weight `renew_folded_weights` does. A call that records gradients of such weights runs the
+    program without folded weights, so that they reach the weights themselves; call under ``torch.no_grad()`` for speed.
     """
 
-    def __init__(self, model: nn.Module, build: Callable[[nn.Module], Program]) -> None:
+    _model: nn.Module
+    _build: Build
+    _modes: dict[bool, _Mode]
+
+    def __init__(self, model: nn.Module, build: Build) -> None:
         super().__init__()
-        skeleton = copy.deepcopy(model)
+        with torch.inference_mode(False):  # so that in-place changes of the copies are counted
+            skeleton = copy.deepcopy(model)
         for name, child in skeleton.named_children():
             self.add_module(name, child)
         for name, parameter in skeleton.named_parameters(recurse=False):
@@ -36,36 +80,121 @@ class RewrittenModule(nn.Module):
         # Not registered: its parameters are this module's own, under this module's names.
         object.__setattr__(self, "_model", skeleton)
         object.__setattr__(self, "_build", build)
-        object.__setattr__(self, "_programs", {})
-        self.program()
+        object.__setattr__(self, "_modes", {})
+        self.folded_weights = nn.Module()
+        self.register_load_state_dict_post_hook(lambda module, keys: module.renew_folded_weights())  # type: ignore[no-untyped-call]
+        mode = self._mode()
+        if mode.division is None or any(parameter.requires_grad for parameter in self.parameters()):
+            mode.with_gradients()  # now, as a call may be traced
+        self.renew_folded_weights()
 
     def program(self) -> Program:
-        """The rewritten program of the current mode."""
-        programs: dict[bool, Program] = self._programs  # type: ignore[assignment]
-        if self.training not in programs:
-            self._share_state()
-            with torch.random.fork_rng():
-                programs[self.training] = self._build(self._model.train(self.training))  # type: ignore[operator,union-attr]
-        return programs[self.training]
+        """The rewritten program that a call would run now: of the current mode, with or without folded weights."""
+        mode = self._mode()
+        return mode.with_gradients() if self._records_gradients(mode) else mode.program
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the rewritten program on the arguments of the original model."""
-        program = self.program()
-        signature = program.signature
-        assert signature is not None
+        mode = self._mode()
         flat, spec = pytree.tree_flatten((args, kwargs))
-        if spec != signature.in_spec:
+        if spec != mode.in_spec:
             raise CaptureError(
-                f"this module was rewritten for arguments of the structure {signature.in_spec}, called with {spec}; "
+                f"this module was rewritten for arguments of the structure {mode.in_spec}, called with {spec}; "
                 "call it as in rewrite(), or rewrite it for this call"
             )
-        state = {name: self._state(target) for name, target in signature.bound.items()}
         inputs = iter(flat)
-        operands = [
-            state[node.name] if node.name in state else next(inputs)
-            for node in program.graph.find_nodes(op="placeholder")
-        ]
-        return pytree.tree_unflatten(program.module(*operands), signature.out_spec)
+        operands = [next(inputs) if name is None else self._state(name) for name in mode.bound]
+        if mode.division is None or self._records_gradients(mode):
+            results = mode.with_gradients().module(*operands)
+        else:
+            results = mode.division.rest(*operands, *self._folded(mode.division))
+        return pytree.tree_unflatten(results, mode.out_spec)
+
+    def renew_folded_weights(self) -> None:
+        """Compute the folded weights of the current mode anew if a weight that they are made of has changed."""
+        mode = self._modes.get(self.training)
+        if mode is None or mode.division is None:
+            return
+        sources = tuple(self._state(name) for name in mode.division.sources)
+        versions = tuple(map(version, (*sources, *mode.division.constants)))
+        if versions == mode.versions:
+            return
+        kept = self.folded_weights
+        before = [getattr(kept, name, None) for name in mode.division.names]
+        with torch.inference_mode(False), torch.no_grad():
+            values = renew(before, mode.division.prologue(*(source.detach() for source in sources)))
+        for name, value in zip(mode.division.names, values, strict=True):
+            kept.register_buffer(name, value, persistent=False)
+        mode.versions, mode.sources = versions, sources
+
+    def freeze(self) -> RewrittenModule:
+        """Give up the weights that only folded ones are made of: they take no memory any more. For deployment.
+
+        The folded weights join the ``state_dict`` in their place. The module can't be trained any more, nor load a
+        checkpoint of the original. Returns the module itself.
+
+        Raises:
+            OptionError: the module is in training mode.
+        """
+        if self.training:
+            raise OptionError("freeze() keeps the weights of the evaluation mode only; call eval() before")
+        mode = self._mode()
+        if mode.division is not None:
+            self.renew_folded_weights()
+            program = undivided(mode.program, mode.division, "folded_weights")
+            self._modes[False] = _Mode(mode.make, program, None)
+            self._drop(mode.division.sources, self._modes[False].bound)
+            self.folded_weights._non_persistent_buffers_set.clear()
+        self._modes[False].with_gradients()
+        self._modes.pop(True, None)
+        object.__setattr__(self, "_frozen", True)
+        return self
+
+    def _drop(self, sources: tuple[str, ...], kept: list[str | None]) -> None:
+        """Remove the parameters and buffers ``sources``, under all their names, but for those that are ``kept``."""
+        needed = {id(self._state(name)) for name in kept if name is not None}
+        dropped = {id(self._state(name)) for name in sources} - needed
+        for module in (*self.modules(), *self._model.modules()):
+            for state in (module._parameters, module._buffers):
+                state.update({name: None for name, value in state.items() if id(value) in dropped})
+
+    def train(self, mode: bool = True) -> RewrittenModule:
+        """As of any module; see the class for what it does to folded weights.
+
+        Raises:
+            OptionError: the module was frozen.
+        """
+        if mode and self.__dict__.get("_frozen"):
+            raise OptionError("this module was frozen: its weights are folded for good; train the original")
+        super().train(mode)
+        if "_modes" in self.__dict__:
+            self.renew_folded_weights()
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RewrittenModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.renew_folded_weights()
+        return self
+
+    def _mode(self) -> _Mode:
+        modes = self._modes
+        if self.training not in modes:
+            self._share_state()
+            with torch.random.fork_rng():
+                make = self._build(self._model.train(self.training))
+                program = make(not self.training)
+            modes[self.training] = _Mode(make, program, divide(program))
+        return modes[self.training]
+
+    def _records_gradients(self, mode: _Mode) -> bool:
+        if mode.division is None or not torch.is_grad_enabled():
+            return False
+        return any(self._state(name).requires_grad for name in mode.division.sources)
+
+    def _folded(self, division: Division) -> list[torch.Tensor]:
+        if not torch.compiler.is_compiling():
+            self.renew_folded_weights()
+        return [getattr(self.folded_weights, name) for name in division.names]
 
     def _state(self, target: str) -> torch.Tensor:
         value: Any = self
@@ -75,7 +204,7 @@ class RewrittenModule(nn.Module):
 
     def _share_state(self) -> None:
         """Point the skeleton at this module's own top-level state, which ``.to()`` and loading may have replaced."""
-        model: nn.Module = self._model  # type: ignore[assignment]
+        model = self._model
         model._parameters.update(self._parameters)
         model._buffers.update(self._buffers)
         model._modules.update({name: module for name, module in self._modules.items() if name in model._modules})

@@ -17,11 +17,17 @@ from fxopt.passes.canonical.rotary import Rotary
 from fxopt.passes.canonical.silu import Silu
 from fxopt.passes.canonical.softmax import Softmax
 from fxopt.passes.linear.patch_embedding import PatchEmbedding
+from fxopt.passes.norm.centre_residual import CentreResidual
+from fxopt.passes.norm.fold_channel_affine import FoldChannelAffine
+from fxopt.passes.norm.fold_norm_affine import FoldNormAffine
 from fxopt.rewriter.passes import Pass
 
 __all__ = [
+    "CentreResidual",
     "Contractions",
+    "FoldChannelAffine",
     "FoldConstants",
+    "FoldNormAffine",
     "FuseAttention",
     "FuseSdpa",
     "Gelu",
@@ -57,4 +63,6 @@ def exact_pipeline() -> tuple[Pass, ...]:
         PatchEmbedding(),
         FuseSdpa(),
         FuseAttention(),
+        FoldNormAffine(),
+        FoldChannelAffine(),
     )

@@ -16,6 +16,8 @@ from fxopt.ir.site import Source
 Size = int | torch.SymInt
 #: Key of the metadata that the frontend sets on placeholders standing for tensors with ``requires_grad``.
 REQUIRES_GRAD: Final = "fxopt_requires_grad"
+#: Key of the metadata of a node that is a folded weight: computed from weights alone, so once and not at every call.
+FOLDED: Final = "fxopt_folded"
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n\s*(?P<code>[^\n]*)')

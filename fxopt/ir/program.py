@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch.fx._lazy_graph_module import _LazyGraphModule, _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 Entry = Literal["dynamo", "export"]
@@ -38,12 +38,17 @@ class Signature:
 
 @dataclass
 class Program:
-    """A graph of the dialect. Passes edit ``module.graph`` in place; the pipeline hands each pass its own copy."""
+    """A graph of the dialect. Passes edit ``module.graph`` in place; the pipeline hands each pass its own copy.
+
+    ``frozen`` says that whoever runs the program computes what depends on the weights alone once, and again only when
+    a weight changes. Only then may a pass fold one weight into another: otherwise every call would pay for it.
+    """
 
     module: fx.GraphModule
     entry: Entry
     signature: Signature | None = None
     notes: list[str] = field(default_factory=list)
+    frozen: bool = False
 
     @property
     def graph(self) -> fx.Graph:
@@ -76,6 +81,11 @@ class Program:
             module = _make_graph_module(self.module, graph, "Program")
         module.meta.update(self.module.meta)
         return replace(self, module=module, notes=list(self.notes))
+
+    def generated(self) -> fx.GraphModule:
+        """The module with its Python code generated, which it otherwise is when first run: Dynamo traces only code."""
+        _LazyGraphModule.force_recompile(self.module)
+        return self.module
 
     def operators(self) -> Counter[str]:
         """How often each operator occurs: ``{"aten.linear": 6, "fxopt.attention": 1}``."""

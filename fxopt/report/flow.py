@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch.fx import Node
 
+from fxopt.ir.nodes import FOLDED
 from fxopt.ir.program import Program
 
 #: Operators that contract two operands (or a tensor with a weight), by packet name.
@@ -119,8 +120,8 @@ def _walk(
 
 
 def origin(node: object) -> object:
-    """The operand behind views and casts."""
-    while isinstance(node, Node) and is_view_or_cast(node) and node.all_input_nodes:
+    """The operand behind views and casts; a folded weight is one by itself."""
+    while isinstance(node, Node) and is_view_or_cast(node) and node.all_input_nodes and FOLDED not in node.meta:
         node = node.all_input_nodes[0]
     return node
 
@@ -130,7 +131,7 @@ def is_parameter(program: Program, node: object) -> bool:
     node = origin(node)
     if not isinstance(node, Node):
         return False
-    if node.op == "get_attr":
+    if node.op == "get_attr" or FOLDED in node.meta:
         return True
     bound = program.signature is not None and node.name in program.signature.bound
     return bound or "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxopt.ir.fake import COMPUTED_FROM, evaluate_fake, operand_values
-from fxopt.ir.nodes import Size, shape
+from fxopt.ir.nodes import Size, arguments, shape
 from fxopt.ir.program import Program
 
 aten = torch.ops.aten
@@ -69,6 +69,15 @@ class Builder:
         node.meta[COMPUTED_FROM] = operand_values(node)
         self.created.append(node)
         return node
+
+    def again(self, node: Node, **changes: Any) -> Node:
+        """The operator call ``node`` once more, with other arguments, by schema name."""
+        assert isinstance(node.target, OpOverload)
+        schema = node.target._schema.arguments
+        given = dict(arguments(node)) | changes
+        positional = [given[argument.name] for argument in schema if not argument.kwarg_only]
+        named = {argument.name: given[argument.name] for argument in schema if argument.kwarg_only}
+        return self.call(node.target, *positional, **named)
 
     def size(self, node: Node, axis: int) -> Any:
         """The size of an axis, as an ``int`` when static and as a graph node when symbolic."""

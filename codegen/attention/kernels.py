@@ -32,6 +32,7 @@ class Family:
         source: the source of the module for a specification, head dimensions ``D`` and ``E``, dtype and configuration.
         pads_values: whether values narrower than keys must be padded to the width of keys before the launch.
         averages: whether it can give the mean of the values where a row keeps no key.
+        drops: whether it can drop weights; its launch takes a ``seed`` then.
     """
 
     objection: Callable[[Problem], str | None]
@@ -39,6 +40,7 @@ class Family:
     source: Callable[[AttentionSpec, int, int, torch.dtype, str], str]
     pads_values: bool = False
     averages: bool = False
+    drops: bool = False
 
 
 def _portable_source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:
@@ -50,7 +52,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "hopper": Family(hopper.objection, hopper.candidates, hopper.source),
     "short": Family(short.objection, short.candidates, short.source, pads_values=True, averages=True),
     "split": Family(split.objection, split.candidates, split.source),
-    "": Family(portable.objection_to, portable.candidates_for, _portable_source, pads_values=True, averages=True),
+    "": Family(
+        portable.objection_to, portable.candidates_for, _portable_source, pads_values=True, averages=True, drops=True
+    ),
 }
 
 
@@ -72,7 +76,7 @@ def candidates(problem: Problem) -> tuple[tuple[str, ...], dict[str, str]]:
     found: list[str] = []
     refused: dict[str, str] = {}
     for prefix, kind in FAMILIES.items():
-        reason = kind.objection(problem) or _averages_objection(kind, problem.spec)
+        reason = kind.objection(problem) or _ability_objection(kind, problem.spec)
         if reason is None:
             found.extend(kind.candidates(problem))
         else:
@@ -87,13 +91,13 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
         LoweringError: the kernel can't be generated.
     """
     kind = family(config)
-    reason = _averages_objection(kind, spec)
+    reason = _ability_objection(kind, spec)
     if reason is not None:
         raise LoweringError(f"{config} can't serve this attention: {reason} ({spec})")
     return kind.source(spec, head_dim, value_dim, dtype, config)
 
 
-def _averages_objection(kind: Family, spec: AttentionSpec) -> str | None:
-    if kind.averages or spec.empty_rows != "uniform":
-        return None
-    return "rows without keys give the mean of the values, which it does not compute"
+def _ability_objection(kind: Family, spec: AttentionSpec) -> str | None:
+    if spec.empty_rows == "uniform" and not kind.averages:
+        return "rows without keys give the mean of the values, which it does not compute"
+    return "it drops no weights" if spec.dropout and not kind.drops else None

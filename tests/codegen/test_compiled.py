@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 POINTER = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1", torch.int64: "*i64"}
+SINGLE = {"lse_ptr": "*fp32", "hull_ptr": "*i32", "seed_ptr": "*i64"}
 HALF = torch.bfloat16
 SPECS = {
     "plain": AttentionSpec(parse("s * 0.125"), out_dtype=HALF),
@@ -108,8 +109,8 @@ def compiled(
 def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
     if not name.endswith("_ptr"):
         return "i32"
-    if name in ("lse_ptr", "hull_ptr"):
-        return "*fp32" if name == "lse_ptr" else "*i32"
+    if name in SINGLE:
+        return SINGLE[name]
     return POINTER[spec.captures[int(name[1])].dtype if name[0] == "c" else dtype]
 
 

@@ -17,7 +17,7 @@ from fxopt.codegen.attention.backward.kernel import KIND, candidates, source
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
-from tests.codegen.test_compiled import POINTER, SHARED, SPECS, stack_bytes
+from tests.codegen.test_compiled import POINTER, SHARED, SINGLE, SPECS, stack_bytes
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -87,6 +87,8 @@ def _blocks(kernel: str, config: BackwardConfig) -> Config:
 def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
     if not name.endswith("_ptr"):
         return "i32"
+    if name == "seed_ptr":
+        return SINGLE[name]
     if name.removesuffix("_ptr") in _SINGLE or name.endswith("_grad_ptr"):
         return "*fp32"
     return POINTER[spec.captures[int(name[1])].dtype if name[0] == "c" else dtype]

@@ -3,7 +3,8 @@
 What stays is told by Philox from a seed and the weight's place (`fxopt.codegen.attention.philox` says how in plain
 PyTorch), so that the kernels of the backward, whose blocks are others, find the same weights without storing any.
 Four weights 8 rows and 8 keys apart share one draw. In the layouts of tensor cores one thread holds all four, whichever
-way round the block lies, so that nothing is exchanged between threads.
+way round the block lies (unless warps share its rows, which small blocks on sm_80 make them do), so that nothing is
+exchanged between threads.
 """
 
 from __future__ import annotations

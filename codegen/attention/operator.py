@@ -139,16 +139,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, seed, *captures = ctx.saved_tensors
     wanted = [bool(need) for need in ctx.needs_input_grad[3]]
+    # As many as arguments were given: the last one may have been left out.
+    constants = (None,) * (len(ctx.needs_input_grad) - 4)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = grad_lse if ctx.with_lse else None
     if torch.is_grad_enabled():
         # Gradients that are differentiated again need operations that can be.
         spec = reference.specification(ctx.spec)
-        return (*gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse, seed), *(None,) * 4)
+        return (*gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse, seed), *constants)
     arguments = (q, k, v, captures, out, lse, grad_out, grad_lse, wanted, ctx.spec, ctx.config, seed)
     dq, dk, dv, *found = attention_backward(*arguments)
     rest = iter(found)
-    return dq, dk, dv, [next(rest) if want else None for want in wanted], *(None,) * 4
+    return dq, dk, dv, [next(rest) if want else None for want in wanted], *constants
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

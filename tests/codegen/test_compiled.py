@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -179,6 +180,23 @@ def test_capped_candidates_do_not_spill(name: str, width: int, tmp_path: Path) -
 def test_masks_of_vectors_do_not_spill(name: str, architecture: int, config: str, tmp_path: Path) -> None:
     kernel = compiled(SPECS[name], 64, HALF, read_config(config), architecture, even=True)
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ["plain", "causal", "padding", "tile-bias"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
+    architecture: int, name: str, width: int, tmp_path: Path
+) -> None:
+    """There every thread finds the random words of its weights by itself."""
+    spec = dataclasses.replace(SPECS[name], dropout=0.1)
+    config = candidates(spec, width, width, HALF, (architecture // 10, 0))[0]
+    kernel = compiled(spec, width, HALF, config, architecture)
+    without = compiled(SPECS[name], width, HALF, config, architecture)
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+    assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (architecture == 90)
+    exchanges = [x.asm["ttgir"].count("convert_layout") for x in (kernel, without)]
+    assert architecture != 90 or exchanges[0] == exchanges[1]
 
 
 @pytest.mark.parametrize("architecture", SHARED)

@@ -109,6 +109,23 @@ def test_first_candidate_compiles_without_spills(architecture: int, name: str, w
         assert not re.search(r"\b(atom|red)\.", found.asm["ptx"]), f"{kernel} adds across programs"
 
 
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ["plain", "softcap", "bias"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
+    architecture: int, name: str, width: int, tmp_path: Path
+) -> None:
+    """There every thread finds the random words of its weights by itself, also where keys run down and rows across."""
+    spec = dataclasses.replace(CASES[name], dropout=0.1)
+    config = candidates(spec, width, width, HALF, (architecture // 10, 0))[0]
+    for kernel in ("dkdv", "dq", *(("c0",) if spec.captures else ())):
+        found, without = (compiled(kernel, s, width, config, architecture) for s in (spec, CASES[name]))
+        assert found.metadata.shared <= SHARED[architecture], kernel
+        assert stack_bytes(found.asm["cubin"], tmp_path) == 0, kernel
+        exchanges = [x.asm["ttgir"].count("convert_layout") for x in (found, without)]
+        assert architecture != 90 or exchanges[0] == exchanges[1], kernel
+
+
 @pytest.mark.parametrize("kernel", ["prepare", "dkdv", "dq", "c0"])
 def test_offsets_of_huge_strides_take_64_bits(kernel: str) -> None:
     """With a tail, heads that share keys, a gradient of the log-sum-exp: none of it keeps 32-bit offsets in a block."""

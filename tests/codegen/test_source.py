@@ -51,6 +51,7 @@ GOLDEN_CASES = {
     ),
     "softcap_window_padding": SPEC,
     "documents_mean": DOCUMENTS,
+    "causal_dropout": AttentionSpec(parse("s * 0.125"), parse("j <= i"), dropout=0.1, out_dtype=torch.bfloat16),
 }  # fmt: skip
 
 
@@ -225,7 +226,8 @@ def test_long_strides_take_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    ({"dropout": 0.5}, "dropout"), ({"out_dtype": torch.float64}, "float64"),
+    ({"dropout": 1.0}, "leaves nothing"), ({"dropout": 0.5, "empty_rows": "uniform"}, "share equally"),
+    ({"out_dtype": torch.float64}, "float64"),
 ])  # fmt: skip
 def test_refusals(change: dict[str, object], reason: str) -> None:
     spec = AttentionSpec(parse("s"), **change)  # type: ignore[arg-type]

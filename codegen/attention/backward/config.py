@@ -76,14 +76,14 @@ _OTHERS_HEAVY: Final[dict[int, tuple[str, ...]]] = {
     64: ("32x64w8s2-64x64w4s2", "32x64w4s1-64x64w4s2"),
 }
 #: With dropout, whose random words take registers: those that don't spill.
-_HOPPER_DROPPING: Final[dict[int, tuple[str, ...]]] = {
-    16: ("32x64w4s2-64x64w4s2",),
-    32: ("32x64w4s2-64x64w4s2",),
+_LATER_DROPPING: Final[dict[int, tuple[str, ...]]] = {
+    16: ("64x64w4s2-64x64w4s2",),
+    32: ("64x64w4s2-64x64w4s2",),
     64: ("32x128w8s2-128x64w8s2", "64x128w8s2-128x64w8s2"),
-    128: ("32x64w8s2-128x64w8s2", "32x64w8s2-64x64w8s2"),
+    128: ("32x64w8s2-128x64w8s2", "32x64w8s2-64x64w8s2", "32x32w8s1-32x32w8s1"),
     256: ("32x32w8s1-32x32w8s1",),
 }
-_OTHERS_DROPPING: Final[dict[int, tuple[str, ...]]] = {
+_SM80_DROPPING: Final[dict[int, tuple[str, ...]]] = {
     16: ("32x64w4s2-64x64w4s2",),
     32: ("32x64w4s2-64x64w4s2",),
     64: ("32x64w4s1-64x64w4s2", "32x64w8s2-64x64w8s2"),
@@ -121,7 +121,7 @@ def fitting(
 
 
 def _dropping(capability: tuple[int, int]) -> dict[int, tuple[str, ...]]:
-    return _HOPPER_DROPPING if capability[0] == 9 else _OTHERS_DROPPING
+    return _LATER_DROPPING if capability[0] >= 9 else _SM80_DROPPING
 
 
 def _half(capability: tuple[int, int], heavy: bool) -> dict[int, tuple[str, ...]]:

@@ -6,6 +6,7 @@ There is no GPU here: the objection to other devices is taken away, and the oper
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from fxopt import backend, driver
 from fxopt.codegen.attention import reference, sdpa
 from fxopt.codegen.attention.backward.config import RECOMPUTE
+from fxopt.errors import PassError
 from fxopt.frontend.export import from_export
 from fxopt.ir.attention import AttentionSpec, Capture, read_spec
 from fxopt.ir.expression import parse
@@ -195,3 +197,12 @@ def test_rewrites_are_verified_with_the_same_weights_dropped() -> None:
     with_dropout = driver.rewrite(from_export(Attention().train(), operands()), Options(strict=True, verify="numeric"))
     specs = [read_spec(str(site.args[4])) for site in sites(with_dropout.program)]
     assert [spec.dropout for spec in specs] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda spec, weights, seed: weights * (1 - spec.dropout), lambda spec, weights, seed: F.dropout(weights, 0.3),
+])  # fmt: skip
+def test_a_rewrite_that_drops_otherwise_is_found(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "dropped", wrong)
+    with pytest.raises(PassError, match="error budget"):
+        driver.rewrite(from_export(Attention().train(), operands()), Options(strict=True, verify="numeric"))

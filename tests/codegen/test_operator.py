@@ -95,4 +95,4 @@ def test_refusals_say_why(change: dict[str, object], reason: str) -> None:
     q = torch.randn(1, 1, 4, 16).to(change.get("dtype", torch.float32))  # type: ignore[call-overload]
     k = torch.randn(1, 1, 4, 16)
     with pytest.raises(LoweringError, match=reason):
-        attention_forward(q, k, k, [], str(spec), CONFIG, False, change.get("seed"))  # type: ignore[arg-type]
+        attention_forward(q, k, k, [], str(spec), CONFIG, False, change.get("seed"))

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def operands() -> tuple[Tensor, Tensor, Tensor]:
 def test_a_compiled_program_goes_back_over_the_weights_that_it_dropped(lower: str, graphs: bool) -> None:
     """With replayed CUDA graphs too: each call draws anew, and the gradient of the values shows the same weights."""
     torch._dynamo.reset()
-    options = {"lower": lower, "strict": True, "inductor": {"triton.cudagraphs": graphs}}
+    options: Any = {"lower": lower, "strict": True, "inductor": {"triton.cudagraphs": graphs}}
     compiled = torch.compile(Attention().train(), backend="fxopt", options=options)
     drawn = []
     with backend.collecting() as (outcomes, failures):
@@ -205,7 +206,7 @@ def test_the_same_seed_of_torch_drops_the_same(lower: str) -> None:
 def test_rewrites_are_verified_with_the_same_weights_dropped() -> None:
     inputs = [torch.randn(2, 4, 64, 64, device="cuda", requires_grad=True) for _ in range(3)]
     torch._dynamo.reset()
-    options = {"strict": True, "verify": "numeric", "base": "eager"}
+    options: Any = {"strict": True, "verify": "numeric", "base": "eager"}
     with backend.collecting() as (outcomes, failures):
         torch.compile(Attention().train(), backend="fxopt", options=options)(*inputs)
     assert not failures and outcomes[0].report.count("attention") == 2

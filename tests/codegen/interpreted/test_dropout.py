@@ -254,7 +254,7 @@ def test_rows_without_keys(empty_rows: str, expected: float) -> None:
 @pytest.mark.parametrize("rows", [0, 5])
 def test_sizes_of_zero(rows: int, keys: int) -> None:
     spec = AttentionSpec(parse("s"), dropout=0.5)
-    inputs = [torch.randn(2, 2, n, 16) for n in (rows, keys, keys)]
+    inputs = q, k, v = [torch.randn(2, 2, n, 16) for n in (rows, keys, keys)]
     out, _ = forward(spec, inputs, [])
-    torch.testing.assert_close(out, reference.attention(*inputs, [], str(spec), SEED))
+    torch.testing.assert_close(out, reference.attention(q, k, v, [], str(spec), SEED))
     assert [x.shape for x in gradients(spec, inputs, [], torch.randn(2, 2, rows, 16))] == [x.shape for x in inputs]

@@ -84,11 +84,13 @@ def measure(case: Case, configs: Sequence[str], rounds: int, device: str = "cuda
 
 @torch.no_grad()
 def _forward(attention: Attention, operands: Sequence[Tensor]) -> Tensor:
-    return attention(*operands)
+    q, k, v = operands
+    return attention(q, k, v)
 
 
 def _train(attention: Attention, operands: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(attention(*operands), operands, cotangent)
+    q, k, v = operands
+    return torch.autograd.grad(attention(q, k, v), operands, cotangent)
 
 
 def _peers(case: Case, device: str) -> dict[str, Attention]:
@@ -103,7 +105,7 @@ def _peers(case: Case, device: str) -> dict[str, Attention]:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=_PROBABILITY, is_causal=case.causal)
 
     def efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # type: ignore[no-untyped-call]
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
             return sdpa(q, k, v)
 
     peers: dict[str, Attention] = {"eager": eager, "inductor": torch.compile(eager), "sdpa": sdpa}
@@ -129,7 +131,8 @@ def _own(case: Case, device: str) -> list[str]:
 def _attention(spec: AttentionSpec, config: str) -> Attention:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seed = torch.randint(2**63 - 1, (1,), device=q.device) if spec.dropout else None
-        return attention_forward(q, k, v, [], str(spec), config, q.requires_grad, seed)[0]
+        out, _ = attention_forward(q, k, v, [], str(spec), config, torch.is_grad_enabled(), seed)
+        return out
 
     return run
 
@@ -140,8 +143,8 @@ def _is_right(case: Case, config: str, device: str) -> bool:
     seed, dout = torch.tensor([7], device=device), torch.randn_like(q)
     out, _ = attention_forward(q, k, v, [], str(case.spec), config, True, seed)
     found = [out, *torch.autograd.grad(out, (q, k, v), dout)]
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    exact = reference.attention(*wide, [], str(replace(case.spec, out_dtype=torch.float64)), seed)
+    wide = a, b, c = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = reference.attention(a, b, c, [], str(replace(case.spec, out_dtype=torch.float64)), seed)
     expected = [exact, *torch.autograd.grad(exact, wide, dout.double())]
     pairs = [(a.detach().double(), b.detach()) for a, b in zip(found, expected, strict=True)]
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)

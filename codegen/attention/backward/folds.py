@@ -76,9 +76,9 @@ class Folds:
         return Dropout(self.spec)
 
     @property
-    def _drop(self) -> dict[str, str]:
+    def _drop_dp(self) -> str:
         """The lines that leave of ``dp`` what belongs to weights that stay."""
-        return {"stay": self._dropout.stay(), "drop_dp": self._dropout.drop_scaled("dp")}
+        return f"{self._dropout.stay()}\n{self._dropout.drop_scaled('dp')}".strip()
 
     def emit(self, expr: Expr) -> str:
         """An expression as it stands in a kernel."""
@@ -104,7 +104,8 @@ class Folds:
             "load_captures_by_key": "\n".join(c.load_in_loop for c in self.by_key if c.in_loop),
             "masks_by_key": self._masks("i < Sq"),
             "weight_by_key": self.weights.text.format("[None, :]"),
-            "stay_by_key": self._dropout.stay(by_key=True),
+            "stay": self._dropout.stay(by_key=True),
+            "drop_dp_by_key": self._dropout.drop_scaled("dp"),
             "used": self._dropout.dropped("p"),
             "load_rows": self._load_rows,
             "capture_bases_by_key": "\n".join(c.base for c in self.by_key),
@@ -122,7 +123,7 @@ class Folds:
             "widen": "" if self.weights.inner.reads(S) else "x = tl.zeros_like(s) + x",
             "masks": self._masks("j < Sk"),
             "weight": self.weights.text.format("[:, None]"),
-            **self._drop,
+            "drop_dp": self._drop_dp,
             "mask_dx": self._mask_dx,
             "row_statistics": self._statistics("row", "").replace("\n\n", "\n"),
         }
@@ -134,7 +135,7 @@ class Folds:
         counted = ("peak", "total", "flow") if exact else ("peak", "total")
         values = ("dout", "v_base", "v_tile", "v_stride_j") if exact else ()
         names = (*counted, "q", "k_base", "k_tile", "k_stride_j", *values, *self._row_symbols)
-        load_v = {"load_v": self._load("v", self.e_inside), **self._drop}
+        load_v = {"load_v": self._load("v", self.e_inside), "drop_dp": self._drop_dp}
         return {
             "count_parameters": self._parameters(names, "BLOCK_N"),
             "count_arguments": self._arguments(names, "BLOCK_N", bounded=True),

@@ -60,20 +60,13 @@ def gradients(
         return reference.fold_heads(x, k, spec.kv_map)
 
     dout = folded(grad_out.to(v.dtype))
-    used_BHST, dp_BHST = p_BHST, reference.unfold_heads(dout @ v.transpose(-2, -1), q, spec.kv_map).to(p_BHST.dtype)
-    if seed is not None:
-        factors_BHST = factors(p_BHST, seed, spec.dropout)
-        used_BHST, dp_BHST = p_BHST * factors_BHST, dp_BHST * factors_BHST
+    dp_BHST = reference.unfold_heads(dout @ v.transpose(-2, -1), q, spec.kv_map).to(p_BHST.dtype)
+    used_BHST, dp_BHST = (p_BHST, dp_BHST) if seed is None else _dropped(spec, seed, p_BHST, dp_BHST)
     dv = folded(used_BHST.to(v.dtype)).transpose(-2, -1) @ dout
     flow_BHS1 = (p_BHST * dp_BHST).sum(-1, keepdim=True)
     if grad_lse is not None:
         flow_BHS1 = flow_BHS1 - grad_lse.unsqueeze(-1)
-    dx_BHST = p_BHST * (dp_BHST - flow_BHS1)
-    if mask is not None:
-        dx_BHST = torch.where(mask, dx_BHST, 0.0)
-    if spec.empty_rows == "uniform":
-        # Weights that are not 0, of rows whose logits the weights do not depend on.
-        dx_BHST = torch.where(x_BHST == -math.inf, 0.0, dx_BHST)
+    dx_BHST = _without_hidden(spec, p_BHST * (dp_BHST - flow_BHS1), x_BHST, mask)
 
     def chained(leaf_index: int | None) -> Tensor:
         leaf = S if leaf_index is None else capture(leaf_index)
@@ -88,6 +81,20 @@ def gradients(
         for n, (tensor, how, want) in enumerate(zip(captures, spec.captures, wanted, strict=True))
     ]
     return dq, dk, dv, dcaptures
+
+
+def _without_hidden(spec: AttentionSpec, dx_BHST: Tensor, x_BHST: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        dx_BHST = torch.where(mask, dx_BHST, 0.0)
+    if spec.empty_rows == "uniform":
+        # Weights that are not 0, of rows whose logits the weights do not depend on.
+        dx_BHST = torch.where(x_BHST == -math.inf, 0.0, dx_BHST)
+    return dx_BHST
+
+
+def _dropped(spec: AttentionSpec, seed: Tensor, p_BHST: Tensor, dp_BHST: Tensor) -> tuple[Tensor, Tensor]:
+    factors_BHST = factors(p_BHST, seed, spec.dropout)
+    return p_BHST * factors_BHST, dp_BHST * factors_BHST
 
 
 def unread(grad_BHST: Tensor, tensor: Tensor, how: Capture) -> Tensor:

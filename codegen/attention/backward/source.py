@@ -144,7 +144,7 @@ class BackwardText:
             "kv_head_maths": _KV_HEAD_MATHS[spec.kv_map],
             "score_maths": str(spec.score),
             "captures": "\n".join(c.description + self._wish(c.index) for c in self._folds.captures),
-            "dropout_maths": self.dropout.maths,
+            "dropout_maths": f"\n{self.dropout.maths}" if self.dropout else "",
             "kept_maths": "M·P" if self.dropout else "P",
             "dropped_maths": ("M·" if self.dropout else "")
             + f"Σ_e dout[b,h,i,e]·v[b,{_KV_HEAD_MATHS[spec.kv_map]},j,e]",
@@ -185,7 +185,6 @@ class BackwardText:
             "dk_mask": _both("columns < Sk", d_inside),
             "dv_result": f"({self.dropout.scaled('dv')})" if self.dropout else "dv",
             "load_seed": self.dropout.load,
-            "load_seed_to_count": self.dropout.load if self._weights.exact else "",
             "dv_mask": _both("columns < Sk", e_inside),
             "store_row_sums": "\n".join(_stored_by_row(f) for f in self.flows if f.side == "rows"),
             "store_key_sums": "\n".join(self._stored_by_key(f) for f in self.flows if f.side == "keys"),
@@ -211,7 +210,11 @@ class BackwardText:
         found = {name: fill(text, holes).rstrip("\n") for name, text in parts.items()}
         empty = '{0} = tl.where({0} == float("-inf"), 0.0, {0})' if empties else ""
         found["empty_shift"], found["empty_peaks"] = empty.format("shift"), empty.format("peaks")
-        later = {"recount": template.RECOUNT if self.recounted else "", "spoil": template.SPOIL if self.spoils else ""}
+        load = f"{self.dropout.load}\n" if self.dropout and self._weights.exact else ""
+        later = {
+            "recount": load + template.RECOUNT if self.recounted else "",
+            "spoil": template.SPOIL if self.spoils else "",
+        }
         return found | {name: fill(text, holes | found).rstrip("\n") for name, text in later.items()}
 
     @staticmethod

@@ -9,8 +9,7 @@ HEADER: Final = '''\
 
     s[b,h,i,j] = Σ_d q[b,h,i,d]·k[b,$kv_head_maths,j,d]
     x[b,h,i,j] = $score_maths
-    P = exp(x − lse) over the keys j$kept
-$dropout_maths
+    P = exp(x − lse) over the keys j$kept$dropout_maths
     delta[b,h,i] = Σ_e dout[b,h,i,e]·out[b,h,i,e] − dlse[b,h,i]
     dx = P·($dropped_maths − delta)
     ds = dx·∂x/∂s,  dq = Σ_j ds·k,  dk = Σ_i ds·q,  dv = Σ_i $kept_maths·dout
@@ -90,7 +89,6 @@ def prepare_kernel(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     if WITH_DLSE:
         delta -= tl.load(dlse_ptr + row)
-    $load_seed_to_count
     $recount
     tl.store(delta_ptr + row, delta, mask=rows < Sq)
     $spoil
@@ -153,7 +151,6 @@ tl.store(count_ptr + row, count, mask=rows < Sq)
 COUNT_FLOW: Final = """\
 $load_v
 dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-$stay
 $drop_dp
 flow = flow * decay + tl.sum(p * dp, 1)
 """
@@ -187,7 +184,6 @@ $widen
 $masks
 p = $weight
 dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-$stay
 $drop_dp
 dx = p * (dp - delta[:, None])
 $mask_dx
@@ -265,10 +261,10 @@ def fold_rows(
     $widen
     $masks_by_key
     p = $weight_by_key
-    $stay_by_key
+    $stay
     dv = tl.dot($used.to(v.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    $drop_dp
+    $drop_dp_by_key
     dx = p * (dp - delta[None, :])
     $mask_dx
     $key_sums

@@ -131,7 +131,7 @@ def _own(case: Case, device: str) -> list[str]:
 def _attention(spec: AttentionSpec, config: str) -> Attention:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seed = torch.randint(2**63 - 1, (1,), device=q.device) if spec.dropout else None
-        out, _ = attention_forward(q, k, v, [], str(spec), config, torch.is_grad_enabled(), seed)
+        out: Tensor = attention_forward(q, k, v, [], str(spec), config, torch.is_grad_enabled(), seed)[0]
         return out
 
     return run

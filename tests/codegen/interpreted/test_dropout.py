@@ -240,6 +240,19 @@ def test_another_seed_drops_other_weights_and_the_same_one_the_same() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("name", ["padding", "causal-padding", "documents"])
+def test_captured_vectors_limit_the_keys(name: str) -> None:
+    """With so many keys a small kernel in front finds the ones that can count; the same weights are dropped."""
+    sizes = Shape(16, 16, 20, 140)
+    spec = dropping(specification(name, sizes, torch.float32, "zero"))
+    inputs, captures = operands(sizes, torch.float32), captured(name, sizes, spec)
+    captures[-1][..., :40] = 0
+    captures[-1][..., 100:] = 0
+    out, _ = forward(spec, inputs, captures)
+    eager = reference.attention(*inputs, captures, str(spec), SEED)
+    assert_within_budget(out, eager, exact(spec, inputs, captures), floor=4.0)
+
+
 @pytest.mark.parametrize(("empty_rows", "expected"), [("nan", torch.nan), ("zero", 0.0)])
 def test_rows_without_keys(empty_rows: str, expected: float) -> None:
     spec = dropping(specification("padding", Shape(16, 16, 20, 20), torch.float32, empty_rows))

@@ -26,6 +26,7 @@ from fxopt.ir.program import Program
 from fxopt.lowering import attention as lowering
 from fxopt.lowering.attention import candidates
 from fxopt.lowering.candidate import DRAW_SEED
+from fxopt.lowering.kernels import kernel_sources
 from fxopt.lowering.lower import lower
 from fxopt.lowering.options import Options
 
@@ -96,6 +97,14 @@ def test_each_site_draws_a_seed_just_before_its_kernel() -> None:
     assert [n.args[7] for n in calls[1::2]] == calls[::2]
     assert [n.meta["val"].shape for n in calls[::2]] == [(1,)] * 2
     assert all(d.chosen.startswith("triton") for d in decisions)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_the_sources_of_the_kernels_are_listed() -> None:
+    lowered, _ = lower(program(*operands()), training=True, option="triton")
+    sources = kernel_sources(lowered)
+    assert len(sources) == 4 and sum(name.endswith("_backward") for name in sources) == 2
+    assert all("stays(seed, b, h, " in text for text in sources.values())
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -240,6 +240,20 @@ def test_another_seed_drops_other_weights_and_the_same_one_the_same() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("swin", "fewer-keys"), ("causal-padding", "packed")])
+def test_a_generated_file_holds_a_reference_of_its_own(name: str, shape: str) -> None:
+    sizes = SHAPES[shape]
+    spec = dropping(specification(name, sizes, torch.float32, "nan"))
+    (q, k, v), captures = operands(sizes, torch.float32), captured(name, sizes, spec)
+    expected = exact(spec, (q, k, v), captures)
+    widths = (sizes.head_dim, sizes.value_dim, torch.float32)
+    forwards = import_source(KIND, source(spec, *widths, read_config(CONFIG)))
+    torch.testing.assert_close(forwards.reference(q, k, v, captures, seed=SEED), expected, equal_nan=True)
+    blocks, wanted = backward.read_backward(BACKWARD), [False] * len(captures)
+    gradient = import_source(backward.KIND, backward.source(spec, *widths, blocks, wanted))
+    torch.testing.assert_close(gradient.reference(q, k, v, captures, seed=SEED)[0], expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["padding", "causal-padding", "documents"])
 def test_captured_vectors_limit_the_keys(name: str) -> None:
     """With so many keys a small kernel in front finds the ones that can count; the same weights are dropped."""

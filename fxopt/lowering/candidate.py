@@ -40,10 +40,13 @@ class Candidate:
 
     def __call__(self, *operands: Any) -> Tensor:
         """Run the site on real operands."""
-        seeds = (DRAW_SEED(*SEED_RANGE, **seed_options(operands[0].device)),) if self.seeded else ()
-        result: Any = self.target(*operands, *self.extra, *seeds)
+        result: Any = self.target(*operands, *self.extra, *self.seeds(operands[0].device))
         out: Tensor = result[0] if self.first else result
         return out
+
+    def seeds(self, device: torch.device) -> tuple[Tensor, ...]:
+        """A new seed on ``device``, if the candidate takes one."""
+        return (DRAW_SEED(*SEED_RANGE, **seed_options(device)),) if self.seeded else ()
 
 
 def triton_objection(operands: tuple[Tensor, ...], widths: tuple[object, ...]) -> str | None:

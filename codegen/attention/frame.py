@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Final
 
 from fxopt.codegen.attention.captured import CapturedTensor
+from fxopt.codegen.attention.dropout import Dropout
 from fxopt.ir.attention import NAME_OF, AttentionSpec
 
 #: The key/value head that serves query head ``h``, by ``kv_map``: as kernels compute it.
@@ -29,7 +30,8 @@ HEADER: Final = '''\
     s[b,h,i,j] = Σ_d q[b,h,i,d]·k[b,$kv_head_maths,j,d]
     x[b,h,i,j] = $score_maths
     P = softmax of x over the keys j$kept
-    out[b,h,i,:] = Σ_j P[b,h,i,j]·v[b,$kv_head_maths,j,:]
+$dropout_maths
+    out[b,h,i,:] = Σ_j ${factor_maths}P[b,h,i,j]·v[b,$kv_head_maths,j,:]
 $captures
 A row without keys gives $empty. The result is $out_dtype, $out_order in memory.
 
@@ -51,7 +53,7 @@ $imports
 '''
 
 REFERENCE: Final = '''
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+$reference_signature
     """The same in plain PyTorch, in float64."""
     q, k, v = q.double(), k.double(), v.double()
     head = torch.arange(q.shape[1], device=q.device)
@@ -61,7 +63,8 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Seque
     x = $reference_score
     x = torch.as_tensor(x, dtype=s.dtype, device=s.device).expand_as(s)
     $reference_mask
-    out = torch.softmax(x, -1) @ v[:, served]
+    $reference_drop
+    out = $reference_weights @ v[:, served]
     return $reference_result
 
 '''
@@ -74,11 +77,13 @@ def main() -> None:
         k = torch.randn(batch, 4, length, $head_dim, device="cuda", dtype=torch.$dtype)
         v = torch.randn(batch, 4, length, $value_dim, device="cuda", dtype=torch.$dtype)
         $main_captures
+        $draw_seed
         if batch == 2:
-            error = (launch(q, k, v, captures)[0].double() - reference(q, k, v, captures)).abs().max().item()
+            $expect
+            error = (launch(q, k, v, captures$seeded)[0].double() - $expected).abs().max().item()
             print(f"largest error against float64: {error:.3g}")
         else:
-            milliseconds = triton.testing.do_bench(lambda: launch(q, k, v, captures))
+            milliseconds = triton.testing.do_bench(lambda: launch(q, k, v, captures$seeded))
             print(f"{batch} x 8 heads x {length}: {milliseconds:.3f} ms")
 
 
@@ -101,6 +106,8 @@ def description(
         "score_maths": str(spec.score),
         "captures": "\n".join(c.description for c in captures),
         "kept": "" if spec.mask is None else f" with {spec.mask}",
+        "dropout_maths": Dropout(spec).maths,
+        "factor_maths": "M[b,h,i,j]·" if spec.dropout else "",
         "empty": _EMPTY[spec.empty_rows],
         "out_dtype": NAME_OF[spec.out_dtype],
         "out_order": _ORDER[spec.out_layout],

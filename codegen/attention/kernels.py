@@ -34,6 +34,7 @@ class Family:
         source: the source of the module for a specification, head dimensions ``D`` and ``E``, dtype and configuration.
         pads_values: whether values narrower than keys must be padded to the width of keys before the launch.
         averages: whether it can give the mean of the values where a row keeps no key.
+        drops: whether it can drop weights; its launch takes a ``seed`` then.
     """
 
     objection: Callable[[Problem], str | None]
@@ -42,6 +43,7 @@ class Family:
     source: Callable[[AttentionSpec, int, int, torch.dtype, str], str]
     pads_values: bool = False
     averages: bool = False
+    drops: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ FAMILIES: Final[dict[str, Family]] = {
         _portable_source,
         pads_values=True,
         averages=True,
+        drops=True,
     ),
 }
 
@@ -113,7 +116,7 @@ def ranking(problem: Problem) -> Ranking:
     refused: dict[str, str] = {}
     expected: dict[str, dict[str, float]] = {}
     for prefix, kind in FAMILIES.items():
-        reason = kind.objection(problem) or _averages_objection(kind, problem.spec)
+        reason = kind.objection(problem) or _ability_objection(kind, problem.spec)
         if reason is not None:
             refused[prefix] = reason
         else:
@@ -149,13 +152,13 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
         LoweringError: the kernel can't be generated.
     """
     kind = family(config)
-    reason = _averages_objection(kind, spec)
+    reason = _ability_objection(kind, spec)
     if reason is not None:
         raise LoweringError(f"{config} can't serve this attention: {reason} ({spec})")
     return kind.source(spec, head_dim, value_dim, dtype, config)
 
 
-def _averages_objection(kind: Family, spec: AttentionSpec) -> str | None:
-    if kind.averages or spec.empty_rows != "uniform":
-        return None
-    return "rows without keys give the mean of the values, which it does not compute"
+def _ability_objection(kind: Family, spec: AttentionSpec) -> str | None:
+    if spec.empty_rows == "uniform" and not kind.averages:
+        return "rows without keys give the mean of the values, which it does not compute"
+    return "it drops no weights" if spec.dropout and not kind.drops else None

@@ -34,7 +34,14 @@ _MOST_REPLAYS: Final = 4096
 
 @torch.library.custom_op("fxopt::attention_forward", mutates_args=(), device_types="cpu")
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    spec: str,
+    config: str,
+    with_lse: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as ``fxopt::attention`` means it, by the generated kernel of one configuration.
 
@@ -43,10 +50,11 @@ def attention_forward(
         k: ``[B, G, T, D]``, any strides.
         v: ``[B, G, T, E]``, any strides.
         captures: the captured tensors, any strides.
-        spec: the printed `AttentionSpec`; dropout is not supported.
+        spec: the printed `AttentionSpec`.
         config: the printed configuration, followed by ``/`` and that of the backward where it is not to be the first
             that fits.
         with_lse: whether to return the log-sum-exp of the logits.
+        seed: ``[1]``, int64: with dropout, and only then, what tells which weights are dropped.
 
     Returns:
         ``out [B, H, S, E]`` as the specification lays it out, and ``lse [B, H, S]`` in float32 (empty without
@@ -55,26 +63,34 @@ def attention_forward(
     Raises:
         LoweringError: the kernel cannot serve the specification or the operands.
     """
-    meaning = _checked(q, k, v, captures, spec)
+    meaning = _checked(q, k, v, captures, spec, seed)
     logits_BHST = reference.logits(meaning, q, k, captures)
     weights_BHST = reference.weights(meaning, logits_BHST).to(v.dtype)
-    out = reference.fold_heads(weights_BHST, v, meaning.kv_map) @ v
-    out = reference.lay_out(meaning, reference.unfold_heads(out, q, meaning.kv_map))
+    weights_BHST = weights_BHST if seed is None else reference.dropped(meaning, weights_BHST, seed)
+    out = reference.average(meaning, weights_BHST, q, v)
     lse = torch.logsumexp(logits_BHST, -1) if with_lse else q.new_empty(0)
     return out, lse.float()
 
 
 @attention_forward.register_kernel("cuda")
 def _cuda(
-    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    spec: str,
+    config: str,
+    with_lse: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    key = (spec, config, with_lse, _precision(q.dtype), *layouts((q, k, v, *captures)))
+    operands = (q, k, v, *captures) if seed is None else (q, k, v, *captures, seed)
+    key = (spec, config, with_lse, _precision(q.dtype), *layouts(operands))
     replay = None if only_compiles() else _REPLAYS.get(key)
     # A replay runs on the current device.
     if replay is not None and q.get_device() == torch.cuda.current_device():
-        out, lse = replay((q, k, v, *captures))
+        out, lse = replay(operands)
         return out, lse
-    return _recorded(key, q, k, v, captures, spec, config, with_lse)
+    return _recorded(key, q, k, v, captures, spec, config, with_lse, seed)
 
 
 def _recorded(
@@ -86,13 +102,15 @@ def _recorded(
     spec: str,
     config: str,
     with_lse: bool,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    meaning = _checked(q, k, v, captures, spec)
+    meaning = _checked(q, k, v, captures, spec, seed)
     config, width = split_config(config)[0], v.shape[3]
     v = widened(v, q.shape[3]) if family(config).pads_values else v
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
-    launch = partial(launcher(kernel), q, k, v, captures, with_lse)
-    operands = (q, k, v, *captures)
+    seeded = {} if seed is None else {"seed": seed}
+    launch = partial(launcher(kernel), q, k, v, captures, with_lse, **seeded)
+    operands = (q, k, v, *captures, *seeded.values())
     (out, lse), replay = (launch(), None) if only_compiles() else record(kernel, launch, operands)
     if v.shape[3] != width:
         return reference.lay_out(meaning, out[..., :width]), lse
@@ -122,22 +140,33 @@ def source_of(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, conf
 
 @attention_forward.register_fake
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, config: str, with_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    spec: str,
+    config: str,
+    with_lse: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _checked(q, k, v, captures, spec)
+    _checked(q, k, v, captures, spec, seed)
     out = reference.empty_result(q, k, v, captures, spec)
     return out, q.new_empty(q.shape[:3] if with_lse else (0,), dtype=torch.float32)
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> AttentionSpec:
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, seed: Tensor | None
+) -> AttentionSpec:
     meaning = reference.specification(spec)
-    devices = {x.device for x in (q, k, v, *captures)}
+    if (seed is None) != (meaning.dropout == 0):
+        raise LoweringError(f"dropout {meaning.dropout} {'needs a' if seed is None else 'has no'} seed ({meaning})")
+    devices = {x.device for x in (q, k, v, *captures, *(() if seed is None else (seed,)))}
     if not q.dtype == k.dtype == v.dtype or len(devices) > 1:
         shown = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise LoweringError(f"attention operands must share dtype and device, found {shown}; lower it to ATen instead")
     reason = _objection(spec, q.shape[3], v.shape[3], q.dtype)
     # Elsewhere than on CUDA no kernel is generated, and float64 serves as an oracle.
-    if reason is not None and (q.is_cuda or meaning.dropout):
+    if reason is not None and q.is_cuda:
         raise LoweringError(f"no Triton kernel for this attention: {reason}; lower it to ATen instead ({meaning})")
     return meaning
 
@@ -155,25 +184,27 @@ def _known_objection(spec: str, head_dim: int, value_dim: int, dtype: torch.dtyp
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captures, spec, config, with_lse = inputs
+    q, k, v, captures, spec, config, with_lse, seed = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, *captures)
+    ctx.save_for_backward(q, k, v, *output, seed, *captures)
     ctx.spec, ctx.with_lse, ctx.config = spec, with_lse, split_config(config)[1]
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, *captures = ctx.saved_tensors
+    q, k, v, out, lse, seed, *captures = ctx.saved_tensors
     wanted = [bool(need) for need in ctx.needs_input_grad[3]]
+    # As many as arguments were given: the last one may have been left out.
+    constants = (None,) * (len(ctx.needs_input_grad) - 4)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = grad_lse if ctx.with_lse else None
     if torch.is_grad_enabled():
         # Gradients that are differentiated again need operations that can be.
         spec = reference.specification(ctx.spec)
-        return (*gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse), None, None, None)
-    arguments = (q, k, v, captures, out, lse, grad_out, grad_lse, wanted, ctx.spec, ctx.config)
+        return (*gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse, seed), *constants)
+    arguments = (q, k, v, captures, out, lse, grad_out, grad_lse, wanted, ctx.spec, ctx.config, seed)
     dq, dk, dv, *found = attention_backward(*arguments)
     rest = iter(found)
-    return dq, dk, dv, [next(rest) if want else None for want in wanted], None, None, None
+    return dq, dk, dv, [next(rest) if want else None for want in wanted], *constants
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
+from fxopt.codegen.attention.philox import factors
 from fxopt.codegen.expression import evaluate
 from fxopt.ir.attention import AttentionSpec, KvMap, read_spec
 from fxopt.ir.expression import Expr
@@ -29,12 +30,17 @@ _AXIS_OF: Final[dict[str, int]] = {"b": 0, "h": 1, "i": 2, "j": 3}
 specification = lru_cache(maxsize=1024)(read_spec)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, seed: Tensor | None = None
+) -> Tensor:
     """Attention as ``spec`` (the printed `AttentionSpec`) says.
 
         x[b,h,i,j] = score(s = Σ_d q[b,h,i,d]·k[b,g(h),j,d]; b, h, i, j, captures)
         P = softmax over { j : mask(b,h,i,j) } of x
         out[b,h,i,:] = Σ_j dropout(P)[b,h,i,j]·v[b,g(h),j,:]
+
+    Which weights are dropped is told by PyTorch's generator or, as in generated kernels, by a ``seed`` and the place of
+    a weight alone (`fxopt.codegen.attention.philox`).
 
     A row without any key gives NaN, 0 or the mean of all values, as ``spec`` says: ``rows=nan``, ``zero``, ``uniform``.
     The mean is what softmax makes of a row filled with one finite number, such as the lowest one.
@@ -45,6 +51,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec:
         v: ``[B, G, T, E]``.
         captures: rank 4, read as their `Capture` says.
         spec: the printed specification.
+        seed: ``[1]``, int64; only read where there is dropout.
 
     Returns:
         ``[B, H, S, E]`` in the dtype and memory order that the specification names.
@@ -53,9 +60,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec:
     logits_BHST = logits(meaning, q, k, captures)
     weights_BHST = weights(meaning, logits_BHST).to(v.dtype)
     if meaning.dropout:
-        weights_BHST = F.dropout(weights_BHST, meaning.dropout, training=True)
-    out = unfold_heads(fold_heads(weights_BHST, v, meaning.kv_map) @ v, q, meaning.kv_map)
-    return lay_out(meaning, out)
+        weights_BHST = dropped(meaning, weights_BHST, seed)
+    return average(meaning, weights_BHST, q, v)
+
+
+def dropped(spec: AttentionSpec, weights_BHST: Tensor, seed: Tensor | None) -> Tensor:
+    """The weights after dropout, by PyTorch's generator where there is no ``seed``."""
+    if seed is None:
+        return F.dropout(weights_BHST, spec.dropout, training=True)
+    return weights_BHST * factors(weights_BHST, seed, spec.dropout)
+
+
+def average(spec: AttentionSpec, weights_BHST: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """The values averaged with these weights, laid out as the result of ``spec``."""
+    return lay_out(spec, unfold_heads(fold_heads(weights_BHST, v, spec.kv_map) @ v, q, spec.kv_map))
 
 
 def logits(spec: AttentionSpec, q: Tensor, k: Tensor, captures: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 
+from fxopt.codegen.attention.dropout import Dropout
 from fxopt.codegen.printing import print_torch, without_parentheses
 from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 
@@ -58,6 +59,7 @@ def script_holes(
         "reference_result": _RESULT[spec.empty_rows],
         "dtype": str(dtype).removeprefix("torch."),
         "main_captures": _tuple(drawn),
+        **Dropout(spec).script_holes,
     }
 
 

@@ -29,6 +29,12 @@ BACKENDS: Final[dict[str, str]] = {"cudnn": "cuda", "flash": "cuda", "efficient"
 _HALF: Final = (torch.bfloat16, torch.float16)
 _DTYPES: Final = {"cudnn": _HALF, "flash": _HALF, "efficient": (*_HALF, torch.float32),
                   "cpu": (*_HALF, torch.float32, torch.float64)}  # fmt: skip
+#: Why a kernel can't drop weights; the others drop each with its probability.
+_DROPOUT: Final = {
+    "cpu": "it has no dropout",
+    "flash": "it rounds the probability of dropout to 8 bits, but not the scale of what it keeps",
+    "cudnn": "how it rounds the probability of dropout is not known",
+}
 _CAUSAL: Final = call("le", J, I)
 
 
@@ -38,8 +44,8 @@ def objection(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, backend: str
         return f"{backend} runs on {BACKENDS[backend]}, not on {q.device.type}"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES[backend]:
         return f"{backend} does not take {q.dtype}, {k.dtype}, {v.dtype}"
-    if spec.dropout:
-        return "dropout would draw other random numbers than the model does"
+    if spec.dropout and (backend in _DROPOUT or spec.dropout == 1):
+        return _DROPOUT.get(backend, "dropout leaves nothing")
     if linear_form(spec) is None:
         return f"the score {spec.score} is not a multiple of q·k plus a bias"
     if not isinstance(q.shape[3], int) or q.shape[3] != v.shape[3] or (backend != "cpu" and q.shape[3] % 8):
@@ -93,7 +99,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], 
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     q, k, v = (_adjacent(x) for x in (q, k, v))
     bias_BHST = None if bias_BHST is None else _adjacent(bias_BHST)
-    out = _KERNELS[backend](q, k, v, bias_BHST, causal, form[0])
+    out = _KERNELS[backend](q, k, v, bias_BHST, causal, form[0], meaning.dropout)
     if bias_BHST is not None and meaning.empty_rows != "uniform" and reference.may_be_empty(meaning):
         empty_BHS1 = (bias_BHST == -math.inf).all(-1, keepdim=True)
         out = torch.where(empty_BHS1, math.nan if meaning.empty_rows == "nan" else 0.0, out)
@@ -122,27 +128,29 @@ def _bias(spec: AttentionSpec, bias: Expr, q: Tensor, k: Tensor, captures: Seque
     return bias_4.expand(-1, -1, q.shape[2], k.shape[2])
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
     return aten._scaled_dot_product_flash_attention_for_cpu.default(  # type: ignore[no-any-return]
-        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+        q, k, v, dropout, causal, attn_mask=bias, scale=scale
     )[0]
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
-    return aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, causal, False, scale=scale)[0]  # type: ignore[no-any-return]
+def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
+    return aten._scaled_dot_product_flash_attention.default(q, k, v, dropout, causal, False, scale=scale)[0]  # type: ignore[no-any-return]
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
     return aten._scaled_dot_product_cudnn_attention.default(  # type: ignore[no-any-return]
-        q, k, v, bias, True, 0.0, causal, False, scale=scale
+        q, k, v, bias, True, dropout, causal, False, scale=scale
     )[0]
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float, dropout: float
+) -> Tensor:
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     bias = None if bias is None else bias.expand(shape)
     return aten._scaled_dot_product_efficient_attention.default(  # type: ignore[no-any-return]
-        q, k, v, bias, True, 0.0, causal, scale=scale
+        q, k, v, bias, True, dropout, causal, scale=scale
     )[0]
 
 

@@ -79,6 +79,8 @@ class AttentionSpec:
         softmax_dtype: the dtype in which the softmax is computed by the graph this was read from; lowered kernels
             compute it in at least float32.
         dropout: probability with which a weight is dropped, 0 outside training; kept weights are scaled by 1/(1−p).
+            Which ones are dropped is random: it is the same for the same state of PyTorch's generator within one way of
+            running the operator, but not among the ways.
         out_dtype: dtype of the result.
         out_layout: memory order of the result, which always has the shape ``[B,H,S,E]``: ``"bhsd"`` contiguous, or
             ``"bshd"`` (the transpose of a contiguous ``[B,S,H,E]``).
@@ -103,6 +105,8 @@ class AttentionSpec:
             raise ExpressionError(f"unknown kv map or empty-row rule: {self.kv_map!r}, {self.empty_rows!r}")
         if self.out_layout not in get_args(OutLayout):
             raise ExpressionError(f"unknown output layout {self.out_layout!r}; use one of {get_args(OutLayout)}")
+        if not 0 <= self.dropout <= 1:
+            raise ExpressionError(f"dropout is a probability, which {self.dropout} is not")
 
     def _check_captures(self, expr: Expr | None) -> None:
         if expr is None:

@@ -84,7 +84,8 @@ def _generated(
     for prefix, reason in reasons.items():
         refused[f"triton-{prefix}" if prefix else "triton"] = reason
     target = torch.ops.fxopt.attention_forward.default
-    return [Candidate(f"triton-{c}", "triton", target, (c, training), first=True) for c in configs]
+    seeded = spec.dropout > 0
+    return [Candidate(f"triton-{c}", "triton", target, (c, training), first=True, seeded=seeded) for c in configs]
 
 
 def _with_backward(problem: Problem, configs: tuple[str, ...], refused: dict[str, str]) -> tuple[str, ...]:
@@ -93,8 +94,9 @@ def _with_backward(problem: Problem, configs: tuple[str, ...], refused: dict[str
     found = [str(config) for config in backward.candidates(*sizes, problem.capability)]
     if not found:
         refused["triton-backward"] = backward.objection(*sizes) or "no configuration of the backward fits the device"
-        found = [RECOMPUTE]
-    paired = [f"{config}/{found[0]}" for config in configs]
+        # Recomputing weights in plain PyTorch is one thing, a hundred integer operations on each of them another.
+        found = [] if problem.spec.dropout else [RECOMPUTE]
+    paired = [f"{config}/{best}" for best in found[:1] for config in configs]
     return tuple(paired + [f"{configs[0]}/{other}" for other in found[1:] if configs])
 
 

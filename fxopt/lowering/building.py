@@ -36,14 +36,15 @@ def _compile(site: Node, candidate: Candidate, training: bool) -> None:
     operands = _stand_ins(site)
     arguments = map_arg(site.args, lambda node: operands[node])
     with torch.no_grad():
-        result = candidate.target(*arguments, *candidate.extra)
+        seeds = candidate.seeds(tensor(site.args[0]).device)
+        result = candidate.target(*arguments, *candidate.extra, *seeds)
         config = _backward_config(candidate) if training else ""
         if not config:
             return
         # Autograd would call it in a thread of its own, where kernels are launched.
         (q, k, v, captures, spec), (out, lse), wanted = arguments, result, _wanted(site)
         grad_out = torch.empty_like(out)
-        torch.ops.fxopt.attention_backward(q, k, v, captures, out, lse, grad_out, None, wanted, spec, config)
+        torch.ops.fxopt.attention_backward(q, k, v, captures, out, lse, grad_out, None, wanted, spec, config, *seeds)
 
 
 def _backward_config(candidate: Candidate) -> str:

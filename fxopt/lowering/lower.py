@@ -10,10 +10,11 @@ from torch.fx import Node
 
 import fxopt.codegen.meanings  # noqa: F401 - canonical operators decompose into their references
 from fxopt.ir.decision import Decision
-from fxopt.ir.nodes import source
+from fxopt.ir.nodes import source, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
-from fxopt.lowering.attention import Candidate, choose, prepare
+from fxopt.lowering.attention import choose, prepare
+from fxopt.lowering.candidate import DRAW_SEED, SEED_RANGE, Candidate, seed_options
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
 
@@ -31,9 +32,12 @@ def lower(
     lowered = program.copy()
     # Outputs first: one may be computed from weights that another node computes anyway.
     sites = [s for name in _LOWERED for s in lowered.graph.find_nodes(op="call_function", target=overload(name))]
-    if option == "auto":
-        prepare(sites, training)
-    decisions = tuple(_lower_site(lowered, site, training, option, strict) for site in sites)
+    devices = {tensor(site.args[0]).device for site in sites}
+    # Candidates that draw random numbers do so when they are measured; the program's own must not depend on that.
+    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        if option == "auto":
+            prepare(sites, training)
+        decisions = tuple(_lower_site(lowered, site, training, option, strict) for site in sites)
     lowered.graph.lint()
     lowered.module.recompile()
     return lowered, decisions
@@ -56,5 +60,7 @@ def _lower_site(program: Program, site: Node, training: bool, option: str, stric
 def _write(builder: Builder, site: Node, candidate: Candidate) -> Node:
     assert isinstance(candidate.target, torch._ops.OpOverload)
     operands = site.args if candidate.arguments is None else candidate.arguments
-    call = builder.call(candidate.target, *operands, *candidate.extra)
+    device = tensor(site.args[0]).device
+    seeds = (builder.call(DRAW_SEED, *SEED_RANGE, **seed_options(device)),) if candidate.seeded else ()
+    call = builder.call(candidate.target, *operands, *candidate.extra, *seeds)
     return builder.call(python_operator.getitem, call, 0) if candidate.first else call

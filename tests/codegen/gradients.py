@@ -38,12 +38,13 @@ def autograd(
     captures: Sequence[Tensor],
     dout: Tensor,
     dlse: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of the reference, in the dtype of the operands."""
     q, k, v = (x.detach().requires_grad_() for x in inputs)
     leaves = [c.detach().requires_grad_(c.is_floating_point()) for c in captures]
     asked = [q, k, v, *(c for c in leaves if c.requires_grad)]
-    results, cotangents = [reference.attention(q, k, v, leaves, str(spec))], [dout]
+    results, cotangents = [reference.attention(q, k, v, leaves, str(spec), seed)], [dout]
     if dlse is not None:
         results.append(torch.logsumexp(reference.logits(spec, q, k, leaves), -1))
         cotangents.append(dlse)
@@ -58,32 +59,39 @@ def assert_gradients_within_budget(
     found: Sequence[Tensor],
     dout: Tensor,
     dlse: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> None:
     """Compare ``found``, the gradients of q, k, v and of the real captured tensors, with eager's and with float64.
 
     The gradient of a captured tensor sums terms that largely cancel: the size of the terms is the scale of its budget.
     """
-    eager = autograd(spec, inputs, captures, dout, dlse)
+    eager = autograd(spec, inputs, captures, dout, dlse, seed)
     wide = dataclasses.replace(spec, out_dtype=torch.float64)
     doubles = [x.double() for x in inputs]
     read = [c.double() if c.is_floating_point() else c for c in captures]
-    exact = autograd(wide, doubles, read, dout.double(), None if dlse is None else dlse.double())
+    exact = autograd(wide, doubles, read, dout.double(), None if dlse is None else dlse.double(), seed)
     precision = inputs[0].dtype
     assert_within_budget(list(found[:3]), eager[:3], exact[:3], floor=1.0, precision=precision)
-    scales = _terms(wide, doubles, read, dout.double(), dlse)
+    scales = _terms(wide, doubles, read, dout.double(), dlse, seed)
     assert len(found) == len(eager) == 3 + len(scales)
     for n, scale in enumerate(scales, start=3):
         assert_within_budget(found[n], eager[n], exact[n], floor=max(scale, 1.0), precision=precision)
 
 
 def _terms(
-    spec: AttentionSpec, inputs: Sequence[Tensor], captures: Sequence[Tensor], dout: Tensor, dlse: Tensor | None
+    spec: AttentionSpec,
+    inputs: Sequence[Tensor],
+    captures: Sequence[Tensor],
+    dout: Tensor,
+    dlse: Tensor | None,
+    seed: Tensor | None,
 ) -> list[float]:
     """For each real captured tensor, the largest sum of the sizes of the terms of an element of its gradient."""
     q, k, v = inputs
     x_BHST = reference.logits(spec, q, k, captures).requires_grad_()
     weights_BHST = reference.weights(spec, x_BHST)
-    out = reference.unfold_heads(reference.fold_heads(weights_BHST, v, spec.kv_map) @ v, q, spec.kv_map)
+    weights_BHST = weights_BHST if seed is None else reference.dropped(spec, weights_BHST, seed)
+    out = reference.average(spec, weights_BHST, q, v)
     flow = (out * dout).sum() + (0 if dlse is None else (torch.logsumexp(x_BHST, -1) * dlse).sum())
     dx_BHST = torch.autograd.grad(flow, x_BHST)[0].nan_to_num(0.0, 0.0, 0.0)
     s_BHST = reference.raw_scores(spec, q, k)

@@ -123,7 +123,8 @@ def test_one_or_two_configurations_fit(
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    ({"dropout": 0.1}, "dropout"),
+    ({"dropout": 1.0}, "leaves nothing"),
+    ({"dropout": 0.1, "empty_rows": "uniform"}, "share equally"),
     ({"out_dtype": torch.bfloat16}, "too coarse"),
     ({"out_dtype": torch.float64}, "float64"),
 ])  # fmt: skip

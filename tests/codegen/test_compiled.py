@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 POINTER = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1", torch.int64: "*i64"}
+SINGLE = {"lse_ptr": "*fp32", "hull_ptr": "*i32", "seed_ptr": "*i64"}
 HALF = torch.bfloat16
 SPECS = {
     "plain": AttentionSpec(parse("s * 0.125"), out_dtype=HALF),
@@ -108,8 +110,8 @@ def compiled(
 def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
     if not name.endswith("_ptr"):
         return "i32"
-    if name in ("lse_ptr", "hull_ptr"):
-        return "*fp32" if name == "lse_ptr" else "*i32"
+    if name in SINGLE:
+        return SINGLE[name]
     return POINTER[spec.captures[int(name[1])].dtype if name[0] == "c" else dtype]
 
 
@@ -187,6 +189,23 @@ def test_bands_are_read_by_whole_vectors(width: int) -> None:
 def test_masks_of_vectors_do_not_spill(name: str, architecture: int, config: str, tmp_path: Path) -> None:
     kernel = compiled(SPECS[name], 64, HALF, read_config(config), architecture, even=True)
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ["plain", "causal", "padding", "tile-bias"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
+    architecture: int, name: str, width: int, tmp_path: Path
+) -> None:
+    """There every thread finds the random words of its weights by itself."""
+    spec = dataclasses.replace(SPECS[name], dropout=0.1)
+    config = candidates(spec, width, width, HALF, (architecture // 10, 0))[0]
+    kernel = compiled(spec, width, HALF, config, architecture)
+    without = compiled(SPECS[name], width, HALF, config, architecture)
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+    assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (architecture == 90)
+    exchanges = [x.asm["ttgir"].count("convert_layout") for x in (kernel, without)]
+    assert architecture != 90 or exchanges[0] == exchanges[1]
 
 
 @pytest.mark.parametrize("architecture", SHARED)

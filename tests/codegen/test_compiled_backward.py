@@ -17,7 +17,7 @@ from fxopt.codegen.attention.backward.kernel import KIND, candidates, source
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
-from tests.codegen.test_compiled import POINTER, SHARED, SPECS, stack_bytes
+from tests.codegen.test_compiled import POINTER, SHARED, SINGLE, SPECS, stack_bytes
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -87,6 +87,8 @@ def _blocks(kernel: str, config: BackwardConfig) -> Config:
 def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
     if not name.endswith("_ptr"):
         return "i32"
+    if name == "seed_ptr":
+        return SINGLE[name]
     if name.removesuffix("_ptr") in _SINGLE or name.endswith("_grad_ptr"):
         return "*fp32"
     return POINTER[spec.captures[int(name[1])].dtype if name[0] == "c" else dtype]
@@ -105,6 +107,23 @@ def test_first_candidate_compiles_without_spills(architecture: int, name: str, w
         assert ("wgmma.mma_async" in found.asm["ptx"]) == (architecture == 90)
         assert ("tcgen05.mma" in found.asm["ptx"]) == (architecture == 100)
         assert not re.search(r"\b(atom|red)\.", found.asm["ptx"]), f"{kernel} adds across programs"
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ["plain", "softcap", "bias"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
+    architecture: int, name: str, width: int, tmp_path: Path
+) -> None:
+    """There every thread finds the random words of its weights by itself, also where keys run down and rows across."""
+    spec = dataclasses.replace(CASES[name], dropout=0.1)
+    config = candidates(spec, width, width, HALF, (architecture // 10, 0))[0]
+    for kernel in ("dkdv", "dq", *(("c0",) if spec.captures else ())):
+        found, without = (compiled(kernel, s, width, config, architecture) for s in (spec, CASES[name]))
+        assert found.metadata.shared <= SHARED[architecture], kernel
+        assert stack_bytes(found.asm["cubin"], tmp_path) == 0, kernel
+        exchanges = [x.asm["ttgir"].count("convert_layout") for x in (found, without)]
+        assert architecture != 90 or exchanges[0] == exchanges[1], kernel
 
 
 @pytest.mark.parametrize("kernel", ["prepare", "dkdv", "dq", "c0"])

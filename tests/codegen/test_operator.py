@@ -123,7 +123,8 @@ def test_half_precision_gradients_keep_their_dtypes() -> None:
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    ({"dropout": 0.1}, "dropout"),
+    ({"dropout": 0.1}, "needs a seed"),
+    ({"seed": torch.tensor([1])}, "has no seed"),
     ({"dtype": torch.float16}, "share dtype and device"),
 ])  # fmt: skip
 def test_refusals_say_why(change: dict[str, object], reason: str) -> None:
@@ -131,4 +132,4 @@ def test_refusals_say_why(change: dict[str, object], reason: str) -> None:
     q = torch.randn(1, 1, 4, 16).to(change.get("dtype", torch.float32))  # type: ignore[call-overload]
     k = torch.randn(1, 1, 4, 16)
     with pytest.raises(LoweringError, match=reason):
-        attention_forward(q, k, k, [], str(spec), CONFIG, False)
+        attention_forward(q, k, k, [], str(spec), CONFIG, False, change.get("seed"))

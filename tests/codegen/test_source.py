@@ -51,6 +51,7 @@ GOLDEN_CASES = {
     ),
     "softcap_window_padding": SPEC,
     "documents_mean": DOCUMENTS,
+    "causal_dropout": AttentionSpec(parse("s * 0.125"), parse("j <= i"), dropout=0.1, out_dtype=torch.bfloat16),
 }  # fmt: skip
 
 
@@ -77,7 +78,8 @@ def test_same_specification_same_bytes_and_valid_python(name: str) -> None:
     tree = ast.parse(text)
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     hull = ["hull_kernel"] if possible_keys(spec) else []
-    expected = ["attend", *hull, "attention_kernel", "launch", "reference", "main"]
+    phases = ["phases_kernel"] if any(c.is_band for c in spec.captures) else []
+    expected = ["attend", *hull, *phases, "attention_kernel", "launch", "reference", "main"]
     assert functions[-len(expected) :] == expected
     assert str(spec.score) in (ast.get_docstring(tree) or "")
     assert "fxopt" not in text.split('"""', 2)[2]
@@ -225,7 +227,8 @@ def test_long_strides_take_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    ({"dropout": 0.5}, "dropout"), ({"out_dtype": torch.float64}, "float64"),
+    ({"dropout": 1.0}, "leaves nothing"), ({"dropout": 0.5, "empty_rows": "uniform"}, "share equally"),
+    ({"out_dtype": torch.float64}, "float64"),
 ])  # fmt: skip
 def test_refusals(change: dict[str, object], reason: str) -> None:
     spec = AttentionSpec(parse("s"), **change)  # type: ignore[arg-type]

@@ -75,6 +75,21 @@ _OTHERS: Final[dict[int, tuple[str, ...]]] = {
 _OTHERS_HEAVY: Final[dict[int, tuple[str, ...]]] = {
     64: ("32x64w8s2-64x64w4s2", "32x64w4s1-64x64w4s2"),
 }
+#: With dropout, whose random words take registers: those that don't spill.
+_LATER_DROPPING: Final[dict[int, tuple[str, ...]]] = {
+    16: ("64x64w4s2-64x64w4s2",),
+    32: ("64x64w4s2-64x64w4s2",),
+    64: ("32x128w8s2-128x64w8s2", "64x128w8s2-128x64w8s2"),
+    128: ("32x64w8s2-128x64w8s2", "32x64w8s2-64x64w8s2", "32x32w8s1-32x32w8s1"),
+    256: ("32x32w8s1-32x32w8s1",),
+}
+_SM80_DROPPING: Final[dict[int, tuple[str, ...]]] = {
+    16: ("32x64w4s2-64x64w4s2",),
+    32: ("32x64w4s2-64x64w4s2",),
+    64: ("32x64w4s1-64x64w4s2", "32x64w8s2-64x64w8s2"),
+    128: ("32x64w8s2-32x64w8s2", "32x32w8s1-32x32w8s1"),
+    256: ("32x32w8s1-32x32w8s1",),
+}
 _SINGLE: Final[dict[int, tuple[str, ...]]] = {
     16: ("32x32w4s1-32x32w4s1", "16x32w4s1-32x16w4s1"),
     32: ("32x32w4s1-32x32w4s1", "16x32w4s1-32x16w4s1"),
@@ -85,18 +100,28 @@ _SINGLE: Final[dict[int, tuple[str, ...]]] = {
 
 
 def fitting(
-    head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int], heavy: bool = False
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    heavy: bool = False,
+    drops: bool = False,
 ) -> tuple[BackwardConfig, ...]:
     """The configurations for these sizes that fit the device, best first, at most two; none for other dtypes.
 
-    ``heavy`` says that the derivative of the score is no constant, or that a captured tensor varies with row and key.
+    ``heavy`` says that the derivative of the score is no constant, or that a captured tensor varies with row and key;
+    ``drops`` that weights are dropped.
     """
-    half = _half(capability, heavy)
+    half = _dropping(capability) if drops else _half(capability, heavy)
     table = {torch.bfloat16: half, torch.float16: half, torch.float32: _SINGLE}.get(dtype, {})
     width = max(padded(head_dim), padded(value_dim))
     configs = (read_backward(text) for text in table.get(width, ()))
     limit = shared_limit(capability)
     return tuple(c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit)[:_TRIED]
+
+
+def _dropping(capability: tuple[int, int]) -> dict[int, tuple[str, ...]]:
+    return _LATER_DROPPING if capability[0] >= 9 else _SM80_DROPPING
 
 
 def _half(capability: tuple[int, int], heavy: bool) -> dict[int, tuple[str, ...]]:

@@ -14,6 +14,7 @@ from fxopt.codegen.attention.backward.plan import Flow, Weights
 from fxopt.codegen.attention.backward.row_range import row_spans
 from fxopt.codegen.attention.backward.template import BY_ROW, COUNT_FLOW, LAST, LOOP
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.dropout import Dropout
 from fxopt.codegen.attention.interval import KeyRange, key_range
 from fxopt.codegen.attention.portable.loops import Span, loop_spans
 from fxopt.codegen.printing import emit
@@ -70,6 +71,15 @@ class Folds:
         """The derivative of the score by ``s``: an expression and a factor."""
         return plan.slope(self.spec)
 
+    @property
+    def _dropout(self) -> Dropout:
+        return Dropout(self.spec)
+
+    @property
+    def _drop_dp(self) -> str:
+        """The lines that leave of ``dp`` what belongs to weights that stay."""
+        return f"{self._dropout.stay()}\n{self._dropout.drop_scaled('dp')}".strip()
+
     def emit(self, expr: Expr) -> str:
         """An expression as it stands in a kernel."""
         return emit(expr, {}, self.spec.capture_kinds)
@@ -94,6 +104,9 @@ class Folds:
             "load_captures_by_key": "\n".join(c.load_in_loop for c in self.by_key if c.in_loop),
             "masks_by_key": self._masks("i < Sq"),
             "weight_by_key": self.weights.text.format("[None, :]"),
+            "stay": self._dropout.stay(by_key=True),
+            "drop_dp_by_key": self._dropout.drop_scaled("dp"),
+            "used": self._dropout.dropped("p"),
             "load_rows": self._load_rows,
             "capture_bases_by_key": "\n".join(c.base for c in self.by_key),
         }
@@ -110,6 +123,7 @@ class Folds:
             "widen": "" if self.weights.inner.reads(S) else "x = tl.zeros_like(s) + x",
             "masks": self._masks("j < Sk"),
             "weight": self.weights.text.format("[:, None]"),
+            "drop_dp": self._drop_dp,
             "mask_dx": self._mask_dx,
             "row_statistics": self._statistics("row", "").replace("\n\n", "\n"),
         }
@@ -121,7 +135,7 @@ class Folds:
         counted = ("peak", "total", "flow") if exact else ("peak", "total")
         values = ("dout", "v_base", "v_tile", "v_stride_j") if exact else ()
         names = (*counted, "q", "k_base", "k_tile", "k_stride_j", *values, *self._row_symbols)
-        load_v = {"load_v": self._load("v", self.e_inside)}
+        load_v = {"load_v": self._load("v", self.e_inside), "drop_dp": self._drop_dp}
         return {
             "count_parameters": self._parameters(names, "BLOCK_N"),
             "count_arguments": self._arguments(names, "BLOCK_N", bounded=True),
@@ -173,7 +187,8 @@ class Folds:
     def _row_symbols(self) -> tuple[str, ...]:
         padding = ("d",) * bool(self.d_inside) + ("e",) * bool(self.e_inside)
         names = (name for c in self.captures for name in c.attend_names)
-        return (*names, *padding, *self._symbols("b", "h", "i", "Sq"), "Sk", "start")
+        symbols = (*self._symbols("b", "h", "i", "Sq"), "Sk", "start")
+        return tuple(dict.fromkeys((*names, *padding, *symbols, *self._dropout.names)))
 
     @property
     def _row_names(self) -> tuple[str, ...]:
@@ -188,7 +203,8 @@ class Folds:
         pointers = ("shift_ptr", "count_ptr") if self.weights.recounted else ("lse_ptr",)
         captures = (name for c in self.by_key for name in c.attend_names)
         symbols = self._symbols("b", "h", "j", "Sk")
-        return ("k", "v", *tiles, *pointers, "delta_ptr", "row_base", *captures, *padding, *symbols, "Sq", "start")
+        names = ("k", "v", *tiles, *pointers, "delta_ptr", "row_base", *captures, *padding, *symbols, "Sq", "start")
+        return tuple(dict.fromkeys((*names, *self._dropout.names)))
 
     def _symbols(self, *names: str) -> tuple[str, ...]:
         expressions = [self.spec.score, *(f.slope for f in self.flows)]
@@ -196,13 +212,14 @@ class Folds:
         read = {str(leaf.value) for e in expressions for leaf in e.walk() if leaf.op == "symbol"}
         return tuple(name for name in names if name in read)
 
-    @staticmethod
-    def _parameters(names: Iterable[str], block: str) -> str:
-        return listing((*names, block, *_SWITCHES, "BOUNDED"), annotate=True)
+    def _parameters(self, names: Iterable[str], block: str) -> str:
+        return listing((*names, *self._constants(block), "BOUNDED"), annotate=True)
 
-    @staticmethod
-    def _arguments(names: Iterable[str], block: str, bounded: bool) -> str:
-        constants = (f"{name}={name}" for name in (block, *_SWITCHES))
+    def _constants(self, block: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((block, *self._dropout.blocks, *_SWITCHES)))
+
+    def _arguments(self, names: Iterable[str], block: str, bounded: bool) -> str:
+        constants = (f"{name}={name}" for name in self._constants(block))
         return listing((*names, *constants, f"BOUNDED={bounded}")).rstrip("\n")
 
     def _loop(self, span: Span, over: str) -> str:

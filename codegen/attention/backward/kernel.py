@@ -41,7 +41,7 @@ def candidates(
     if objection(spec, head_dim, value_dim, dtype) is not None:
         return ()
     heavy = plan.slope(spec)[0] is not None or any({"i", "j"} <= set(c.dims) for c in spec.captures)
-    return fitting(head_dim, value_dim, dtype, capability, heavy)
+    return fitting(head_dim, value_dim, dtype, capability, heavy, drops=spec.dropout > 0)
 
 
 def source(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from fxopt.codegen.attention.backward.config import table_config
 from fxopt.codegen.attention.backward.plan import Flow
+from fxopt.codegen.attention.dropout import SEED_MEANING, Dropout
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.codegen.attention.portable.tiles import wide
 from fxopt.codegen.template import listing
@@ -23,11 +24,13 @@ def launch(
     lse: torch.Tensor,
     dout: torch.Tensor,
     dlse: torch.Tensor | None = None,
+    $seed_parameter
 ) -> list[torch.Tensor]:
     """The gradients of q, k, v$returned, from the forward's out and lse and the gradients of those.
 
     q, dq [B, H, Sq, $head_dim]; k, dk [B, G, Sk, $head_dim]; v, dv [B, G, Sk, $value_dim];
     out, dout [B, H, Sq, $value_dim]; lse, dlse [B, H, Sq] in float32.
+    $seed_meaning
     """
     batch, heads, rows, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -67,7 +70,7 @@ def launch(
 
 MAIN: Final = '''
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = ()
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = ()$reference_seed
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The forward in plain PyTorch, in float64: the result and the log-sum-exp."""
     q, k, v = q.double(), k.double(), v.double()
@@ -78,7 +81,8 @@ def reference(
     x = $reference_score
     x = torch.as_tensor(x, dtype=s.dtype, device=s.device).expand_as(s)
     $reference_mask
-    out = torch.softmax(x, -1) @ v[:, served]
+    $reference_drop
+    out = $reference_weights @ v[:, served]
     return $reference_result, torch.logsumexp(x, -1)
 
 
@@ -90,16 +94,17 @@ def main() -> None:
         v = torch.randn(batch, 4, length, $value_dim, device="cuda", dtype=torch.$dtype, requires_grad=True)
         $main_captures
         leaves = [q, k, v$wanted_captures]
-        out, lse = reference(q, k, v, [x.requires_grad_(any(x is leaf for leaf in leaves)) for x in captures])
+        $draw_seed
+        out, lse = $forward
         dout = torch.randn_like(out, dtype=q.dtype)
         given = (q, k, v, captures, out.detach().to(q.dtype), lse.detach().float(), dout)
         if length < 1000:
             expected = torch.autograd.grad(out, leaves, dout.double())
-            found = launch(*given)
+            found = launch(*given$seeded)
             error = max((x.double() - y).abs().max().item() for x, y in zip(found, expected, strict=True))
             print(f"largest error against float64: {error:.3g}")
         else:
-            milliseconds = triton.testing.do_bench(lambda: launch(*given))
+            milliseconds = triton.testing.do_bench(lambda: launch(*given$seeded))
             print(f"{batch} x 8 heads x {length}: {milliseconds:.3f} ms")
 
 
@@ -132,7 +137,10 @@ def launch_holes(text: BackwardText) -> dict[str, str]:
     shown = "".join(f"c{n}, " for n in wanted)
     zeros = f"\n    *(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in ({shown.strip()})),"
     empty = zeros if wanted else ""
+    dropout = Dropout(text.spec)
     return {
+        "seed_parameter": "*,\nseed: torch.Tensor," if dropout else "",
+        "seed_meaning": SEED_MEANING if dropout else "",
         "returned": "".join(f", c{n}" for n in wanted),
         "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else _unpacked(names),
         "allocate": _allocated(text),

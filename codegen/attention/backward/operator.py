@@ -39,6 +39,7 @@ def attention_backward(
     wanted: Sequence[bool],
     spec: str,
     config: str,
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of ``fxopt::attention_forward``.
 
@@ -52,15 +53,16 @@ def attention_backward(
         grad_out: ``[B, H, S, E]``, the gradient of ``out``, any strides.
         grad_lse: ``[B, H, S]``, the gradient of ``lse``, if it was read.
         wanted: for each captured tensor, whether it needs a gradient.
-        spec: the printed `AttentionSpec`; dropout is not supported.
+        spec: the printed `AttentionSpec`.
         config: the printed `BackwardConfig`, ``""`` for the first that fits, or ``"recompute"``.
+        seed: that of the forward, where there is dropout.
 
     Returns:
         The gradients of ``q``, ``k``, ``v``, in the memory order of the specification's result, and of the captured
         tensors that are wanted, contiguous.
     """
     meaning = reference.specification(spec)
-    return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None)
+    return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None, seed)
 
 
 def _recomputed(
@@ -72,8 +74,9 @@ def _recomputed(
     wanted: Sequence[bool],
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    seed: Tensor | None,
 ) -> list[Tensor]:
-    dq, dk, dv, dcaptures = gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse)
+    dq, dk, dv, dcaptures = gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse, seed)
     laid_out = [_laid_out(spec, x, q.dtype) for x in (dq, dk, dv)]
     return [*laid_out, *(x.contiguous() for x in dcaptures if x is not None)]
 
@@ -96,17 +99,19 @@ def _cuda(
     wanted: Sequence[bool],
     spec: str,
     config: str,
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     meaning = reference.specification(spec)
     chosen = chosen_config(meaning, q, v, lse, config)
     if chosen == RECOMPUTE:
-        return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None)
+        return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None, seed)
     width = v.shape[3]
     v, out, grad_out = (widened(x, q.shape[3]) for x in (v, out, grad_out))
     # A gradient that was broadcast, as that of a sum, would be read without coalescing.
     grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
     launched = module(spec, q.shape[3], v.shape[3], q.dtype, chosen, tuple(wanted))
-    found: list[Tensor] = launcher(launched)(q, k, v, captures, out, lse, grad_out, grad_lse)
+    seeded = {} if seed is None else {"seed": seed}
+    found: list[Tensor] = launcher(launched)(q, k, v, captures, out, lse, grad_out, grad_lse, **seeded)
     if v.shape[3] != width:
         found[2] = _laid_out(meaning, found[2][..., :width], q.dtype)
     return found
@@ -157,6 +162,7 @@ def _fake(
     wanted: Sequence[bool],
     spec: str,
     config: str,
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     meaning = reference.specification(spec)
     gradients = [_empty(meaning, x) for x in (q, k, v)]

@@ -1,8 +1,9 @@
 """Gradients of an attention by recomputing its weights, in plain PyTorch.
 
-    x = score(s, captures), P = softmax(x), out = P·v
-    dv = Pᵀ·dout,  dP = dout·vᵀ,  dx = P∘(dP − Σ_j P∘dP + dlse),  ds = dx·∂score/∂s,  dq = ds·k,  dk = dsᵀ·q
+    x = score(s, captures), P = softmax(x), out = (P∘M)·v
+    dv = (P∘M)ᵀ·dout,  dP = (dout·vᵀ)∘M,  dx = P∘(dP − Σ_j P∘dP + dlse),  ds = dx·∂score/∂s,  dq = ds·k,  dk = dsᵀ·q
 
+with what dropout multiplies the weights with, ``M``, told again by its seed (1 without dropout),
 and for each captured tensor dx·∂score/∂c, summed over the axes along which it was broadcast. The weights are computed
 anew rather than from the log-sum-exp: that of a row filled with a finite stand-in for −inf has lost their number.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.philox import factors
 from fxopt.codegen.expression import evaluate, gradient
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import S, capture
@@ -30,11 +32,12 @@ def gradients(
     wanted: Sequence[bool],
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """The gradients of ``q``, ``k``, ``v`` and of the captures that are ``wanted`` (``None`` for the others).
 
     Args:
-        spec: the attention, without dropout.
+        spec: the attention.
         q: ``[B, H, S, D]``.
         k: ``[B, G, T, D]``.
         v: ``[B, G, T, E]``.
@@ -42,6 +45,7 @@ def gradients(
         wanted: which of them need a gradient.
         grad_out: ``[B, H, S, E]``, of the output.
         grad_lse: ``[B, H, S]``, of the log-sum-exp, if it was read.
+        seed: that of the forward, where there is dropout.
     """
     s_BHST = reference.raw_scores(spec, q, k)
     readings = reference.read_captures(spec, captures, s_BHST)
@@ -56,17 +60,13 @@ def gradients(
         return reference.fold_heads(x, k, spec.kv_map)
 
     dout = folded(grad_out.to(v.dtype))
-    dv = folded(p_BHST.to(v.dtype)).transpose(-2, -1) @ dout
     dp_BHST = reference.unfold_heads(dout @ v.transpose(-2, -1), q, spec.kv_map).to(p_BHST.dtype)
+    used_BHST, dp_BHST = (p_BHST, dp_BHST) if seed is None else _dropped(spec, seed, p_BHST, dp_BHST)
+    dv = folded(used_BHST.to(v.dtype)).transpose(-2, -1) @ dout
     flow_BHS1 = (p_BHST * dp_BHST).sum(-1, keepdim=True)
     if grad_lse is not None:
         flow_BHS1 = flow_BHS1 - grad_lse.unsqueeze(-1)
-    dx_BHST = p_BHST * (dp_BHST - flow_BHS1)
-    if mask is not None:
-        dx_BHST = torch.where(mask, dx_BHST, 0.0)
-    if spec.empty_rows == "uniform":
-        # Weights that are not 0, of rows whose logits the weights do not depend on.
-        dx_BHST = torch.where(x_BHST == -math.inf, 0.0, dx_BHST)
+    dx_BHST = _without_hidden(spec, p_BHST * (dp_BHST - flow_BHS1), x_BHST, mask)
 
     def chained(leaf_index: int | None) -> Tensor:
         leaf = S if leaf_index is None else capture(leaf_index)
@@ -81,6 +81,20 @@ def gradients(
         for n, (tensor, how, want) in enumerate(zip(captures, spec.captures, wanted, strict=True))
     ]
     return dq, dk, dv, dcaptures
+
+
+def _without_hidden(spec: AttentionSpec, dx_BHST: Tensor, x_BHST: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        dx_BHST = torch.where(mask, dx_BHST, 0.0)
+    if spec.empty_rows == "uniform":
+        # Weights that are not 0, of rows whose logits the weights do not depend on.
+        dx_BHST = torch.where(x_BHST == -math.inf, 0.0, dx_BHST)
+    return dx_BHST
+
+
+def _dropped(spec: AttentionSpec, seed: Tensor, p_BHST: Tensor, dp_BHST: Tensor) -> tuple[Tensor, Tensor]:
+    factors_BHST = factors(p_BHST, seed, spec.dropout)
+    return p_BHST * factors_BHST, dp_BHST * factors_BHST
 
 
 def unread(grad_BHST: Tensor, tensor: Tensor, how: Capture) -> Tensor:

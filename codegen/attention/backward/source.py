@@ -15,6 +15,7 @@ from fxopt.codegen.attention.backward.folds import Folds
 from fxopt.codegen.attention.backward.launcher import FOLDED, LAUNCH, MAIN, launch_holes
 from fxopt.codegen.attention.backward.plan import Flow, Weights
 from fxopt.codegen.attention.backward.row_range import row_range_text
+from fxopt.codegen.attention.dropout import Dropout
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.loops import key_range_text
 from fxopt.codegen.attention.script import script_holes
@@ -53,10 +54,17 @@ class BackwardText:
             kernels.insert(0, template.RECOUNTED)
         texts = [fill(text, holes) for text in kernels]
         texts += [fill(template.TABLE, {**holes, **self._folds.table_holes(flow)}) for flow in self._tables]
+        texts.insert(0, self.dropout.function)
         texts += [FOLDED] * any(flow.how.dims[0] == "p" and flow.side != "table" for flow in self.flows)
         body = "".join(texts) + fill(LAUNCH, {**holes, **launch_holes(self)})
         devices = "".join(f"\n{text}\n" for text in helpers(body))
-        return fill(template.HEADER, holes) + devices + body + fill(MAIN, {**holes, **self._script})
+        script = {**holes, **self._script}
+        return fill(template.HEADER, holes) + devices + body + script["philox"] + fill(MAIN, script)
+
+    @property
+    def dropout(self) -> Dropout:
+        """What dropout adds."""
+        return Dropout(self.spec)
 
     @cached_property
     def flows(self) -> tuple[Flow, ...]:
@@ -94,7 +102,7 @@ class BackwardText:
         captures = tuple(c.name for c in self._folds.captures)
         statistics = ("delta", *(("shift", "count") if self.recounted else ()), *(("spoilt",) if self.spoils else ()))
         results = ("dq", "dk", "dv", *(f"{flow.name}_grad" for flow in self.flows))
-        return ("q", "k", "v", *captures, "out", "lse", "dout", "dlse", *statistics, *results)
+        return ("q", "k", "v", *captures, *self.dropout.tensors, "out", "lse", "dout", "dlse", *statistics, *results)
 
     @property
     def strides(self) -> dict[str, str]:
@@ -136,6 +144,10 @@ class BackwardText:
             "kv_head_maths": _KV_HEAD_MATHS[spec.kv_map],
             "score_maths": str(spec.score),
             "captures": "\n".join(c.description + self._wish(c.index) for c in self._folds.captures),
+            "dropout_maths": f"\n{self.dropout.maths}" if self.dropout else "",
+            "kept_maths": "M·P" if self.dropout else "P",
+            "dropped_maths": ("M·" if self.dropout else "")
+            + f"Σ_e dout[b,h,i,e]·v[b,{_KV_HEAD_MATHS[spec.kv_map]},j,e]",
             "kept": "" if spec.mask is None else f" with {spec.mask}",
             "tables": f"One more for {names}, an element for each row and key." if names else "",
         }
@@ -171,6 +183,8 @@ class BackwardText:
             "dk_result": scaled.format("dk"),
             "dq_mask": _both("rows[:, None] < Sq", d_inside),
             "dk_mask": _both("columns < Sk", d_inside),
+            "dv_result": f"({self.dropout.scaled('dv')})" if self.dropout else "dv",
+            "load_seed": self.dropout.load,
             "dv_mask": _both("columns < Sk", e_inside),
             "store_row_sums": "\n".join(_stored_by_row(f) for f in self.flows if f.side == "rows"),
             "store_key_sums": "\n".join(self._stored_by_key(f) for f in self.flows if f.side == "keys"),
@@ -196,7 +210,11 @@ class BackwardText:
         found = {name: fill(text, holes).rstrip("\n") for name, text in parts.items()}
         empty = '{0} = tl.where({0} == float("-inf"), 0.0, {0})' if empties else ""
         found["empty_shift"], found["empty_peaks"] = empty.format("shift"), empty.format("peaks")
-        later = {"recount": template.RECOUNT if self.recounted else "", "spoil": template.SPOIL if self.spoils else ""}
+        load = f"{self.dropout.load}\n" if self.dropout and self._weights.exact else ""
+        later = {
+            "recount": load + template.RECOUNT if self.recounted else "",
+            "spoil": template.SPOIL if self.spoils else "",
+        }
         return found | {name: fill(text, holes | found).rstrip("\n") for name, text in later.items()}
 
     @staticmethod

@@ -9,10 +9,10 @@ HEADER: Final = '''\
 
     s[b,h,i,j] = Σ_d q[b,h,i,d]·k[b,$kv_head_maths,j,d]
     x[b,h,i,j] = $score_maths
-    P = exp(x − lse) over the keys j$kept
+    P = exp(x − lse) over the keys j$kept$dropout_maths
     delta[b,h,i] = Σ_e dout[b,h,i,e]·out[b,h,i,e] − dlse[b,h,i]
-    dx = P·(Σ_e dout[b,h,i,e]·v[b,$kv_head_maths,j,e] − delta)
-    ds = dx·∂x/∂s,  dq = Σ_j ds·k,  dk = Σ_i ds·q,  dv = Σ_i P·dout
+    dx = P·($dropped_maths − delta)
+    ds = dx·∂x/∂s,  dq = Σ_j ds·k,  dk = Σ_i ds·q,  dv = Σ_i $kept_maths·dout
 $captures
 Three kernels: delta; dq, which keeps rows and goes through the keys; dk and dv, which keep keys and go through the rows
 of every query head they serve.
@@ -151,6 +151,7 @@ tl.store(count_ptr + row, count, mask=rows < Sq)
 COUNT_FLOW: Final = """\
 $load_v
 dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+$drop_dp
 flow = flow * decay + tl.sum(p * dp, 1)
 """
 
@@ -183,6 +184,7 @@ $widen
 $masks
 p = $weight
 dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+$drop_dp
 dx = p * (dp - delta[:, None])
 $mask_dx
 """
@@ -226,6 +228,7 @@ def dq_kernel(
     $kv_bases
     $capture_bases
 
+    $load_seed
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     $row_zeros
     $key_range
@@ -258,8 +261,10 @@ def fold_rows(
     $widen
     $masks_by_key
     p = $weight_by_key
-    dv = tl.dot(p.to(v.dtype), dout, dv, input_precision=PRECISION)
+    $stay
+    dv = tl.dot($used.to(v.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    $drop_dp_by_key
     dx = p * (dp - delta[None, :])
     $mask_dx
     $key_sums
@@ -296,6 +301,7 @@ def dkdv_kernel(
     q_tile = m[:, None] * q_stride_i + d[None, :] * q_stride_d
     dout_tile = m[:, None] * dout_stride_i + e[None, :] * dout_stride_e
 
+    $load_seed
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for turn in range(0, GROUP):
@@ -316,7 +322,7 @@ def dkdv_kernel(
     tl.store(dk_tile, $dk_result.to(dk_ptr.dtype.element_ty), mask=$dk_mask)
     dv_base = dv_ptr + b_wide * dv_stride_b + g_wide * dv_stride_h
     dv_tile = dv_base + columns.to(tl.int64) * dv_stride_j + e[None, :]
-    tl.store(dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=$dv_mask)
+    tl.store(dv_tile, $dv_result.to(dv_ptr.dtype.element_ty), mask=$dv_mask)
 
 '''
 
@@ -355,6 +361,7 @@ def ${name}_kernel(
     part = place // $kept_heads // $kept_batches
     heads_summed = heads // $kept_heads
     turns = tl.cdiv(batch - kept_b, $kept_batches) * heads_summed
+    $load_seed
     grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for turn in range(part, turns, parts):
         b = kept_b + turn // heads_summed * $kept_batches

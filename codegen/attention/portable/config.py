@@ -99,6 +99,28 @@ _SM80_TILES: Final[dict[int, tuple[str, ...]]] = {
     64: ("64x64w4s3", "128x64w8s3", "16x64w4s3"),
     128: ("128x64w8s3", "64x64w8s3", "64x32w4s3", "16x64w4s2"),
 }
+#: With dropout, whose random words take registers: those that don't spill.
+_HOPPER_DROPPING: Final[dict[int, tuple[str, ...]]] = {
+    16: ("64x64w4s3", "16x64w4s3"),
+    32: ("64x64w4s3", "16x64w4s3"),
+    64: ("64x64w4s3", "128x64w8s3", "64x32w4s3", "16x64w4s3"),
+    128: ("128x64w8s3", "64x64w4s3", "16x64w4s3"),
+    256: ("128x32w8s2", "16x32w4s2"),
+}
+_SM80_DROPPING: Final[dict[int, tuple[str, ...]]] = {
+    16: ("64x64w4s3", "16x64w4s3"),
+    32: ("64x64w4s3", "16x64w4s3"),
+    64: ("64x64w8s3", "32x64w4s3", "16x64w4s3"),
+    128: ("32x64w8s2", "16x64w4s2"),
+    256: ("16x32w4s2",),
+}
+_BLACKWELL_DROPPING: Final[dict[int, tuple[str, ...]]] = {
+    16: ("64x64w4s3", "16x64w4s3"),
+    32: ("64x64w4s3", "16x64w4s3"),
+    64: ("64x64w4s3", "16x64w4s3"),
+    128: ("64x32w4s3", "16x64w4s3"),
+    256: ("32x32w4s2", "16x32w4s2"),
+}
 _SINGLE: Final[dict[int, tuple[str, ...]]] = {
     16: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
     32: ("64x32w4s2", "32x32w4s2", "16x32w4s2"),
@@ -152,14 +174,15 @@ def fitting(
     capability: tuple[int, int],
     captured: Captured = "nothing",
     rows: int | None = None,
+    drops: bool = False,
 ) -> tuple[Config, ...]:
     """The configurations for these sizes that fit the device, best first, at most four; none for other dtypes.
 
-    ``captured`` says what a block update reads of captured tensors. Blocks that ``rows`` queries leave mostly idle come
-    last.
+    ``captured`` says what a block update reads of captured tensors, ``drops`` whether it drops weights. Blocks that
+    ``rows`` queries leave mostly idle come last.
     """
     width = max(padded(head_dim), padded(value_dim))
-    half = _half(capability, captured)
+    half = _dropping(capability) if drops else _half(capability, captured)
     table = {torch.bfloat16: half, torch.float16: half, torch.float32: _SINGLE}.get(dtype, {})
     limit = shared_limit(capability)
     configs = (read_config(text) for text in table.get(width, ()))
@@ -167,6 +190,12 @@ def fitting(
     if rows is not None:
         fit.sort(key=lambda c: -(-rows // c.block_m) * c.block_m > 2 * max(rows, 16))
     return tuple(fit[:CANDIDATES])
+
+
+def _dropping(capability: tuple[int, int]) -> dict[int, tuple[str, ...]]:
+    if capability < (9, 0):
+        return _SM80_DROPPING
+    return _BLACKWELL_DROPPING if capability[0] > 9 else _HOPPER_DROPPING
 
 
 def _half(capability: tuple[int, int], captured: Captured) -> dict[int, tuple[str, ...]]:

@@ -38,8 +38,10 @@ _START, _START_ELEMENT, _LATENCY = 1000, 0.25, 2000
 
 def objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
     """Why no kernel can be generated, as a sentence, or ``None`` when one can."""
-    if spec.dropout:
-        return f"generated kernels apply no dropout (it is {spec.dropout})"
+    if spec.dropout == 1:
+        return "dropout leaves nothing"
+    if spec.dropout and spec.empty_rows == "uniform":
+        return "dropout of weights that rows without keys share equally is not generated"
     if max(head_dim, value_dim) > _LARGEST_HEAD or min(head_dim, value_dim) < 1:
         return f"head dimensions must be 1 to {_LARGEST_HEAD}, not {head_dim} and {value_dim}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -103,7 +105,7 @@ def candidates(
     """
     if objection(spec, head_dim, value_dim, dtype) is not None:
         return ()
-    return fitting(head_dim, value_dim, dtype, capability, _captured(spec), rows)
+    return fitting(head_dim, value_dim, dtype, capability, _captured(spec), rows, drops=spec.dropout > 0)
 
 
 def _captured(spec: AttentionSpec) -> Captured:
@@ -115,7 +117,7 @@ def _captured(spec: AttentionSpec) -> Captured:
 def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: Config) -> str:
     """The source of the forward kernel: a module that defines ``launch(q, k, v, captures, with_lse)`` and runs alone.
 
-    The same arguments always give the same text.
+    With dropout ``launch`` takes a ``seed`` as well. The same arguments always give the same text.
 
     Raises:
         LoweringError: no kernel can be generated; `objection` says why.

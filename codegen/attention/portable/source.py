@@ -10,6 +10,7 @@ from typing import ClassVar, Final
 import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.dropout import Dropout
 from fxopt.codegen.attention.frame import (
     AXIS,
     HEADER,
@@ -36,11 +37,8 @@ from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
 
-_RESULT: Final = {
-    "nan": "acc / total[:, None]",
-    "zero": "tl.where(total[:, None] == 0, 0.0, acc / total[:, None])",
-    "uniform": "acc / total[:, None]",
-}
+#: By what a row without keys gives; ``{0}`` is the softmax of the others times the values.
+_RESULT: Final = {"nan": "{0}", "zero": "tl.where(total[:, None] == 0, 0.0, {0})", "uniform": "{0}"}
 #: Constants of a block update, besides the sizes written into it.
 _CONSTANTS: Final = ("BLOCK_N", "PRECISION", "FAST_TANH", "EVEN")
 
@@ -62,11 +60,17 @@ class KernelText(LogitsText):
         average = fill(AVERAGE, holes) if self._averages else ""
         hull = "" if self._hull is None else self._hull.kernel
         copies = phases.PHASES if self._bands else ""
-        texts = (fill(ATTEND, holes), average, hull, copies, fill(KERNEL, holes), describable, fill(LAUNCH, holes))
+        kernels = (self._dropout.function, fill(ATTEND, holes), average, hull, copies, fill(KERNEL, holes))
+        texts = (*kernels, describable, fill(LAUNCH, holes))
         body = "".join(texts)
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         script = {**holes, **script_holes(self.spec, self.dtype)}
-        return fill(HEADER, holes) + devices + body + fill(REFERENCE, script) + fill(MAIN, script)
+        check = script["philox"] + fill(REFERENCE, script) + fill(MAIN, script)
+        return fill(HEADER, holes) + devices + body + check
+
+    @property
+    def _dropout(self) -> Dropout:
+        return Dropout(self.spec)
 
     @cached_property
     def captures(self) -> tuple[CapturedTensor, ...]:
@@ -112,6 +116,8 @@ class KernelText(LogitsText):
             "load_k": self._tiles.load("k"),
             "load_v": self._tiles.load("v"),
             "block_max": self._block_max,
+            "stay": self._dropout.stay(),
+            "drop": self._dropout.drop("p"),
         }
 
     @property
@@ -126,12 +132,12 @@ class KernelText(LogitsText):
         captures = (name for c in self.captures for name in c.attend_names)
         tiles = ("q", *self._tiles.attend_names, *captures, "start")
         symbols = (name for name in ("b", "h", "i", "Sq") if name in self.symbols_read and name not in tiles)
-        return ("acc", "total", "peak", *tiles, *symbols, "Sk")
+        return tuple(dict.fromkeys(("acc", "total", "peak", *tiles, *symbols, *self._dropout.names, "Sk")))
 
     @property
     def _constants(self) -> tuple[str, ...]:
         """The compile-time constants that a block update shares with the kernel."""
-        return (*_CONSTANTS, *self._tiles.constants)
+        return tuple(dict.fromkeys((*self._dropout.blocks, *_CONSTANTS, *self._tiles.constants)))
 
     @property
     def _kernel(self) -> dict[str, str]:
@@ -155,7 +161,8 @@ class KernelText(LogitsText):
             "key_range": key_range_text(self.range, self.emit, self._hull is not None),
             "loops": "\n".join(self._loop(span) for span in loop_spans(self.range, self._hull is not None)),
             **self._average,
-            "result": _RESULT[self.spec.empty_rows],
+            "load_seed": self._dropout.load,
+            "result": _RESULT[self.spec.empty_rows].format(self._dropout.scaled("acc") + " / total[:, None]"),
             "out_mask": both(both("rows < Sq", e_inside), "total[:, None] != 0" if self._averages else ""),
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
@@ -184,8 +191,9 @@ class KernelText(LogitsText):
 
     @property
     def _pointers(self) -> tuple[str, ...]:
-        hull = ("hull_ptr",) if self._hull else ()
-        return ("q_ptr", "k_ptr", "v_ptr", *(f"{c.name}_ptr" for c in self.captures), *hull, "out_ptr", "lse_ptr")
+        further = (*self._dropout.tensors, *(("hull",) if self._hull else ()))
+        names = ("q", "k", "v", *(c.name for c in self.captures), *further, "out", "lse")
+        return tuple(f"{name}_ptr" for name in names)
 
     @property
     def _strides(self) -> tuple[str, ...]:
@@ -211,9 +219,10 @@ class KernelText(LogitsText):
         switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", even, *tma, "WIDE=wide", *hulled)
         sizes = ("heads", "kv_heads", "rows", "keys", *periods)
         given = (c.argument for c in self.captures)
-        tensors = ("q", *self._tiles.arguments, *given, *hull, "out", "lse")
+        tensors = ("q", *self._tiles.arguments, *given, *self._dropout.tensors, *hull, "out", "lse")
         arguments = (*tensors, *self._stride_values, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
         return {
+            **self._dropout.launch_holes,
             "allocate": allocation(self.spec, self.value_dim),
             "unpack_captures": unpacked(names),
             "describe": self._tiles.describe(self.config.block_n, padded(self.head_dim), padded(self.value_dim)),

@@ -28,6 +28,8 @@ def attend(
     p = tl.exp2($exponent)
     decay = tl.exp2((peak - shift) * $scale)
     total = total * decay + tl.sum(p, 1)
+    $stay
+    $drop
     acc = acc * decay[:, None]
     $load_v
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -86,6 +88,7 @@ def attention_kernel(
     q = tl.load(q_base + q_tile$q_mask)
     $tiles
     $capture_bases
+    $load_seed
 
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -124,11 +127,12 @@ if $first < $last:
 
 LAUNCH: Final = '''
 def launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = (), with_lse: bool = False
+    $launch_parameters
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B, H, Sq, $head_dim], k [B, G, Sk, $head_dim], v [B, G, Sk, $value_dim] -> out [B, H, Sq, $value_dim], lse.
 
     ``lse`` is the float32 log-sum-exp [B, H, Sq] of the logits, empty unless ``with_lse``.
+    $seed_meaning
     """
     batch, heads, rows, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]

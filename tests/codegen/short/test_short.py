@@ -77,7 +77,6 @@ def test_every_number_of_keys_fits_its_pieces(largest: int) -> None:
     ({"dtype": torch.float64}, "float64"),
     ({"dtype": torch.float32}, "registers"),
     ({"head_dim": 128, "value_dim": 128, "keys": 256}, "registers"),
-    ({"spec": dataclasses.replace(PLAIN, dropout=0.1)}, "dropout"),
 ])  # fmt: skip
 def test_objections(change: dict[str, object], reason: str) -> None:
     near_miss = dataclasses.replace(PROBLEM, **change)  # type: ignore[arg-type]

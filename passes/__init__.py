@@ -17,6 +17,8 @@ from fxopt.passes.canonical.rotary import Rotary
 from fxopt.passes.canonical.silu import Silu
 from fxopt.passes.canonical.softmax import Softmax
 from fxopt.passes.linear.patch_embedding import PatchEmbedding
+from fxopt.passes.norm.rep_batch_norm import RepBatchNorm
+from fxopt.passes.norm.unified_norm import UnifiedNorm
 from fxopt.rewriter.passes import Pass
 
 __all__ = [
@@ -30,11 +32,13 @@ __all__ = [
     "LayerNorm",
     "NoOps",
     "PatchEmbedding",
+    "RepBatchNorm",
     "RepeatHeads",
     "RmsNorm",
     "Rotary",
     "Silu",
     "Softmax",
+    "UnifiedNorm",
     "exact_pipeline",
 ]
 

@@ -190,5 +190,5 @@ def _compare(expected: Any, found: Any) -> None:
     if not same_places or not error <= _TOLERANCE * size:
         raise VerificationError(
             f"the converted model differs from the student in float64 by {error:.3g} where its largest value is "
-            f"{size:.3g}; a fold is wrong. convert(passes=[…]) leaves passes out, verify=False takes the result as it is"
+            f"{size:.3g}; a fold is wrong. passes=[…] leaves passes out, verify=False takes the result as it is"
         )

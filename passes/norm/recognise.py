@@ -54,11 +54,10 @@ class NormModule:
 
 
 def may_be_norm(module: nn.Module, calls: tuple[Call, ...]) -> bool:
-    """Whether tracing ``module`` is worth it: it has no modules inside, and parameters of one axis at most."""
+    """Whether tracing ``module`` is worth it: it has no modules inside and reads floating tensors."""
     if not calls or any(True for _ in module.children()):
         return False
-    small = all(parameter.dim() <= 1 for parameter in module.parameters())
-    return small and all(isinstance(arg, Tensor) and arg.is_floating_point() for arg in calls[0].args[:1])
+    return all(isinstance(arg, Tensor) and arg.is_floating_point() for arg in calls[0].args)
 
 
 def recognise(module: nn.Module, calls: tuple[Call, ...]) -> NormModule | str | None:
@@ -74,9 +73,15 @@ def recognise(module: nn.Module, calls: tuple[Call, ...]) -> NormModule | str | 
 
 
 def _isolated(module: nn.Module, call: Call) -> Program:
-    """The module on its own, canonical; sizes of the leading axes don't matter to a norm."""
-    inputs = tuple(torch.zeros([3] * (x.dim() - 1) + [x.shape[-1]], dtype=x.dtype, device=x.device) for x in call.args)
+    """The module on its own, canonical; leading sizes don't matter to a norm whose parameters have one axis."""
+    one_axis = all(parameter.dim() <= 1 for parameter in module.parameters())
+    inputs = tuple(torch.zeros(_sizes(x, one_axis), dtype=x.dtype, device=x.device) for x in call.args)
     return run_pipeline(from_export(module, inputs), _CANONICAL, strict=True).program
+
+
+def _sizes(x: Tensor, small: bool) -> list[int]:
+    sizes = [int(size) for size in x.shape]
+    return [*[3] * (len(sizes) - 1), *sizes[-1:]] if small else sizes
 
 
 def _objection(module: nn.Module, calls: tuple[Call, ...]) -> str:

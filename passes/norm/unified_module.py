@@ -163,15 +163,15 @@ def _second(x: Tensor, mask: Tensor | None, state: _State, smoothing: Smoothing,
     own = torch.where(counts, own, running)
     window = torch.where(_row(state, smoothing), own, state.second_WC.to(x.dtype))
     geometric = (window + statistics.eps).log().mean(0).exp() - statistics.eps
-    outlier = torch.zeros_like(counts)
+    smooth = _is_smooth(state, smoothing)
     if smoothing.filter_outliers:
         apart = window.mean(0) - geometric
-        outlier = (apart > smoothing.window * window.sqrt().var(correction=0)).any()
-    smooth = _is_smooth(state, smoothing) & ~outlier
+        outlier = smooth & (apart > smoothing.window * window.sqrt().var(correction=0)).any()
+        smooth = smooth & ~outlier
+        window = torch.where(_row(state, smoothing) & outlier, running, window)
     used = torch.where(smooth, geometric, own)
-    entry = torch.where(outlier, running, own)
-    state.second_WC.copy_(torch.where(_row(state, smoothing), entry, window))
-    state.batch_second.copy_(torch.where(outlier, running, used))
+    state.second_WC.copy_(window)
+    state.batch_second.copy_(used)
     state.fresh.copy_(counts)
     return used
 

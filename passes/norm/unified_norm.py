@@ -30,15 +30,15 @@ class UnifiedNorm:
     optimiser ``v = v_t``; after them ``v`` is the geometric mean ``exp(mean log(v_i + ε)) − ε`` of the last ``window``
     steps. The running ``v`` moves towards it by ``momentum``.
 
-    Backward, with ``g`` the gradient of ``z = x / √(v + ε)`` and ``m_t`` the mean of ``g ⊙ z`` over tokens, the gradient
-    of ``x`` is ``r ⊙ (g − ψ ⊙ z) / √(v + ε)``. In the warm-up ``ψ = m_t``, which is the derivative; after it ``ψ`` moves
-    towards the mean of the last ``window`` values of ``m`` by ``momentum`` a step. ``r`` is
+    Backward, with ``g`` the gradient of ``z = x / √(v + ε)`` and ``m_t`` the mean of ``g ⊙ z`` over tokens, the
+    gradient of ``x`` is ``r ⊙ (g − ψ ⊙ z) / √(v + ε)``. In the warm-up ``ψ = m_t``, which is the derivative; after it
+    ``ψ`` moves towards the mean of the last ``window`` values of ``m`` by ``momentum`` a step. ``r`` is
     ``√((v + ε) / (v_running + ε))`` within 1/5 and 5, and 1 in the first 1000 steps and the warm-up. Under a gradient
     scaler ``ψ`` is in scaled units, so a scale that changes disturbs it for a few steps.
 
-    With ``filter_outliers`` a step in which the arithmetic and geometric mean of a channel's window lie further apart
-    than ``window`` times the variance of ``√v`` over the whole window uses its own ``v_t``, and leaves the running
-    value in the window instead of it.
+    With ``filter_outliers`` a step after the warm-up in which the arithmetic and geometric mean of a channel's window
+    lie further apart than ``window`` times the variance of ``√v`` over the window's steps and channels uses its own
+    ``v_t``, and leaves the running value in the window instead of it.
 
     γ and β are the original's weight and bias under their names, made where it has none. New in the ``state_dict`` are
     the buffers ``running_second``, ``second_window``, ``gradient_window``, ``gradient_average`` and ``step``.

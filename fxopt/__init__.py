@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from fxopt import passes
     from fxopt.api import Program, RewrittenModule, capture, explain, explain_program, optimize, rewrite
-    from fxopt.conversion import ConvertedModule, convert
+    from fxopt.conversion import convert
     from fxopt.errors import FxoptError, FxoptWarning
     from fxopt.ir.site import Site
     from fxopt.report.report import Report
@@ -49,7 +49,6 @@ _HOME: Final[dict[str, str]] = {
     "register_pass": "fxopt.rewriter.registry",
     "Rejection": "fxopt.rewriter.rule",
     "Rule": "fxopt.rewriter.rule",
-    "ConvertedModule": "fxopt.conversion",
     "convert": "fxopt.conversion",
     "advance": "fxopt.training",
     "prepare": "fxopt.training",
@@ -57,7 +56,7 @@ _HOME: Final[dict[str, str]] = {
 }
 
 __all__ = [
-    "Builder", "ConvertedModule", "FxoptError", "FxoptWarning", "Pass", "PassResult", "Program", "Rejection", "Report",
+    "Builder", "FxoptError", "FxoptWarning", "Pass", "PassResult", "Program", "Rejection", "Report",
     "RewrittenModule", "Rule", "Site", "advance", "apply_rules", "capture", "convert", "explain", "explain_program",
     "optimize", "passes", "prepare", "prepared", "register_pass", "rewrite",
 ]  # fmt: skip

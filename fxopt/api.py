@@ -21,7 +21,6 @@ from fxopt.lowering.options import Options, read_options
 from fxopt.report.dump import dump
 from fxopt.report.report import Report
 from fxopt.rewriter.passes import Pass
-from fxopt.rewriter.pipeline import PipelineResult
 from fxopt.rewritten import RewrittenModule
 
 __all__ = ["Program", "RewrittenModule", "capture", "explain", "explain_program", "optimize", "rewrite"]
@@ -189,17 +188,11 @@ def rewrite(
     chosen = read_options({**options, **({} if passes is None else {"passes": passes})})
 
     def build(source: nn.Module) -> ir.Program:
-        return rewrite_once(source, args, kwargs, dynamic_shapes, chosen).program
+        program = from_export(source, args, kwargs, dynamic_shapes)
+        result = driver.rewrite(program, chosen)
+        for record in result.records:
+            if record.failure:
+                warnings.warn(f"pass {record.name} was rolled back: {record.failure}", FxoptWarning, stacklevel=4)
+        return result.program
 
     return RewrittenModule(model, build)
-
-
-def rewrite_once(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, options: Options
-) -> PipelineResult:
-    """Capture ``model`` in the mode it is in and run the passes; says so where one was rolled back."""
-    result = driver.rewrite(from_export(model, args, kwargs, dynamic_shapes), options)
-    for record in result.records:
-        if record.failure:
-            warnings.warn(f"pass {record.name} was rolled back: {record.failure}", FxoptWarning, stacklevel=5)
-    return result

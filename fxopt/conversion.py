@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fxopt.api import rewrite_once
+from fxopt import driver
+from fxopt.api import capture, rewrite
 from fxopt.errors import FxoptWarning, PreparationError, VerificationError
 from fxopt.ir.nodes import source
 from fxopt.ir.program import Program
@@ -24,16 +25,10 @@ from fxopt.rewriter.passes import Pass
 from fxopt.rewriter.progressive import StudentHook, exchange, progressive_modules
 from fxopt.rewritten import RewrittenModule
 from fxopt.testing.oracle import double_precision, oracle, upcast
-from fxopt.training import Prepared, prepared, unwrapped
+from fxopt.training import Prepared, kind_of, prepared, unwrapped
 
 #: Largest difference of the converted model from the student in float64, relative to the largest value of a result.
 _TOLERANCE: Final = 1e-9
-
-
-class ConvertedModule(RewrittenModule):
-    """A `RewrittenModule` with the report of what became of it in evaluation."""
-
-    report: Report
 
 
 def convert(
@@ -43,7 +38,7 @@ def convert(
     passes: Sequence[str | Pass] | None = None,
     verify: bool = True,
     strict: bool = False,
-) -> ConvertedModule:
+) -> RewrittenModule:
     """The trained student as an ordinary fast model: statistics, plain forms, folds, and the other exact passes.
 
     ``data`` refreshes running statistics first, with the weights as they are: dropout and the last steps of training
@@ -70,16 +65,31 @@ def convert(
         UnknownPassError: a pass name that is not registered.
         VerificationError: the converted model differs from the student by more than rounding in float64.
     """
-    record = prepared(student)
     options = read_options({"strict": strict, **({} if passes is None else {"passes": passes})})
+    record = prepared(student)
     trained = copy.deepcopy(unwrapped(student)).eval()
     _say_unfinished(trained)
     if data is not None:
         _recalibrate(trained, data)
-    converted = _rewritten(trained, record, options)
+    example = _as_now(record, trained)
+    converted = _rewritten(_plain(trained), example, options)
+    converted.report = _report(_plain(trained), example, options, list(progressive_modules(trained)))
     if verify:
-        _verify(trained, record, options)
+        _verify(trained, example, options)
     return converted
+
+
+def _as_now(record: Prepared, trained: nn.Module) -> Prepared:
+    """The example arguments on the device, and in the precision, that the student was moved to since."""
+    before, now = record.like, kind_of(trained)
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(now.device, now.dtype if value.dtype == before.dtype else value.dtype)
+
+    args, kwargs = pytree.tree_map(move, (record.args, dict(record.kwargs)))
+    return replace(record, args=args, kwargs=kwargs)
 
 
 def _say_unfinished(trained: nn.Module) -> None:
@@ -134,19 +144,25 @@ def _plain(trained: nn.Module) -> nn.Module:
     return plain
 
 
-def _rewritten(trained: nn.Module, record: Prepared, options: Options) -> ConvertedModule:
-    reports: list[Report] = []
+def _rewritten(plain: nn.Module, example: Prepared, options: Options) -> RewrittenModule:
+    return rewrite(
+        plain,
+        example.args,
+        example.kwargs,
+        passes=options.passes,
+        dynamic_shapes=example.dynamic_shapes,
+        strict=options.strict,
+    )
 
-    def build(model: nn.Module) -> Program:
-        result = rewrite_once(model, record.args, record.kwargs, record.dynamic_shapes, options)
-        reports.append(Report.of(result))
-        return result.program
 
-    converted = ConvertedModule(_plain(trained), build)
-    report, left = reports[0], _left_over(converted.program(), list(progressive_modules(trained)))
+def _report(plain: nn.Module, example: Prepared, options: Options, names: Sequence[str]) -> Report:
+    """What the passes do with the plain model, and of every exchanged norm whether something of it is left."""
+    program = capture(plain, example.args, example.kwargs, example.dynamic_shapes)
+    result = driver.rewrite(program, options)
+    report = Report.of(result)
     told = {site.source.module for site in report.sites if site.status == "kept"}
-    converted.report = replace(report, sites=(*report.sites, *(s for s in left if s.source.module not in told)))
-    return converted
+    left = (site for site in _left_over(result.program, names) if site.source.module not in told)
+    return replace(report, sites=(*report.sites, *left))
 
 
 def _left_over(program: Program, names: Sequence[str]) -> Iterator[Site]:
@@ -167,14 +183,11 @@ def _left_over(program: Program, names: Sequence[str]) -> Iterator[Site]:
             yield Site("norm", "kept", "", reason, where, tuple(node.name for node in nodes))
 
 
-def _verify(trained: nn.Module, record: Prepared, options: Options) -> None:
+def _verify(trained: nn.Module, example: Prepared, options: Options) -> None:
     """Compare the folded model with the unfolded student, both in float64 from end to end."""
-    args, kwargs = upcast((record.args, dict(record.kwargs)))
+    args, kwargs = upcast((example.args, dict(example.kwargs)))
     reference = oracle(trained, *args, **kwargs)
-    wide = RewrittenModule(
-        _plain(copy.deepcopy(trained).double()),
-        lambda model: rewrite_once(model, args, kwargs, record.dynamic_shapes, options).program,
-    )
+    wide = _rewritten(_plain(copy.deepcopy(trained).double()), replace(example, args=args, kwargs=kwargs), options)
     with torch.no_grad(), double_precision():
         actual = wide(*args, **kwargs)
     for expected, found in zip(pytree.tree_leaves(reference), pytree.tree_leaves(actual), strict=True):

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
 from fxopt.ir.program import Program
+from fxopt.report.report import Report
 
 
 class RewrittenModule(nn.Module):
@@ -21,7 +22,12 @@ class RewrittenModule(nn.Module):
     the same outputs. The graph depends on the mode (dropout, batch statistics): switching with `train` or `eval`
     rewrites the model for that mode at the next call. Use it with ``state_dict``, ``.to()``, ``torch.compile``,
     ``torch.export``.
+
+    Attributes:
+        report: what became of the model, where `fxopt.convert` made this.
     """
+
+    report: Report | None = None
 
     def __init__(self, model: nn.Module, build: Callable[[nn.Module], Program]) -> None:
         super().__init__()

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fxopt import backend, driver
 from fxopt.errors import CaptureError, OptionError, PreparationError
@@ -39,12 +40,14 @@ class Prepared:
         args: example positional arguments.
         kwargs: example keyword arguments.
         dynamic_shapes: which sizes are symbolic.
+        like: an empty tensor on the device and in the precision that the model had.
     """
 
     report: Report
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    dynamic_shapes: Any = None
+    dynamic_shapes: Any
+    like: Tensor
 
 
 def prepare(
@@ -90,7 +93,7 @@ def prepare(
     report = _report(program, done)
     if not any(site.status == "rewritten" for site in report.sites):
         raise PreparationError(_nothing_done(model, chosen, report))
-    setattr(copied, _RECORD, Prepared(report, args, dict(kwargs or {}), dynamic_shapes))
+    setattr(copied, _RECORD, Prepared(report, args, dict(kwargs or {}), dynamic_shapes, kind_of(model)))
     return copied
 
 
@@ -128,6 +131,12 @@ def unwrapped(student: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return student
         student = inner
+
+
+def kind_of(model: nn.Module) -> Tensor:
+    """An empty tensor on the device, and of the dtype, of the first floating parameter of ``model``."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.empty(0, dtype=first.dtype, device=first.device)
 
 
 def _check_model(model: nn.Module, args: tuple[Any, ...]) -> None:

@@ -31,18 +31,17 @@ def moments(x: Tensor, mask: Tensor | None, *, synchronize: bool) -> Moments:
     axes = tuple(range(x.dim() - 1))
     if mask is None and x.numel():
         variance, mean = torch.var_mean(x, axes, correction=0)
-        found = Moments(x.new_full((), x.numel() // x.shape[-1]), mean, variance)
+        found = Moments(count_of(x, mask), mean, variance)
     else:
-        keep = torch.ones_like(x[..., :1], dtype=torch.bool) if mask is None else mask.expand(*x.shape[:-1], 1)
-        found = _masked(x, keep, axes)
+        found = _masked(x, mask, axes)
     return _over_processes(found) if synchronize and _several_processes() else found
 
 
 def average(x: Tensor, mask: Tensor | None, *, synchronize: bool) -> tuple[Tensor, Tensor]:
     """Number of tokens that count, and the mean ``[C]`` of ``x [..., C]`` over them; no gradient flows through it."""
     axes = tuple(range(x.dim() - 1))
-    keep = torch.ones_like(x[..., :1], dtype=torch.bool) if mask is None else mask.expand(*x.shape[:-1], 1)
-    return average_of(torch.where(keep, x, 0).sum(axes), keep.sum().to(x.dtype), synchronize=synchronize)
+    kept = x if mask is None else torch.where(mask, x, 0)
+    return average_of(kept.sum(axes), count_of(x, mask), synchronize=synchronize)
 
 
 def average_of(total: Tensor, count: Tensor, *, synchronize: bool) -> tuple[Tensor, Tensor]:
@@ -62,12 +61,19 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, a.mean + share * apart, spread)
 
 
-def _masked(x: Tensor, keep: Tensor, axes: tuple[int, ...]) -> Moments:
-    """What does not count may be anything, NaN too."""
-    count = keep.sum().to(x.dtype)
+def count_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """How many tokens of ``x [..., C]`` count, in the dtype of ``x``."""
+    if mask is None:
+        return x.new_full((), x.shape[:-1].numel())
+    return mask.expand(*x.shape[:-1], 1).sum().to(x.dtype)
+
+
+def _masked(x: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> Moments:
+    """What does not count may be anything, NaN too; there may be no token at all."""
+    keep = torch.ones_like(x[..., :1], dtype=torch.bool) if mask is None else mask
+    count = count_of(x, mask)
     number = count.clamp(min=1)
-    kept = torch.where(keep, x, 0)
-    mean = kept.sum(axes) / number
+    mean = torch.where(keep, x, 0).sum(axes) / number
     variance = torch.where(keep, x - mean, 0).square().sum(axes) / number
     return Moments(count, mean, variance)
 

@@ -55,7 +55,7 @@ class RunningNorm(Progressive):
         self._gathered: Moments | None = None
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=like.device))
         # Whether a forward in training left statistics since the last step.
-        self.state("fresh", torch.zeros((), device=like.device), lasting=False)
+        self.state("fresh", torch.zeros((), dtype=torch.bool, device=like.device), lasting=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C]`` to ``[..., C]``."""

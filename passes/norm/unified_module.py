@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fxopt.passes.norm.moments import Moments, average, average_of
+from fxopt.passes.norm.moments import Moments, average, average_of, count_of
 from fxopt.passes.norm.recognise import NormModule
 from fxopt.passes.norm.running import RunningNorm, Statistics
 from fxopt.passes.norm.token_mask import TokenMask
@@ -137,7 +137,7 @@ class _Smoothed(torch.autograd.Function):
         second = _second(x, mask, state, smoothing, statistics)
         inverse = torch.rsqrt(second + statistics.eps)
         z = x * inverse
-        count = x.new_full((), x.numel() // x.shape[-1]) if mask is None else _count(x, mask)
+        count = count_of(x, mask)
         scale = _scale(second, state, smoothing, statistics)
         ctx.save_for_backward(z, inverse * scale, count, *(() if mask is None else (mask,)))
         ctx.state, ctx.smoothing, ctx.statistics = state, smoothing, statistics
@@ -201,7 +201,3 @@ def _row(state: _State, smoothing: Smoothing) -> Tensor:
 def _is_smooth(state: _State, smoothing: Smoothing) -> Tensor:
     """Whether the warm-up is over and the windows are full."""
     return state.step >= max(smoothing.warmup, smoothing.window - 1)
-
-
-def _count(x: Tensor, mask: Tensor) -> Tensor:
-    return mask.expand(*x.shape[:-1], 1).sum().to(x.dtype)

@@ -52,7 +52,7 @@ def test_the_share_is_exact_in_float32_for_long_schedules() -> None:
     norm = rep_norm(steps=300_000, warmup=10_000)
     for step in (0, 10_000, 10_001, 159_999, 309_999, 310_000, 10**9):
         norm.step.fill_(step)
-        expected = torch.tensor((300_000 - min(max(step - 10_000, 0), 300_000))) / torch.tensor(300_000)
+        expected = torch.tensor(300_000 - min(max(step - 10_000, 0), 300_000)) / torch.tensor(300_000)
         assert torch.equal(norm.share(torch.float32), expected)
 
 
@@ -179,7 +179,10 @@ def test_with_all_tokens_masked_the_running_statistics_serve_and_stay() -> None:
 
 @pytest.mark.parametrize(
     ("mask", "message"),
-    [(torch.zeros(4, 1, 1, 5), "this one is torch.float32"), (torch.ones(5, 4, dtype=torch.int64), "does not lie over")],
+    [
+        (torch.zeros(4, 1, 1, 5), "this one is torch.float32"),
+        (torch.ones(5, 4, dtype=torch.int64), "does not lie over"),
+    ],
 )
 def test_a_mask_that_is_not_one_of_tokens_is_an_error(mask: Tensor, message: str) -> None:
     student = fxopt.prepare(encoder(), (inputs(1)[0],), passes=[RepBatchNorm(steps=5)]).train()

@@ -20,9 +20,12 @@ from benchmarks.environment import environment
 from benchmarks.progress import Progress
 
 Inputs = tuple[Any, ...]
-#: Norm name to the passes that exchange LayerNorm for it, given the steps of the whole training.
-NORMS: Final[dict[str, Callable[[int], list[fxopt.Pass]]]] = {
-    "LayerNorm": lambda steps: [],
+#: Name to the trainable passes that make a variant, given the steps of the whole training.
+Variants = Mapping[str, Callable[[int], list[fxopt.Pass]]]
+#: What the others are compared with.
+BASELINE: Final = "LayerNorm"
+NORMS: Final[Variants] = {
+    BASELINE: lambda steps: [],
     "BatchNorm, swapped": lambda steps: [fxopt.passes.RepBatchNorm(steps=0, alpha=None)],
     "RepBatchNorm": lambda steps: [fxopt.passes.RepBatchNorm(steps=steps * 7 // 10, warmup=steps // 10)],
     "UnifiedNorm": lambda steps: [fxopt.passes.UnifiedNorm(warmup=steps // 10)],
@@ -72,15 +75,15 @@ class Run:
     seconds: float = 0.0
 
 
-def run_all(task: Task, settings: Settings, norms: Sequence[str], seeds: Sequence[int], clock: Progress) -> list[Run]:
-    """Train with every norm and seed; a norm is compiled once, and each seed loads its own first state."""
+def run_all(task: Task, settings: Settings, variants: Variants, seeds: Sequence[int], clock: Progress) -> list[Run]:
+    """Train every variant with every seed; a variant is compiled once, and each seed loads its own first state."""
     runs = []
-    for norm in norms:
+    for norm, passes in variants.items():
         torch._dynamo.reset()
         student: nn.Module | None = None
         step: Callable[..., Any] | None = None
         for seed in seeds:
-            fresh = _student(task, settings, norm, seed)
+            fresh = _student(task, settings, passes(settings.steps), seed)
             if student is None or step is None:
                 student = fresh
                 step = torch.compile(student) if settings.compiled else student
@@ -88,17 +91,18 @@ def run_all(task: Task, settings: Settings, norms: Sequence[str], seeds: Sequenc
             run = Run(norm, seed)
             start = clock.elapsed
             _train(task, settings, student.train(), step, run)
-            run.score = task.score(_finished(task, student, norm, seed), seed)
+            is_student = norm != BASELINE
+            finished = fxopt.convert(student, task.calibration(seed)) if is_student else student.eval()
+            run.score = task.score(finished, seed)
             run.seconds = clock.elapsed - start
             clock.say(f"{norm}, seed {seed}: score {run.score:.4f}, training loss {run.curve[-1]:.4f}")
             runs.append(run)
     return runs
 
 
-def _student(task: Task, settings: Settings, norm: str, seed: int) -> nn.Module:
+def _student(task: Task, settings: Settings, passes: Sequence[fxopt.Pass], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = task.model().to(settings.device)
-    passes = NORMS[norm](settings.steps)
     example, _ = next(task.batches(seed))
     return fxopt.prepare(model, example, passes=passes) if passes else model
 
@@ -124,12 +128,6 @@ def _train(task: Task, settings: Settings, student: nn.Module, step: Callable[..
             losses.clear()
 
 
-def _finished(task: Task, student: nn.Module, norm: str, seed: int) -> nn.Module:
-    if norm == "LayerNorm":
-        return student.eval()
-    return fxopt.convert(student, task.calibration(seed))
-
-
 def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors don't."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -145,14 +143,14 @@ def _rate(steps: int) -> Callable[[int], float]:
 
 
 def report(title: str, runs: Sequence[Run], task: Task) -> str:
-    """A table of the norms: score and last training loss over the seeds, against LayerNorm's."""
+    """A table of the variants: score and last training loss over the seeds, against the baseline's."""
     table = Table(title=title, box=box.MARKDOWN)
     for heading in ("norm", "score", "±", "against LayerNorm", "last training loss", "seconds a run"):
         table.add_column(heading, justify="left" if heading == "norm" else "right")
     by_norm: dict[str, list[Run]] = {}
     for run in runs:
         by_norm.setdefault(run.norm, []).append(run)
-    base = _mean(run.score for run in by_norm.get("LayerNorm", []))
+    base = _mean(run.score for run in by_norm.get(BASELINE, []))
     for norm, group in by_norm.items():
         score = _mean(run.score for run in group)
         spread = max(run.score for run in group) - min(run.score for run in group)

@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings(steps, options.rate, max(1, steps // 20), options.device, compiled=not options.tiny)
     corpus = Corpus(options.text, sizes, options.device)
     task = Task(lambda: Decoder(sizes), corpus.batches, loss, corpus.score, corpus.calibration)
-    runs = run_all(task, settings, options.norms, options.seeds, Progress())
+    runs = run_all(task, settings, {norm: NORMS[norm] for norm in options.norms}, options.seeds, Progress())
     title = f"Loss in nats a byte on the last tenth of {options.text.name}, {steps} steps, seeds {options.seeds}"
     print(report(title, runs, task))
     if options.output:

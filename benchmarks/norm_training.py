@@ -154,7 +154,7 @@ def report(title: str, runs: Sequence[Run], task: Task) -> str:
     for norm, group in by_norm.items():
         score = _mean(run.score for run in group)
         spread = max(run.score for run in group) - min(run.score for run in group)
-        against = f"{100 * (score - base):+.2f} points" if task.higher_is_better else f"{score / base - 1:+.2%}"
+        against = f"{score - base:+.2f} points" if task.higher_is_better else f"{score / base - 1:+.2%}"
         last, seconds = _mean(run.curve[-1] for run in group), _mean(run.seconds for run in group)
         table.add_row(norm, f"{score:.4f}", f"{spread / 2:.4f}", against, f"{last:.4f}", f"{seconds:.1f}")
     console = Console(width=120)

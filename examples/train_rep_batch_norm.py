@@ -121,7 +121,6 @@ def main(steps: int = 300) -> tuple[list[float], fxopt.Report]:
         raise RuntimeError("the resumed run differs from the uninterrupted one")
 
     fast = fxopt.convert(student, [text[:, :-1] for text in islice(excerpts(seed=2), 8)])
-    assert fast.report is not None
     print(f"\n{fast.report}\n")
     with torch.no_grad():
         before, after = (float(loss_of(model.eval(), next(excerpts(seed=3)))) for model in (student, fast))

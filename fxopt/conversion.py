@@ -42,9 +42,10 @@ def convert(
     """The trained student as an ordinary fast model: statistics, plain forms, folds, and the other exact passes.
 
     ``data`` refreshes running statistics first, with the weights as they are: dropout and the last steps of training
-    have moved what they describe. The statistics are those of all its tokens together. Then each progressive module
-    gives way to the plain form that it has in evaluation, computed in float64 and rounded once, and the exact passes
-    fold that into its neighbours where they can. The student is not changed.
+    have moved what they describe. The statistics are those of all its tokens together, and of this process alone where
+    there are several. Then each progressive module gives way to the plain form that it has in evaluation, computed in
+    float64 and rounded once, and the exact passes fold that into its neighbours where they can. The student is not
+    changed.
 
     Args:
         student: what `fxopt.prepare` made, wrapped (``torch.compile``, ``DistributedDataParallel``) or not.

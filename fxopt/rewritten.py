@@ -24,10 +24,10 @@ class RewrittenModule(nn.Module):
     ``torch.export``.
 
     Attributes:
-        report: what became of the model, where `fxopt.convert` made this.
+        report: what became of the model; only where `fxopt.convert` made this.
     """
 
-    report: Report | None = None
+    report: Report
 
     def __init__(self, model: nn.Module, build: Callable[[nn.Module], Program]) -> None:
         super().__init__()

@@ -188,15 +188,15 @@ def _report(program: Program, done: Sequence[tuple[TrainablePass, Preparation]])
             if site.status == "rewritten" or _key(site) not in told:
                 told[_key(site)] = site
     subjects = {current.kind: current.subject for current, _ in done}
-    sites: dict[tuple[str, str, tuple[str, ...]], Site] = {}
+    sites: dict[tuple[tuple[str, str], tuple[str, ...]], Site] = {}
     for site in Report.of(driver.rewrite(program, Options())).sites:
         if _key(site) in told:
-            sites[(*_key(site), ())] = replace(told[_key(site)], nodes=site.nodes)
+            sites[_key(site), ()] = replace(told[_key(site)], nodes=site.nodes)
         elif site.kind in subjects:
             reason = f"it is not {subjects[site.kind]}"
-            sites[(*_key(site), site.nodes)] = replace(site, status="kept", rule="", reason=reason)
+            sites[_key(site), site.nodes] = replace(site, status="kept", rule="", reason=reason)
     for key, site in told.items():
-        sites.setdefault((*key, ()), site)
+        sites.setdefault((key, ()), site)
     summaries = tuple(_summary(current, preparation) for current, preparation in done)
     notes = tuple(note for _, preparation in done for note in preparation.notes)
     return Report(tuple(sites.values()), summaries, notes=notes)

@@ -66,6 +66,10 @@ class Progressive(nn.Module):
 class StudentHook:
     """Base of the forward pre-hooks that a trainable pass puts on the whole model; they end with the training."""
 
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See ``torch.nn.Module.register_forward_pre_hook``, with keyword arguments."""
+        raise NotImplementedError
+
 
 @dataclass
 class Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """``count`` tokens ``[]``, their mean ``[C]`` and their variance ``[C]`` without Bessel's correction."""
+    """The number of tokens ``[]``, their mean ``[C]``, and their variance ``[C]`` without Bessel's correction."""
 
-    count: Tensor
+    tokens: Tensor
     mean: Tensor
     variance: Tensor
 
@@ -54,8 +55,8 @@ def average_of(total: Tensor, count: Tensor, *, synchronize: bool) -> tuple[Tens
 
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of the tokens of both."""
-    count = a.count + b.count
-    share = b.count / count.clamp(min=1)
+    count = a.tokens + b.tokens
+    share = b.tokens / count.clamp(min=1)
     apart = b.mean - a.mean
     spread = (1 - share) * a.variance + share * b.variance + share * (1 - share) * apart.square()
     return Moments(count, a.mean + share * apart, spread)
@@ -84,8 +85,9 @@ def _several_processes() -> bool:
 
 def _over_processes(own: Moments) -> Moments:
     """The moments of all processes' tokens, from one collective call."""
-    packed = torch.cat((own.count.reshape(1), own.mean, own.variance))
-    all_RK: Tensor = _Gather.apply(packed)
+    packed = torch.cat((own.tokens.reshape(1), own.mean, own.variance))
+    gather: Callable[[Tensor], Tensor] = _Gather.apply
+    all_RK = gather(packed)
     count_R1, mean_RC, variance_RC = all_RK.split((1, own.mean.numel(), own.mean.numel()), dim=1)
     count = count_R1.sum()
     share_R1 = count_R1 / count.clamp(min=1)

@@ -89,12 +89,12 @@ class RepNorm(RunningNorm):
         mask = self.mask.over(x)
         found = moments(x, mask, synchronize=self.statistics.synchronize)
         if mask is not None:
-            any_counts = found.count > 0
+            any_counts = found.tokens > 0
             mean = torch.where(any_counts, found.mean, self.running_mean.to(x.dtype))
-            found = Moments(found.count, mean, torch.where(any_counts, found.variance, self.running_var.to(x.dtype)))
+            found = Moments(found.tokens, mean, torch.where(any_counts, found.variance, self.running_var.to(x.dtype)))
         self.batch_mean.copy_(found.mean.detach())
         self.batch_variance.copy_(found.variance.detach())
-        self.fresh.copy_(found.count > 0)
+        self.fresh.copy_(found.tokens > 0)
         share = self.share(x.dtype)
         return share * self._original(x) + (1 - share) * self.normalised(x, found)
 

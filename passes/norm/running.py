@@ -86,8 +86,11 @@ class RunningNorm(Progressive):
         raise NotImplementedError
 
     def _gathering_forward(self, x: Tensor) -> Tensor:
-        """Every norm sees its inputs as in training: those above it normalise by the batch at hand."""
-        found = moments(x.double(), self.mask.over(x), synchronize=self.statistics.synchronize)
+        """Every norm sees its inputs as in training: those above it normalise by the batch at hand.
+
+        Other processes are not asked, as they may not be converting.
+        """
+        found = moments(x.double(), self.mask.over(x), synchronize=False)
         assert self._gathered is not None
         self._gathered = merge(self._gathered, found)
         narrow = Moments(*(value.to(x.dtype) for value in found))
@@ -99,7 +102,7 @@ class RunningNorm(Progressive):
 
     def gather(self, active: bool) -> None:
         """See `Progressive.gather`."""
-        if not active and self._gathered is not None and float(self._gathered.count) > 0:
+        if not active and self._gathered is not None and float(self._gathered.tokens) > 0:
             self.keep(self._gathered)
         zeros = torch.zeros(self.meaning.channels, dtype=torch.float64, device=self.step.device)
         self._gathered = Moments(zeros.new_zeros(()), zeros, zeros) if active else None

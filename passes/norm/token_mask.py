@@ -59,6 +59,7 @@ class MaskReader(StudentHook):
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember the argument ``name`` of this call, or that there is none."""
-        by_position = self.position is not None and len(args) > self.position
-        given = args[self.position] if by_position else kwargs.get(self.name)
+        given = kwargs.get(self.name)
+        if self.position is not None and len(args) > self.position:
+            given = args[self.position]
         self.mask.value = given if isinstance(given, torch.Tensor) else None

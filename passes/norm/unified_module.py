@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -103,8 +104,8 @@ class UnifiedNormalisation(RunningNorm):
             self.step, self.running_second, self.second_window, self.batch_second, self.gradient_window,
             self.gradient_average, self.batch_gradient, self.fresh,
         )  # fmt: skip
-        normal: Tensor = _Smoothed.apply(x, self.mask.over(x), *state, self.smoothing, self.statistics)
-        return self._scaled(normal)
+        apply: Callable[..., Tensor] = _Smoothed.apply
+        return self._scaled(apply(x, self.mask.over(x), *state, self.smoothing, self.statistics))
 
     def normalised(self, x: Tensor, found: Moments) -> Tensor:
         """``γ ⊙ x / √(v + ε) + β``."""

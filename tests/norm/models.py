@@ -28,7 +28,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x)))) + self.down(self.up(self.root(x)))
+        y: Tensor = x + self.down(torch.relu(self.up(self.norm(x)))) + self.down(self.up(self.root(x)))
+        return y
 
 
 class Encoder(nn.Module):

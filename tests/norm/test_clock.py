@@ -150,7 +150,7 @@ def test_activation_checkpoints_change_nothing(chosen: fxopt.Pass, reentrant: bo
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, mask: Tensor | None) -> float:
-    loss = (model(x.clone().requires_grad_(), mask) - x.cos()).square().mean()
+    loss: Tensor = (model(x.clone().requires_grad_(), mask) - x.cos()).square().mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

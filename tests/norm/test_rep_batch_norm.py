@@ -63,7 +63,7 @@ def test_training_mixes_the_original_with_the_batch_norm_of_the_batch(step: int)
     x = inputs(1)[0].double().requires_grad_()
     share = 1 - step / 4
     variance, mean = torch.var_mean(x.flatten(0, 1), 0, correction=0)
-    original = layer_norm(x, (CHANNELS,), norm.weight, norm.bias)
+    original = layer_norm(x, (CHANNELS,), norm.get_parameter("weight"), norm.get_parameter("bias"))
     expected = share * original + (1 - share) * batch_norm(norm, x, mean, variance)
     found = norm(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -238,7 +238,7 @@ def test_an_empty_batch_changes_no_statistics() -> None:
 
 def test_half_precision_is_computed_in_float32() -> None:
     student = fxopt.prepare(encoder().bfloat16(), (inputs(1)[0].bfloat16(),), passes=[RepBatchNorm(steps=4)])
-    norm = student.last.train()
+    norm = student.get_submodule("last").train()
     assert isinstance(norm, RepNorm)
     norm.step.fill_(2)
     assert norm.running_mean.dtype == torch.float32

@@ -16,6 +16,10 @@ from tests.norm.models import CHANNELS, One, inputs
 EPS = 1e-5
 
 
+def scaled(norm: UnifiedNormalisation, normal: Tensor) -> Tensor:
+    return normal * norm.get_parameter("weight") + norm.get_parameter("bias")
+
+
 def unified(norm: nn.Module | None = None, **options: Any) -> UnifiedNormalisation:
     """In float64, with a weight and a bias unlike 1 and 0."""
     torch.manual_seed(0)
@@ -32,7 +36,7 @@ def unified(norm: nn.Module | None = None, **options: Any) -> UnifiedNormalisati
 def test_in_the_warm_up_it_is_a_norm_without_mean_and_its_derivative() -> None:
     norm = unified(warmup=100)
     x = inputs(1)[0].double().requires_grad_()
-    expected = x / (x.square().mean((0, 1)) + EPS).sqrt() * norm.weight + norm.bias
+    expected = scaled(norm, x / (x.square().mean((0, 1)) + EPS).sqrt())
     found = norm(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     cotangent, sources = torch.randn_like(x), [x, *norm.parameters()]
@@ -68,7 +72,7 @@ def by_formula(
 @pytest.mark.parametrize(("warmup", "window"), [(0, 4), (3, 2), (5, 4), (0, 1)])
 def test_after_the_warm_up_second_moments_and_gradients_are_smoothed(warmup: int, window: int) -> None:
     norm = unified(warmup=warmup, window=window)
-    gain, bias = (value.detach() for value in (norm.weight, norm.bias))
+    gain, bias = (norm.get_parameter(name).detach() for name in ("weight", "bias"))
     batches = [x.double() for x in inputs(10)]
     cotangents = [x.double() for x in inputs(10, seed=7)]
     results, gradients, running = by_formula(batches, cotangents, gain, warmup, window)
@@ -112,7 +116,7 @@ def test_a_step_with_an_outlier_is_not_smoothed_and_stays_out_of_the_window() ->
     outlier = batches[5].clone()
     outlier[..., 2] *= 1000
     y = norm(outlier)
-    own = outlier / (outlier.square().mean((0, 1)) + EPS).sqrt() * norm.weight + norm.bias
+    own = scaled(norm, outlier / (outlier.square().mean((0, 1)) + EPS).sqrt())
     torch.testing.assert_close(y, own, rtol=1e-12, atol=1e-12)
     ordinary[1] = running
     torch.testing.assert_close(norm.second_window, ordinary, rtol=1e-12, atol=0)
@@ -125,7 +129,7 @@ def test_without_the_filter_an_outlier_is_smoothed() -> None:
         norm.advance()
     outlier = inputs(1)[0].double() * 1000
     largest = norm(outlier).detach().abs().max()
-    own = outlier / (outlier.square().mean((0, 1)) + EPS).sqrt() * norm.weight + norm.bias
+    own = scaled(norm, outlier / (outlier.square().mean((0, 1)) + EPS).sqrt())
     assert float(largest) > 10 * float(own.detach().abs().max())
 
 
@@ -168,7 +172,7 @@ def test_with_all_tokens_masked_the_running_moment_serves_and_stays() -> None:
     norm.advance()
     running = norm.running_second.clone()
     norm.mask.value = torch.zeros(4, 5, dtype=torch.bool)
-    torch.testing.assert_close(norm(x), x / (running + EPS).sqrt() * norm.weight + norm.bias, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm(x), scaled(norm, x / (running + EPS).sqrt()), rtol=1e-12, atol=1e-12)
     norm.advance()
     assert torch.equal(norm.running_second, running)
 

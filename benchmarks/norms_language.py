@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from benchmarks.norm_training import NORMS, Inputs, Settings, Task, report, run_all, save
+import fxopt
+from benchmarks.norm_training import NORMS, Inputs, Settings, Task, Variants, report, run_all, save
 from benchmarks.progress import Progress
 
 _EXCERPT: Final = Path(__file__).parent.parent / "examples" / "data" / "sonnets.txt"
@@ -40,6 +41,14 @@ class Sizes:
     dropout: float = 0.1
 
 
+#: The norms, and RepBatchNorm as LLaMA models are begun with it, which is trained when named.
+_FROM_ZERO: Final = "RepBatchNorm from zero"
+_KNOWN: Final[Variants] = {
+    **NORMS,
+    _FROM_ZERO: lambda steps: [
+        fxopt.passes.RepBatchNorm(steps=steps * 7 // 10, warmup=steps // 10, alpha=0.0, start=0.0)
+    ],
+}
 TINY: Final = Sizes(channels=64, layers=2, heads=2, length=64, batch=16, dropout=0.0)
 
 
@@ -137,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps of one training")
     parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--norms", nargs="*", choices=list(NORMS), default=list(NORMS))
+    parser.add_argument("--norms", nargs="*", choices=list(_KNOWN), default=list(NORMS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="where to write the results as JSON")
     options = parser.parse_args(arguments)
@@ -146,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings(steps, options.rate, max(1, steps // 20), options.device, compiled=not options.tiny)
     corpus = Corpus(options.text, sizes, options.device)
     task = Task(lambda: Decoder(sizes), corpus.batches, loss, corpus.score, corpus.calibration)
-    runs = run_all(task, settings, {norm: NORMS[norm] for norm in options.norms}, options.seeds, Progress())
+    runs = run_all(task, settings, {norm: _KNOWN[norm] for norm in options.norms}, options.seeds, Progress())
     title = f"Loss in nats a byte on the last tenth of {options.text.name}, {steps} steps, seeds {options.seeds}"
     print(report(title, runs, task))
     if options.output:

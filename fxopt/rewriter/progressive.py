@@ -9,8 +9,8 @@ skips therefore count as what they are, and a compiled forward holds no counter.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
@@ -97,7 +97,7 @@ class Preparation:
     """What one trainable pass did to a student: a site for each module that it exchanged or looked at and kept."""
 
     sites: tuple[Site, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -134,13 +134,9 @@ def progressive_modules(model: nn.Module) -> dict[str, Progressive]:
 
 def _follow(module: Progressive) -> None:
     if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_post_hook(_uncompiled(_after_step)))
+        # Not compiled: it runs as it is inside a compiled ``optimizer.step`` too.
+        _HOOKS.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)))
     _LIVE.add(module)
-
-
-def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """``hook`` as it is inside a compiled ``optimizer.step`` too."""
-    return torch.compiler.disable(hook)  # type: ignore[no-any-return]
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from fxopt.ir.site import Tier
 from fxopt.passes.norm.recognise import NormModule
 from fxopt.passes.norm.rep_module import RepNorm, Transition
 from fxopt.passes.norm.running import Statistics
-from fxopt.passes.norm.swap import USUAL_MASK, Swap, read_patterns, swap_norms
+from fxopt.passes.norm.swap import Swap, read_patterns, swap_norms
 from fxopt.passes.norm.token_mask import TokenMask
 from fxopt.rewriter.passes import PassResult
 from fxopt.rewriter.progressive import Preparation, Student
@@ -35,6 +35,9 @@ class RepBatchNorm:
     both together be about 0.8 of the whole training: what is left trains the norms as they will be used. ``steps=0``
     with ``alpha=None`` is the plain exchange of LayerNorm for BatchNorm. It is there for comparison: it trains badly
     or not at all.
+
+    A step of the optimiser moves the running statistics towards those of the last batch before it; a forward alone,
+    repeated or recomputed, moves nothing.
 
     The original's parameters keep their names. New in the ``state_dict`` are ``batch_weight``, ``batch_bias`` and
     ``alpha``, and the buffers ``running_mean``, ``running_var`` and ``step``. Weight decay is meant for none of them.
@@ -73,7 +76,7 @@ class RepBatchNorm:
     start: float = 1.0
     momentum: float = 0.1
     eps: float = 1e-5
-    mask: str | None = USUAL_MASK
+    mask: str | None = "attention_mask"
     synchronize: bool = True
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.passes.norm.recognise import NormModule
 from fxopt.passes.norm.running import Statistics
-from fxopt.passes.norm.swap import USUAL_MASK, Swap, read_patterns, swap_norms
+from fxopt.passes.norm.swap import Swap, read_patterns, swap_norms
 from fxopt.passes.norm.token_mask import TokenMask
 from fxopt.passes.norm.unified_module import Smoothing, UnifiedNormalisation
 from fxopt.rewriter.passes import PassResult
@@ -73,7 +73,7 @@ class UnifiedNorm:
     select: str | tuple[str, ...] = "*"
     momentum: float = 0.1
     eps: float = 1e-5
-    mask: str | None = USUAL_MASK
+    mask: str | None = "attention_mask"
     synchronize: bool = True
 
     def __post_init__(self) -> None:

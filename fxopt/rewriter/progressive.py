@@ -15,12 +15,18 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from fxopt.ir.site import Site
 from fxopt.rewriter.passes import Pass
 
 _LIVE: Final[weakref.WeakSet[Progressive]] = weakref.WeakSet()
+#: Optimisers in the middle of a step, with the modules that moved on meanwhile: one optimiser may hold another.
+_STEPPING: Final[weakref.WeakKeyDictionary[Optimizer, set[int]]] = weakref.WeakKeyDictionary()
 _HOOKS: Final[list[Any]] = []
 
 
@@ -134,15 +140,22 @@ def progressive_modules(model: nn.Module) -> dict[str, Progressive]:
 
 def _follow(module: Progressive) -> None:
     if not _HOOKS:
-        # Not compiled: it runs as it is inside a compiled ``optimizer.step`` too.
+        # Not compiled: they run as they are inside a compiled ``optimizer.step`` too.
+        _HOOKS.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)))
         _HOOKS.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)))
     _LIVE.add(module)
 
 
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _STEPPING[optimizer] = set()
+
+
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _LIVE:
-        return
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    moved = _STEPPING.pop(optimizer, set())
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if _LIVE else set()
     for module in list(_LIVE):
-        if id(module.clock()) in owned:
-            module.advance()
+        if id(module.clock()) not in owned or id(module) in moved:
+            continue
+        module.advance()
+        for others in _STEPPING.values():
+            others.add(id(module))

@@ -83,6 +83,36 @@ def test_other_optimisers_do_not_count_and_two_count_once() -> None:
     assert steps(student) == {1}
 
 
+class Holding(torch.optim.Optimizer):
+    """An optimiser that has another take its steps, as sharded optimisers do; each is seen by PyTorch's hooks."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.fails = inner, False
+
+    def step(self, closure: Any = None) -> None:
+        if self.fails:
+            raise RuntimeError("on purpose")
+        self.inner.step()
+
+
+def test_an_optimiser_inside_of_another_counts_once() -> None:
+    student = student_of(SHORT["rep-batch-norm"])
+    half = list(student.parameters())[::2]  # the inner one holds only a part, as on one process of several
+    outer = Holding(torch.optim.SGD(half, lr=0.1))
+    outer.param_groups = [{"params": list(student.parameters()), "lr": 0.1}]
+    outer.step()
+    assert steps(student) == {1}
+    outer.fails = True
+    with pytest.raises(RuntimeError, match="on purpose"):
+        outer.step()
+    assert steps(student) == {1}
+    outer.inner.step()
+    outer.fails = False
+    outer.step()
+    assert max(steps(student)) == 3
+
+
 def test_a_step_that_a_scaler_skips_does_not_count() -> None:
     student = student_of(SHORT["rep-batch-norm"])
     optimizer = optimizer_of(student)

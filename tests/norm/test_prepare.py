@@ -267,3 +267,27 @@ def test_llama_is_exchanged_altogether() -> None:
     assert (report.count("norm"), report.count("norm", "kept")) == (5, 0)
     with torch.no_grad():
         torch.testing.assert_close(student.train()(**call).logits, model.train()(**call).logits)
+
+
+def test_the_report_is_like_any_other() -> None:
+    report = fxopt.prepared(fxopt.prepare(encoder(), (inputs(1)[0],), passes=[RepBatchNorm(steps=5)])).report
+    assert fxopt.Report.from_json(report.to_json()) == report
+    assert "trainable    5 rewrites" in str(report)
+    assert "LayerNorm -> RepNorm(8, warmup=0, steps=5)" in str(report)
+
+
+def test_llamas_padding_does_not_count() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, use_cache=False,
+    )  # fmt: skip
+    ids = torch.randint(0, 32, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    model = transformers.LlamaForCausalLM(config)
+    student = fxopt.prepare(model, (), {"input_ids": ids, "attention_mask": mask}, passes=[RepBatchNorm(steps=0)])
+    first = student.get_submodule("model.layers.0.input_layernorm")
+    assert isinstance(first, RepNorm)
+    student.train()(input_ids=ids, attention_mask=mask)
+    embedded = model.get_input_embeddings()(ids)[mask.bool()]
+    torch.testing.assert_close(first.batch_mean, embedded.mean(0).detach())

@@ -90,7 +90,7 @@ class Holding(torch.optim.Optimizer):
         super().__init__(inner.param_groups, {})
         self.inner, self.fails = inner, False
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         if self.fails:
             raise RuntimeError("on purpose")
         self.inner.step()

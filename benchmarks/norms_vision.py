@@ -153,12 +153,17 @@ def _installed() -> Path:
 
 
 def variants() -> Variants:
-    """The norms with softmax attention, and RepBatchNorm with linear attention where there is that."""
+    """The norms with softmax attention (UnifiedNorm filters outliers, as is meant for images), and RepBatchNorm with
+    linear attention where there is that.
+    """
     linear: Callable[[], fxopt.Pass] | None = getattr(fxopt.passes, "SimplifiedLinearAttention", None)
+    unified: Variants = {
+        "UnifiedNorm": lambda steps: [fxopt.passes.UnifiedNorm(warmup=steps // 10, filter_outliers=True)]
+    }
     if linear is None:
-        return NORMS
+        return {**NORMS, **unified}
     both: Variants = {"RepBatchNorm, linear attention": lambda steps: [*NORMS["RepBatchNorm"](steps), linear()]}
-    return {**NORMS, **both}
+    return {**NORMS, **unified, **both}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,8 +33,8 @@ class RepBatchNorm:
 
     ``λ`` is 1 for the first ``warmup`` steps of the optimiser and falls linearly to 0 in the ``steps`` after them. Let
     both together be about 0.8 of the whole training: what is left trains the norms as they will be used. ``steps=0``
-    with ``alpha=None`` is the plain exchange of LayerNorm for BatchNorm. It is there for comparison: it trains badly
-    or not at all.
+    with ``alpha=None`` is the plain exchange of LayerNorm for BatchNorm, there for comparison: small models may take
+    it, deep ones train badly with it or not at all.
 
     A step of the optimiser moves the running statistics towards those of the last batch before it; a forward alone,
     repeated or recomputed, moves nothing.

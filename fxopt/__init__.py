@@ -3,6 +3,8 @@
     model = fxopt.optimize(model)                          # or @fxopt.optimize on a class or a function
     model = torch.compile(model, backend="fxopt")          # the same through torch.compile
     print(fxopt.explain(model, *args))                     # what was, or would be, done
+    student = fxopt.prepare(model, args, passes=[fxopt.passes.RepBatchNorm(steps=20_000)])    # train it as usual, then
+    fast = fxopt.convert(student, batches)                 # fold what was trained, then the exact passes
     program = fxopt.capture(model, args); program.dump("out/")
 
 Names load on first use, so that importing fxopt costs next to nothing.
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from fxopt import passes
     from fxopt.api import Program, RewrittenModule, capture, explain, explain_program, optimize, rewrite
+    from fxopt.conversion import convert
     from fxopt.errors import FxoptError, FxoptWarning
     from fxopt.ir.site import Site
     from fxopt.report.report import Report
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from fxopt.rewriter.passes import Pass, PassResult, apply_rules
     from fxopt.rewriter.registry import register_pass
     from fxopt.rewriter.rule import Rejection, Rule
+    from fxopt.training import advance, prepare, prepared
 
 __version__: Final = "0.1.0"
 
@@ -45,12 +49,16 @@ _HOME: Final[dict[str, str]] = {
     "register_pass": "fxopt.rewriter.registry",
     "Rejection": "fxopt.rewriter.rule",
     "Rule": "fxopt.rewriter.rule",
+    "convert": "fxopt.conversion",
+    "advance": "fxopt.training",
+    "prepare": "fxopt.training",
+    "prepared": "fxopt.training",
 }
 
 __all__ = [
-    "Builder", "FxoptError", "FxoptWarning", "Pass", "PassResult", "Program", "Rejection", "Report", "RewrittenModule",
-    "Rule", "Site", "apply_rules", "capture", "explain", "explain_program", "optimize", "passes", "register_pass",
-    "rewrite",
+    "Builder", "FxoptError", "FxoptWarning", "Pass", "PassResult", "Program", "Rejection", "Report",
+    "RewrittenModule", "Rule", "Site", "advance", "apply_rules", "capture", "convert", "explain", "explain_program",
+    "optimize", "passes", "prepare", "prepared", "register_pass", "rewrite",
 ]  # fmt: skip
 
 

@@ -39,8 +39,14 @@ def selected_passes(options: Options) -> tuple[Pass, ...]:
         return exact_pipeline()
     chosen: list[Pass] = []
     for wanted in options.passes:
-        _append(chosen, resolve_pass(wanted))
+        _append(chosen, _of_a_graph(resolve_pass(wanted)))
     return tuple(chosen)
+
+
+def _of_a_graph(chosen: Pass) -> Pass:
+    if chosen.tier == "trainable":
+        raise OptionError(f"{chosen.name} is a trainable pass: give it to fxopt.prepare, train, then fxopt.convert")
+    return chosen
 
 
 def _append(chosen: list[Pass], current: Pass, depth: int = 0) -> None:

@@ -26,6 +26,14 @@ class CaptureError(FxoptError, RuntimeError):
     """The model could not be captured as a graph; the message carries the user's line."""
 
 
+class PreparationError(FxoptError, ValueError):
+    """Nothing of a model can be prepared for training, or a module that was not prepared is to be converted."""
+
+
+class MaskError(FxoptError, ValueError):
+    """A mask that does not say which tokens count; says what it is and what would do."""
+
+
 class ExpressionError(FxoptError, ValueError):
     """Text or operands that are not part of the expression language."""
 

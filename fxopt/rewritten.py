@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CaptureError, OptionError
 from fxopt.folded import Division, divide, renew, undivided, version
 from fxopt.ir.program import Program
+from fxopt.report.report import Report
 
 #: Captures a model in its present mode; what comes back makes the program, with weights that may be folded or not.
 Build = Callable[[nn.Module], Callable[[bool], Program]]
@@ -60,8 +61,12 @@ class RewrittenModule(nn.Module):
     ``torch.compile`` reads the buffers as they are: `load_state_dict`, ``.to()``, `train` and `eval` renew them, after
     any other change of a weight `renew_folded_weights` does. A call that records gradients of such weights runs the
     program without folded weights, so that they reach the weights themselves; call under ``torch.no_grad()`` for speed.
+
+    Attributes:
+        report: what became of the model; only where `fxopt.convert` made this.
     """
 
+    report: Report
     _model: nn.Module
     _build: Build
     _modes: dict[bool, _Mode]

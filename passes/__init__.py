@@ -20,6 +20,8 @@ from fxopt.passes.linear.patch_embedding import PatchEmbedding
 from fxopt.passes.norm.centre_residual import CentreResidual
 from fxopt.passes.norm.fold_channel_affine import FoldChannelAffine
 from fxopt.passes.norm.fold_norm_affine import FoldNormAffine
+from fxopt.passes.norm.rep_batch_norm import RepBatchNorm
+from fxopt.passes.norm.unified_norm import UnifiedNorm
 from fxopt.rewriter.passes import Pass
 
 __all__ = [
@@ -36,11 +38,13 @@ __all__ = [
     "LayerNorm",
     "NoOps",
     "PatchEmbedding",
+    "RepBatchNorm",
     "RepeatHeads",
     "RmsNorm",
     "Rotary",
     "Silu",
     "Softmax",
+    "UnifiedNorm",
     "exact_pipeline",
 ]
 

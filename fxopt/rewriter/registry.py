@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Final, TypeVar
@@ -53,7 +54,16 @@ def resolve_pass(wanted: str | Pass) -> Pass:
         close = difflib.get_close_matches(wanted, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UnknownPassError(f"there is no pass called {wanted!r}{hint} The passes are: {', '.join(sorted(known))}")
+    needed = _required(known[wanted])
+    if needed:
+        raise OptionError(f"pass {wanted!r} needs {', '.join(needed)}; give {known[wanted].__name__}({needed[0]}=…)")
     return known[wanted]()
+
+
+def _required(pass_class: type[Any]) -> list[str]:
+    """The options without a default."""
+    options = fields(pass_class) if is_dataclass(pass_class) else ()
+    return [o.name for o in options if o.init and o.default is MISSING and o.default_factory is MISSING]
 
 
 @cache

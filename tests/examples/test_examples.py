@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import fxopt
-from examples import decorate_your_module, explain_and_dump, train_through_backend, your_own_pass
+from examples import (
+    decorate_your_module,
+    explain_and_dump,
+    train_rep_batch_norm,
+    train_through_backend,
+    your_own_pass,
+)
 
 SEVERAL_LENGTHS = (9, 14)
 # Of torch itself, when Inductor is imported.
@@ -58,3 +64,12 @@ def test_train_through_backend_learns_as_eager_does() -> None:
     means = train_through_backend.main(base="eager", steps=40)
     assert len(means) == 40
     assert means[-1] < means[0]
+
+
+def test_train_rep_batch_norm_learns_resumes_and_converts(capsys: pytest.CaptureFixture[str]) -> None:
+    losses, report = train_rep_batch_norm.main(steps=40)
+    assert losses[-1] < losses[0]
+    assert {site.source.module for site in report.sites if "as x * weight + bias" in site.reason or "fold" in site.rule}
+    printed = capsys.readouterr().out
+    assert "5 norm sites: 5 rewritten" in printed
+    assert "interrupted and resumed: the same bits" in printed

@@ -1,0 +1,208 @@
+"""The end of training: statistics refreshed, progressive modules in their plain forms, folded, verified."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from fxopt import driver
+from fxopt.api import capture, rewrite
+from fxopt.errors import FxoptWarning, PreparationError, VerificationError
+from fxopt.ir.nodes import source
+from fxopt.ir.program import Program
+from fxopt.ir.site import Site, Source
+from fxopt.lowering.options import Options, read_options
+from fxopt.report.report import Report
+from fxopt.rewriter.passes import Pass
+from fxopt.rewriter.progressive import StudentHook, exchange, progressive_modules
+from fxopt.rewritten import RewrittenModule
+from fxopt.testing.oracle import double_precision, oracle, upcast
+from fxopt.training import Prepared, kind_of, prepared, unwrapped
+
+#: Largest difference of the converted model from the student in float64, relative to the largest value of a result.
+_TOLERANCE: Final = 1e-9
+
+
+def convert(
+    student: nn.Module,
+    data: Iterable[Any] | None = None,
+    *,
+    passes: Sequence[str | Pass] | None = None,
+    verify: bool = True,
+    strict: bool = False,
+) -> RewrittenModule:
+    """The trained student as an ordinary fast model: statistics, plain forms, folds, and the other exact passes.
+
+    ``data`` refreshes running statistics first, with the weights as they are: dropout and the last steps of training
+    have moved what they describe. The statistics are those of all its tokens together, and of this process alone where
+    there are several. Then each progressive module gives way to the plain form that it has in evaluation, computed in
+    float64 and rounded once, and the exact passes fold that into its neighbours where they can. The student is not
+    changed.
+
+    Args:
+        student: what `fxopt.prepare` made, wrapped (``torch.compile``, ``DistributedDataParallel``) or not.
+        data: calls of the model to take statistics from: a tuple or list holds positional arguments, a mapping keyword
+            arguments, anything else is the only argument. ``None``: the running statistics of training stay.
+        passes: names or instances of the passes to run; ``None`` for the exact pipeline.
+        verify: whether to compare the result with the student in float64, on the example arguments; it takes copies of
+            the model in that precision.
+        strict: raise where a pass fails, instead of leaving it out and saying so.
+
+    Returns:
+        A module in evaluation mode; its ``report`` lists what was folded, and what stayed and why.
+
+    Raises:
+        CaptureError: the student can't be captured as one graph.
+        PassError: with ``strict``, a pass failed.
+        PreparationError: `fxopt.prepare` did not make ``student``, or ``data`` is empty.
+        UnknownPassError: a pass name that is not registered.
+        VerificationError: the converted model differs from the student by more than rounding in float64.
+    """
+    options = read_options({"strict": strict, **({} if passes is None else {"passes": passes})})
+    record = prepared(student)
+    trained = copy.deepcopy(unwrapped(student)).eval()
+    _say_unfinished(trained)
+    if data is not None:
+        _recalibrate(trained, data)
+    example = _as_now(record, trained)
+    converted = _rewritten(_plain(trained), example, options)
+    converted.report = _report(_plain(trained), example, options, list(progressive_modules(trained)))
+    if verify:
+        _verify(trained, example, options)
+    return converted
+
+
+def _as_now(record: Prepared, trained: nn.Module) -> Prepared:
+    """The example arguments on the device, and in the precision, that the student was moved to since."""
+    before, now = record.like, kind_of(trained)
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(now.device, now.dtype if value.dtype == before.dtype else value.dtype)
+
+    args, kwargs = pytree.tree_map(move, (record.args, dict(record.kwargs)))
+    return replace(record, args=args, kwargs=kwargs)
+
+
+def _say_unfinished(trained: nn.Module) -> None:
+    left = max((module.remaining() for module in progressive_modules(trained).values()), default=0.0)
+    if left > 0:
+        warnings.warn(
+            f"the student is converted before its schedule ended: {left:.3g} of what it computes in training still "
+            "comes from the original modules, none of what the converted model computes does. Train it to the end, or "
+            "prepare it with fewer steps; if it was trained without a torch.optim optimiser, call fxopt.advance",
+            FxoptWarning,
+            stacklevel=3,
+        )
+
+
+def _recalibrate(trained: nn.Module, data: Iterable[Any]) -> None:
+    """Statistics of the calls in ``data``, for each module of as many as it wants."""
+    gathering = list(progressive_modules(trained).values())
+    for module in gathering:
+        module.gather(True)
+    seen = 0
+    with torch.no_grad():
+        for batch in data:
+            args, kwargs = _as_call(batch)
+            trained(*args, **kwargs)
+            seen += 1
+            for module in [m for m in gathering if m.batches() == seen]:
+                module.gather(False)
+                gathering.remove(module)
+            if not gathering:
+                break
+    for module in gathering:
+        module.gather(False)
+    if not seen:
+        raise PreparationError("data is empty: there is nothing to take statistics from; give batches, or data=None")
+
+
+def _as_call(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if isinstance(batch, tuple | list):
+        return batch, {}
+    return ((), batch) if isinstance(batch, Mapping) else ((batch,), {})
+
+
+def _plain(trained: nn.Module) -> nn.Module:
+    """A copy with every progressive module in the form that it ends in."""
+    plain = copy.deepcopy(trained)
+    for module in progressive_modules(plain).values():
+        exchange(plain, module, module.converted())
+    for key, hook in list(plain._forward_pre_hooks.items()):
+        if isinstance(hook, StudentHook):
+            del plain._forward_pre_hooks[key]
+            plain._forward_pre_hooks_with_kwargs.pop(key, None)
+    return plain
+
+
+def _rewritten(plain: nn.Module, example: Prepared, options: Options) -> RewrittenModule:
+    return rewrite(
+        plain,
+        example.args,
+        example.kwargs,
+        passes=options.passes,
+        dynamic_shapes=example.dynamic_shapes,
+        strict=options.strict,
+    )
+
+
+def _report(plain: nn.Module, example: Prepared, options: Options, names: Sequence[str]) -> Report:
+    """What the passes do with the plain model, and of every exchanged norm whether something of it is left."""
+    program = capture(plain, example.args, example.kwargs, example.dynamic_shapes)
+    result = driver.rewrite(program, options)
+    report = Report.of(result)
+    told = {site.source.module for site in report.sites if site.status == "kept"}
+    left = (site for site in _left_over(result.program, names) if site.source.module not in told)
+    return replace(report, sites=(*report.sites, *left))
+
+
+def _left_over(program: Program, names: Sequence[str]) -> Iterator[Site]:
+    """A site for each of the modules ``names`` of which something still works on activations."""
+    bound = program.signature.bound if program.signature is not None else {}
+    moving: set[Node] = set()
+    left: dict[str, list[Node]] = {name: [] for name in names}
+    for node in program.graph.nodes:
+        is_input = node.op == "placeholder" and node.name not in bound
+        if not is_input and moving.isdisjoint(node.all_input_nodes):
+            continue
+        moving.add(node)
+        left.get(source(node).module, []).append(node)
+    for name, nodes in left.items():
+        if nodes:
+            where = Source(source(nodes[0]).location, module=name)
+            reason = "it stays as x * weight + bias: no pass folded it into what stands before or behind it"
+            yield Site("norm", "kept", "", reason, where, tuple(node.name for node in nodes))
+
+
+def _verify(trained: nn.Module, example: Prepared, options: Options) -> None:
+    """Compare the folded model with the unfolded student, both in float64 from end to end."""
+    args, kwargs = upcast((example.args, dict(example.kwargs)))
+    reference = oracle(trained, *args, **kwargs)
+    wide = _rewritten(_plain(copy.deepcopy(trained).double()), replace(example, args=args, kwargs=kwargs), options)
+    with torch.no_grad(), double_precision():
+        actual = wide(*args, **kwargs)
+    for expected, found in zip(pytree.tree_leaves(reference), pytree.tree_leaves(actual), strict=True):
+        _compare(expected, found)
+
+
+def _compare(expected: Any, found: Any) -> None:
+    if not isinstance(expected, Tensor) or not expected.is_floating_point() or not expected.numel():
+        return
+    size = float(expected.abs().nan_to_num(0.0).max())
+    error = float((found - expected).abs().nan_to_num(0.0).max())
+    same_places = torch.equal(found.isfinite(), expected.isfinite())
+    if not same_places or not error <= _TOLERANCE * size:
+        raise VerificationError(
+            f"the converted model differs from the student in float64 by {error:.3g} where its largest value is "
+            f"{size:.3g}; a fold is wrong. passes=[…] leaves passes out, verify=False takes the result as it is"
+        )

@@ -1,0 +1,161 @@
+"""What trainable passes put into a model: modules that change from one optimiser step to the next, and their clock.
+
+A progressive module's forward reads its state and never moves it. State moves in `Progressive.advance`, which runs
+after each step of the optimiser that owns the module's `Progressive.clock`: a hook that PyTorch calls for every
+``torch.optim.Optimizer`` does that. Gradient accumulation, recomputed activations and steps that a gradient scaler
+skips therefore count as what they are, and a compiled forward holds no counter.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from fxopt.ir.site import Site
+from fxopt.rewriter.passes import Pass
+
+_LIVE: Final[weakref.WeakSet[Progressive]] = weakref.WeakSet()
+#: Optimisers in the middle of a step, with the modules that moved on meanwhile: one optimiser may hold another.
+_STEPPING: Final[weakref.WeakKeyDictionary[Optimizer, set[int]]] = weakref.WeakKeyDictionary()
+_HOOKS: Final[list[Any]] = []
+
+
+class Progressive(nn.Module):
+    """A module between the original and what will be left of it after training.
+
+    Subclasses keep in buffers all that `advance` moves, so that a checkpoint holds it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _follow(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and unpickled modules follow their own optimiser."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _follow(self)
+
+    def clock(self) -> Tensor:
+        """The parameter whose optimiser drives this module."""
+        raise NotImplementedError
+
+    def advance(self) -> None:
+        """Move on by one optimiser step."""
+        raise NotImplementedError
+
+    def remaining(self) -> float:
+        """The share of the original in what the module computes in training: 1 at first, 0 in the end."""
+        raise NotImplementedError
+
+    def batches(self) -> int | None:
+        """How many batches its statistics are to be gathered from at most; ``None``: from all there are."""
+        return None
+
+    def gather(self, active: bool) -> None:
+        """Start, or end, replacing statistics by those of the inputs seen meanwhile (nothing without statistics)."""
+
+    def converted(self) -> nn.Module:
+        """An ordinary module that computes what this one does in evaluation."""
+        raise NotImplementedError
+
+
+class StudentHook:
+    """Base of the forward pre-hooks that a trainable pass puts on the whole model; they end with the training."""
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See ``torch.nn.Module.register_forward_pre_hook``, with keyword arguments."""
+        raise NotImplementedError
+
+
+@dataclass
+class Call:
+    """One call of a submodule while the model was captured: its positional arguments, and whether it had others."""
+
+    args: tuple[Any, ...]
+    has_kwargs: bool
+
+
+@dataclass
+class Student:
+    """The copy of a model that trainable passes edit.
+
+    Attributes:
+        model: the copy; passes exchange its submodules in place.
+        calls: every call of a submodule during the capture, by the module's name.
+    """
+
+    model: nn.Module
+    calls: Mapping[str, tuple[Call, ...]]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What one trainable pass did to a student: a site for each module that it exchanged or looked at and kept."""
+
+    sites: tuple[Site, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class TrainablePass(Pass, Protocol):
+    """A pass of the tier ``trainable``: `prepare` exchanges modules for progressive ones; training does the rest."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of site that it is about."""
+        ...
+
+    @property
+    def subject(self) -> str:
+        """What it can exchange, as a phrase for reports."""
+        ...
+
+    def prepare(self, student: Student) -> Preparation:
+        """Exchange modules of ``student.model`` in place."""
+        ...
+
+
+def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``model`` holds ``old``."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def progressive_modules(model: nn.Module) -> dict[str, Progressive]:
+    """The progressive modules of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Progressive)}
+
+
+def _follow(module: Progressive) -> None:
+    if not _HOOKS:
+        # Not compiled: they run as they are inside a compiled ``optimizer.step`` too.
+        _HOOKS.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)))
+        _HOOKS.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)))
+    _LIVE.add(module)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _STEPPING[optimizer] = set()
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    moved = _STEPPING.pop(optimizer, set())
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if _LIVE else set()
+    for module in list(_LIVE):
+        if id(module.clock()) not in owned or id(module) in moved:
+            continue
+        module.advance()
+        for others in _STEPPING.values():
+            others.add(id(module))

@@ -1,0 +1,114 @@
+"""Exchanging the norms of a model: which are meant, which can be, and what a report says of each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import OptionError
+from fxopt.ir.site import Site, Source
+from fxopt.passes.norm.recognise import NormModule, may_be_norm, recognise
+from fxopt.passes.norm.token_mask import MaskReader, TokenMask
+from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange
+
+#: The argument that a mask of tokens usually is.
+USUAL_MASK = "attention_mask"
+#: Makes the progressive module for an original, its meaning, the model's mask, and a tensor of the dtype and device
+#: that new parameters get.
+Build = Callable[[nn.Module, NormModule, TokenMask, Tensor], Progressive]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """How a pass exchanges norms: its name, its selection, its mask argument, and the module it makes."""
+
+    rule: str
+    select: tuple[str, ...]
+    mask: str | None
+    build: Build
+
+
+def swap_norms(student: Student, swap: Swap) -> Preparation:
+    """Exchange every selected norm of the student that can be.
+
+    Raises:
+        OptionError: a pattern of ``select`` fits no norm, or the model's forward has no argument ``mask``.
+    """
+    mask = TokenMask()
+    reader = _reader(student, swap.mask, mask)
+    found = _find(student)
+    _check_patterns(swap.select, list(found))
+    sites = [_treat(student, name, meaning, swap, mask) for name, meaning in found.items()]
+    if reader is not None and any(site.status == "rewritten" for site in sites):
+        student.model.register_forward_pre_hook(reader, with_kwargs=True)
+    return Preparation(tuple(sites))
+
+
+def _find(student: Student) -> dict[str, NormModule | str]:
+    """The meaning of every module that holds a norm, or why it can't be exchanged, in the order of their calls."""
+    found: dict[str, NormModule | str] = {}
+    others: set[tuple[object, ...]] = set()
+    for name, calls in student.calls.items():
+        module = student.model.get_submodule(name)
+        likeness = _likeness(module, calls)
+        if likeness in others or isinstance(module, Progressive) or not may_be_norm(module, calls):
+            continue
+        meaning = recognise(module, calls)
+        if meaning is None:
+            others.add(likeness)
+        else:
+            found[name] = meaning
+    return found
+
+
+def _likeness(module: nn.Module, calls: tuple[Call, ...]) -> tuple[object, ...]:
+    """Modules that share this are all norms, or none of them is."""
+    held = tuple((name, parameter.dim()) for name, parameter in module.named_parameters())
+    ranks = tuple(getattr(arg, "ndim", None) for arg in calls[0].args) if calls else ()
+    return (type(module), held, ranks)
+
+
+def _treat(student: Student, name: str, meaning: NormModule | str, swap: Swap, mask: TokenMask) -> Site:
+    if isinstance(meaning, str):
+        return Site("norm", "kept", swap.rule, meaning, Source(module=name))
+    place = Source(meaning.where, module=name)
+    if not name:
+        return Site("norm", "kept", swap.rule, "the model itself is the norm; prepare what holds it", place)
+    if not any(fnmatchcase(name, pattern) for pattern in swap.select):
+        return Site("norm", "kept", swap.rule, f"select={list(swap.select)} leaves it out", place)
+    old = student.model.get_submodule(name)
+    x = student.calls[name][0].args[0]
+    like = (
+        torch.empty(0, dtype=x.dtype, device=x.device) if meaning.weight is None else old.get_parameter(meaning.weight)
+    )
+    new = swap.build(old, meaning, mask, like).train(old.training)
+    exchange(student.model, old, new)
+    return Site("norm", "rewritten", swap.rule, f"{meaning.kind} -> {new}", place)
+
+
+def _check_patterns(patterns: tuple[str, ...], names: list[str]) -> None:
+    for pattern in patterns:
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(f"select={pattern!r} fits no norm; the norms are: {', '.join(names) or 'none'}")
+
+
+def _reader(student: Student, wanted: str | None, mask: TokenMask) -> MaskReader | None:
+    """What reads the mask; ``None`` where no mask is wanted, or the usual one does not exist."""
+    arguments = inspect.signature(student.model.forward).parameters
+    if wanted is None or (wanted == USUAL_MASK and wanted not in arguments):
+        return None
+    if wanted not in arguments:
+        has = ", ".join(arguments) or "none"
+        raise OptionError(f"mask={wanted!r} is no argument of the model's forward, which has: {has}")
+    by_name_only = arguments[wanted].kind is inspect.Parameter.KEYWORD_ONLY
+    return MaskReader(wanted, None if by_name_only else list(arguments).index(wanted), mask)
+
+
+def read_patterns(select: str | tuple[str, ...]) -> tuple[str, ...]:
+    """``select`` as a tuple of patterns."""
+    return (select,) if isinstance(select, str) else tuple(select)

@@ -1,0 +1,271 @@
+"""`fxopt.convert`: statistics from data, plain forms, verification, and what the report says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxopt
+from fxopt.errors import FxoptWarning, PassError, PreparationError, VerificationError
+from fxopt.passes import RepBatchNorm, UnifiedNorm
+from fxopt.passes.norm.channel_affine import ChannelAffine
+from fxopt.passes.norm.rep_module import RepNorm
+from fxopt.passes.norm.unified_module import UnifiedNormalisation
+from fxopt.testing import assert_within_budget, oracle
+from tests.norm.models import CHANNELS, SHORT, encoder, inputs, optimizer_of, train, trained
+
+both = pytest.mark.parametrize("chosen", SHORT.values(), ids=SHORT)
+
+
+@both
+def test_the_converted_model_is_the_unfolded_student_in_float64(chosen: fxopt.Pass) -> None:
+    student = fxopt.prepare(encoder().double(), (inputs(1)[0].double(),), passes=[chosen]).train()
+    train(student, optimizer_of(student), [x.double() for x in inputs(8)])
+    fast = fxopt.convert(student)
+    x = inputs(1, seed=5)[0].double()
+    expected = student.eval()(x)
+    torch.testing.assert_close(fast(x), expected, rtol=1e-12, atol=1e-12 * float(expected.detach().abs().max()))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_converted_model_is_as_exact_as_the_student(chosen: fxopt.Pass, dtype: torch.dtype) -> None:
+    student = trained(chosen).to(dtype).eval()
+    x = inputs(1, seed=5)[0].to(dtype)
+    fast = fxopt.convert(student)
+    with torch.no_grad():
+        assert_within_budget(fast(x), student(x), oracle(student, x))
+
+
+@both
+def test_the_student_stays_as_it_is(chosen: fxopt.Pass) -> None:
+    student = trained(chosen)
+    before = copy.deepcopy(student.state_dict())
+    fxopt.convert(student, inputs(3))
+    assert student.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    train(student, optimizer_of(student), inputs(1))
+
+
+def test_names_of_parameters_are_those_of_the_model() -> None:
+    fast = fxopt.convert(trained(SHORT["rep-batch-norm"]))
+    model = encoder()
+    new = {"blocks.0.root.bias", "blocks.1.root.bias"}  # an RMSNorm has no bias, a scale and shift has
+    assert set(fast.state_dict()) == {*model.state_dict(), *new}
+    for name, parameter in trained(SHORT["rep-batch-norm"]).named_parameters():
+        if "norm" not in name and "root" not in name and "last" not in name:
+            assert torch.equal(fast.state_dict()[name], parameter)
+
+
+def test_the_report_says_of_every_exchanged_norm_what_became_of_it() -> None:
+    report = fxopt.convert(trained(SHORT["rep-batch-norm"])).report
+    norms = [site for site in report.sites if site.kind == "norm"]
+    assert {site.source.module for site in norms} == {
+        "blocks.0.norm", "blocks.0.root", "blocks.1.norm", "blocks.1.root", "last",
+    }  # fmt: skip
+    (last,) = [site for site in norms if site.source.module == "last"]
+    assert last.status == "kept"  # nothing that it could fold into stands behind it
+    assert last.reason
+
+
+def first_norm(student: nn.Module) -> nn.Module:
+    return student.get_submodule("blocks.0.norm")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_recalibrated_statistics_are_those_of_all_tokens_together(masked: bool) -> None:
+    student = trained(SHORT["rep-batch-norm"]).double()
+    data = [x.double() for x in (*inputs(3, seed=8), *inputs(1, seed=9, batch=2, length=11))]
+    masks = [torch.rand(x.shape[:2]) > 0.3 for x in data]
+    calls: list[Any] = [{"x": x, "attention_mask": m} for x, m in zip(data, masks, strict=True)] if masked else data
+    _, statistics = recalibrated(student, calls)
+    tokens = torch.cat([x[m] if masked else x.flatten(0, 1) for x, m in zip(data, masks, strict=True)])
+    torch.testing.assert_close(statistics["running_mean"], tokens.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(statistics["running_var"], tokens.var(0, correction=0), rtol=1e-12, atol=1e-12)
+
+
+def recalibrated(student: nn.Module, data: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The converted model, and the statistics that its first norm was made from."""
+    seen: dict[str, Tensor] = {}
+    keep = RepNorm.keep
+
+    def remember(norm: RepNorm, found: Any) -> None:
+        keep(norm, found)
+        if not seen:
+            seen.update({name: getattr(norm, name).clone() for name in ("running_mean", "running_var")})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RepNorm, "keep", remember)
+        fast = fxopt.convert(student, data)
+    return fast, seen
+
+
+def test_norms_behind_others_see_what_training_would_show_them() -> None:
+    student = trained(SHORT["rep-batch-norm"]).double()
+    x = inputs(1, seed=8)[0].double()
+    fast = fxopt.convert(student, [x])
+    for module in student.modules():
+        if isinstance(module, RepNorm):
+            module.step.fill_(10**6)
+    # With the schedule over, training normalises by the batch, which is all there is to gather from.
+    torch.testing.assert_close(fast(x), student.train()(x), rtol=1e-9, atol=1e-9)
+
+
+def test_unified_norms_gather_second_moments() -> None:
+    student = trained(SHORT["unified-norm"]).double()
+    x = inputs(1, seed=8)[0].double()
+    norm = first_norm(student)
+    assert isinstance(norm, UnifiedNormalisation)
+    fast = fxopt.convert(student, [x])
+    expected = norm.clock() / (x.square().mean((0, 1)) + 1e-5).sqrt()
+    torch.testing.assert_close(fast.state_dict()["blocks.0.norm.weight"], expected.detach(), rtol=1e-12, atol=0)
+
+
+def test_no_more_batches_are_taken_than_wanted() -> None:
+    taken = []
+
+    def batches() -> Iterator[Tensor]:
+        for x in inputs(10, seed=4):
+            taken.append(x)
+            yield x
+
+    fxopt.convert(trained(RepBatchNorm(steps=4, recalibrate=3)), batches())
+    assert len(taken) == 3
+
+
+def test_no_data_at_all_is_an_error() -> None:
+    with pytest.raises(PreparationError, match="data is empty"):
+        fxopt.convert(trained(SHORT["rep-batch-norm"]), [])
+
+
+def test_what_was_not_prepared_can_not_be_converted() -> None:
+    with pytest.raises(PreparationError, match=r"Encoder does not come from fxopt\.prepare"):
+        fxopt.convert(encoder())
+
+
+def test_a_schedule_that_has_not_ended_is_said() -> None:
+    student = trained(RepBatchNorm(steps=20, warmup=2), steps=7)
+    with pytest.warns(FxoptWarning, match=r"0\.75 of what it computes in training still"):
+        fxopt.convert(student)
+
+
+def test_a_wrapped_student_is_converted() -> None:
+    student = trained(SHORT["rep-batch-norm"])
+    x = inputs(1, seed=5)[0]
+    for wrapped in (torch.compile(student), nn.DataParallel(student)):
+        assert isinstance(wrapped, nn.Module)
+        torch.testing.assert_close(fxopt.convert(wrapped)(x), student.eval()(x))
+        student.train()
+
+
+def test_a_form_that_is_not_the_students_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = trained(SHORT["rep-batch-norm"])
+
+    def without_alpha(norm: RepNorm) -> ChannelAffine:
+        assert norm.alpha is not None
+        scale, shift = norm.affine(torch.float64)
+        dtype = norm.batch_weight.dtype
+        return ChannelAffine((scale - norm.alpha).detach().to(dtype), shift.detach().to(dtype))
+
+    monkeypatch.setattr(RepNorm, "converted", without_alpha)
+    with pytest.raises(VerificationError, match="differs from the student in float64"):
+        fxopt.convert(student)
+    assert fxopt.convert(student, verify=False)(inputs(1)[0]).isfinite().all()
+
+
+def test_passes_may_be_named_and_fail_strictly() -> None:
+    student = trained(SHORT["rep-batch-norm"])
+    report = fxopt.convert(student, passes=["no-ops"]).report
+    assert [summary.name for summary in report.passes] == ["no-ops"]
+    with pytest.raises(fxopt.FxoptError, match="there is no pass"):
+        fxopt.convert(student, passes=["nothing"])
+
+    class Failing:
+        name, tier, requires = "failing", "exact", ()
+
+        def run(self, program: fxopt.Program) -> fxopt.PassResult:
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(PassError, match="on purpose"):
+        fxopt.convert(student, passes=[Failing()], strict=True)  # type: ignore[list-item]
+
+
+def hostile(case: str) -> nn.Module:
+    student = trained(SHORT["rep-batch-norm"]).double()
+    norm = first_norm(student)
+    assert isinstance(norm, RepNorm)
+    assert norm.alpha is not None
+    with torch.no_grad():
+        if case == "zero variance":
+            norm.running_var[2] = 0
+        if case == "gamma is 0":
+            norm.batch_weight.zero_()
+        if case == "a is 0":
+            norm.batch_weight.copy_(-norm.alpha * (norm.running_var + 1e-5).sqrt())
+        if case == "everything is 0":
+            for parameter in (norm.batch_weight, norm.batch_bias, norm.alpha):
+                parameter.zero_()
+    return student
+
+
+@pytest.mark.parametrize("case", ["zero variance", "gamma is 0", "a is 0", "everything is 0"])
+def test_hostile_statistics_and_parameters_convert_exactly(case: str) -> None:
+    student = hostile(case)
+    x = inputs(1, seed=5)[0].double()
+    fast = fxopt.convert(student)
+    expected = student.eval()(x)
+    size = float(expected.detach().abs().max())
+    torch.testing.assert_close(fast(x), expected, rtol=1e-12, atol=1e-12 * size)
+
+
+@both
+def test_the_converted_model_goes_through_export_compile_and_state_dict(chosen: fxopt.Pass) -> None:
+    fast = fxopt.convert(trained(chosen))
+    x = inputs(1, seed=5)[0]
+    expected = fast(x)
+    exported = torch.export.export(fast, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(fast, backend="aot_eager")(x), expected)
+    other = fxopt.convert(fxopt_student_of_other_weights(chosen))
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(fast.state_dict())
+    torch.testing.assert_close(other(x), expected)
+
+
+def fxopt_student_of_other_weights(chosen: fxopt.Pass) -> nn.Module:
+    student = fxopt.prepare(encoder(seed=4), (inputs(1)[0],), passes=[chosen]).train()
+    train(student, optimizer_of(student), inputs(8))
+    return student
+
+
+def test_batches_of_other_sizes_where_they_are_symbolic() -> None:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    chosen = UnifiedNorm(warmup=1)
+    shapes = {"x": {0: batch}}
+    student = fxopt.prepare(encoder(), (inputs(1)[0],), passes=[chosen], dynamic_shapes=shapes).train()
+    train(student, optimizer_of(student), inputs(3))
+    fast = fxopt.convert(student)
+    x = inputs(1, batch=7)[0]
+    torch.testing.assert_close(fast(x), student.eval()(x))
+
+
+def test_what_has_no_weight_is_converted_too() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(CHANNELS, elementwise_affine=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(x) * 2
+            return y
+
+    student = fxopt.prepare(Plain(), (inputs(1)[0],), passes=[RepBatchNorm(steps=1)]).train()
+    train(student, optimizer_of(student), inputs(3))
+    x = inputs(1, seed=5)[0]
+    torch.testing.assert_close(fxopt.convert(student)(x), student.eval()(x))

@@ -92,18 +92,3 @@ def test_one_kernel_serves_every_length() -> None:
         q, k, v = cache(2, length)
         attention_forward(q, k, v, [], str(spec), "split:64w4s3x2", False)
     assert len(kernel.device_caches[torch.cuda.current_device()][0]) == 1
-
-
-def test_long_caches_are_read_near_the_rate_of_a_copy() -> None:
-    """The bound is below the goal of 0.85, which benchmarks measure: other work may share the device."""
-    from triton.testing import do_bench
-
-    q, k, v = cache(16, 8192, 32, 8)
-    spec = specification("plain", SHAPES["one query"], torch.bfloat16)
-    config = configs(spec, Shape(128, 128, 1, 8192, 8, heads=32, batch=16), torch.bfloat16)[0]
-    target = torch.empty_like(k)
-    copied = 2 * k.nbytes / do_bench(lambda: target.copy_(k), return_mode="median")
-    read = (k.nbytes + v.nbytes) / do_bench(
-        lambda: attention_forward(q, k, v, [], str(spec), config, False), return_mode="median"
-    )
-    assert read > 0.6 * copied

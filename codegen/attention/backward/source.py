@@ -210,7 +210,7 @@ class BackwardText:
         found = {name: fill(text, holes).rstrip("\n") for name, text in parts.items()}
         empty = '{0} = tl.where({0} == float("-inf"), 0.0, {0})' if empties else ""
         found["empty_shift"], found["empty_peaks"] = empty.format("shift"), empty.format("peaks")
-        load = f"{self.dropout.load}\n" if self.dropout and self._weights.exact else ""
+        load = f"{self.dropout.load}\n" if self.dropout else ""
         later = {
             "recount": load + template.RECOUNT if self.recounted else "",
             "spoil": template.SPOIL if self.spoils else "",

@@ -8,6 +8,7 @@ from typing import ClassVar, Final
 
 import torch
 
+from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.frame import HEADER, REFERENCE
 from fxopt.codegen.attention.portable.config import Config as Blocks
 from fxopt.codegen.attention.portable.config import padded
@@ -46,6 +47,11 @@ class SplitText(KernelText):
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         script = {**holes, **script_holes(self.spec, self.dtype, rows="rows")}
         return fill(HEADER, holes) + devices + body + fill(REFERENCE, script) + fill(template.MAIN, script)
+
+    @cached_property
+    def captures(self) -> tuple[CapturedTensor, ...]:
+        """The captured tensors: copies of a band would be read once."""
+        return captured_tensors(self.spec)
 
     @cached_property
     def _hull(self) -> None:

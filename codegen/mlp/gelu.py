@@ -1,7 +1,8 @@
-"""GELU of half precision as a sigmoid: as exact as the usual way and half as many instructions.
+"""GELU of half precision as a sigmoid: fewer instructions than the usual way, and rounded better.
 
-The usual way evaluates ``erf`` or ``tanh`` in float32, two branches and some twenty-five instructions an element: on an
-H100 that takes longer than reading and writing the activations. A normal distribution function is also a sigmoid,
+The usual way evaluates ``erf`` or ``tanh`` in float32. With loads, stores and conversions that is 36 and 31 instructions an
+element (sm_90, Triton 3.6), and reading and writing the activations takes no longer. A normal distribution function is
+also a sigmoid, in 26 and 20,
 
     Φ(x) = sigmoid(log Φ(x) − log Φ(−x)),
 

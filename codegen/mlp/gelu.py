@@ -1,8 +1,8 @@
 """GELU of half precision as a sigmoid: fewer instructions than the usual way, and rounded better.
 
-The usual way evaluates ``erf`` or ``tanh`` in float32. With loads, stores and conversions that is 36 and 31 instructions an
-element (sm_90, Triton 3.6), and reading and writing the activations takes no longer. A normal distribution function is
-also a sigmoid, in 26 and 20,
+The usual way evaluates ``erf`` or ``tanh`` in float32. With loads, stores and conversions that is 36 and 31
+instructions an element (sm_90, Triton 3.6), and reading and writing the activations takes no longer. A normal
+distribution function is also a sigmoid, in 26 and 20,
 
     Φ(x) = sigmoid(log Φ(x) − log Φ(−x)),
 

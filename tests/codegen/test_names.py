@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -16,7 +17,7 @@ from fxopt.codegen.attention.kernels import FAMILIES, source
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.weights import kernel as weights
 from fxopt.codegen.attention.weights.source import KINDS
-from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.attention import AttentionSpec, EmptyRows
 from tests.codegen.cases import EXPRESSIONS, Shape, specification
 from tests.codegen.vectors import VECTORS
 
@@ -31,9 +32,9 @@ SHAPES = {
 
 
 def specifications(shape: Shape, dtype: torch.dtype) -> Iterator[AttentionSpec]:
-    for empty_rows in ("nan", "zero", "uniform"):
+    for empty_rows in get_args(EmptyRows):
         yield from (specification(name, shape, dtype, empty_rows) for name in EXPRESSIONS)
-        yield from (vectors.specification(dtype, empty_rows) for vectors in VECTORS.values())  # type: ignore[arg-type]
+        yield from (vectors.specification(dtype, empty_rows) for vectors in VECTORS.values())
 
 
 def forwards(shape: Shape, spec: AttentionSpec, dtype: torch.dtype) -> Iterator[str]:
@@ -77,7 +78,8 @@ def generated() -> Iterator[str]:
 def undefined(folder: Path) -> str:
     """What ruff finds of names that nothing defines."""
     ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or "ruff"
-    command = [ruff, "check", "--isolated", "--no-cache", "--select", "F821", "--output-format", "concise", folder]
+    options = ("--isolated", "--no-cache", "--select", "F821", "--output-format", "concise")
+    command = [ruff, "check", *options, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxopt import driver
 from fxopt.errors import FxoptError, FxoptWarning, OptionError, UnsupportedTorchError
-from fxopt.frontend.dynamo import from_dynamo
+from fxopt.frontend.dynamo import from_dynamo, hand_over
 from fxopt.lowering.attention import MEASUREMENT_SECONDS
 from fxopt.lowering.base import compile_base
 from fxopt.lowering.options import Options, read_options
@@ -75,6 +75,7 @@ def _rewrite(module: fx.GraphModule, inputs: Sequence[Any], options: Options) ->
         _say_left_alone(error)
         return module
     _collect(_outcomes, outcome)
+    hand_over(outcome.lowered.module, module)
     return outcome.lowered.module
 
 

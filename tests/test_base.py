@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch._dynamo
-from torch import Tensor
+import torch._inductor.compile_fx
+from torch import Tensor, nn
 
 from fxopt.lowering.base import without_attention_patterns
 
@@ -33,3 +36,40 @@ def test_the_patterns_are_back_afterwards() -> None:
         fewer = sum(map(len, joint_graph.patterns.patterns.values()))
     assert fewer < sum(map(len, before.values()))
     assert {key: list(entries) for key, entries in joint_graph.patterns.patterns.items()} == before
+
+
+class Masked(nn.Module):
+    """Attention with a mask that depends on no input, a parameter that is used twice, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+        self.last = nn.Linear(16, 16)
+        self.last.weight = self.first.weight
+        self.register_buffer("shift", torch.randn(16))
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        x_BSC = self.norm(self.first(x_BSC)) + self.shift
+        scores_BST = x_BSC @ x_BSC.transpose(1, 2) / 4.0
+        hidden_ST = torch.tensor([[0.0, -torch.inf, 0.0], [0.0, 0.0, 0.0], [-torch.inf, 0.0, 0.0]])
+        output_BSC: Tensor = self.last((scores_BST + hidden_ST).softmax(-1) @ x_BSC)
+        return output_BSC
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_parameters_are_known_to_stay_where_they_are(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
+    """CUDA graphs copy every other input at every call."""
+    compile_inner = torch._inductor.compile_fx._compile_fx_inner
+    moving: list[int] = []
+
+    def inner(graph: Any, inputs: Any, **options: Any) -> Any:
+        moving.append(len(inputs) - len(options["static_input_idxs"]))
+        return compile_inner(graph, inputs, **options)
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "_compile_fx_inner", inner)
+    torch._dynamo.reset()
+    model, x = Masked().train(trained), torch.randn(2, 3, 16)
+    with torch._inductor.config.patch(force_disable_caches=True), torch.set_grad_enabled(trained):
+        actual = torch.compile(model, backend="fxopt", options={"strict": True})(x)
+    torch.testing.assert_close(actual, model(x))
+    assert moving[0] == 1, "x alone"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -35,6 +35,25 @@ def from_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     return Program(traced, "dynamo")
 
 
+def hand_over(program: fx.GraphModule, captured: fx.GraphModule) -> None:
+    """Mark ``program``, which replaces Dynamo's graph ``captured``, as one of Dynamo's, as AOTAutograd reads it.
+
+    It then knows which inputs are parameters and stay where they are: CUDA graphs would copy them at every call, and
+    other code would look at their addresses.
+    """
+    from torch._dynamo.source import ConstantSource
+
+    if not hasattr(captured, "_param_name_to_source"):
+        return
+    # Both hold more than their classes declare.
+    old, new = cast(Any, captured), cast(Any, program)
+    own = (name for name, _ in (*program.named_parameters(), *program.named_buffers()))
+    new._param_name_to_source = {**old._param_name_to_source, **{n: ConstantSource(f"fxopt_{n}") for n in own}}
+    placeholders = captured.graph.find_nodes(op="placeholder"), program.graph.find_nodes(op="placeholder")
+    for before, after in zip(*placeholders, strict=True):
+        after._dynamo_source = getattr(before, "_dynamo_source", None)
+
+
 def _fake(value: Any, mode: FakeTensorMode, context: TracingContext | None) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
@@ -49,5 +68,3 @@ def _fake(value: Any, mode: FakeTensorMode, context: TracingContext | None) -> A
 def _carry_placeholders(old: fx.Graph, new: fx.Graph) -> None:
     for before, after in zip(old.find_nodes(op="placeholder"), new.find_nodes(op="placeholder"), strict=True):
         after.meta.update({key: before.meta[key] for key in _CARRIED_META if key in before.meta})
-        if hasattr(before, "_dynamo_source"):
-            after._dynamo_source = before._dynamo_source

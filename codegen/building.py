@@ -6,14 +6,16 @@ kernel takes is Python.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from types import FunctionType, ModuleType
 from typing import Any
 
+_LOG = logging.getLogger(__name__)
 _only_compiled: ContextVar[bool] = ContextVar("fxopt_only_compiled", default=False)
 
 
@@ -34,10 +36,11 @@ def compile_together(calls: Iterable[Callable[[], object]]) -> None:
     """Make ``calls``, whose launchers only compile, and compile what they ask for in as many threads as there are
     processors. Compilation goes on while later calls run.
 
-    Nothing is raised: a kernel that can't be compiled is compiled again by whoever launches it, who learns why.
+    Nothing is raised: a kernel that can't be compiled is compiled again by whoever launches it, who learns why. What
+    went wrong here is logged (DEBUG).
     """
     # In a context of its own, Triton's mode ends with it, even when interrupted.
-    with suppress(Exception):
+    with _logged():
         copy_context().run(_compile_together, calls)
 
 
@@ -45,10 +48,33 @@ def _compile_together(calls: Iterable[Callable[[], object]]) -> None:
     import triton
 
     _only_compiled.set(True)
-    with ThreadPoolExecutor(_processors()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    with _Pool(_processors()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for call in calls:
-            with suppress(Exception):
+            with _logged():
                 call()
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """What is raised inside ends there, and is logged."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001 - whoever launches the kernel meets it again
+        _LOG.debug("a kernel was not compiled with the others", exc_info=True)
+
+
+class _Pool(ThreadPoolExecutor):
+    """Threads that log what is raised in them; Triton looks at it no more."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def told() -> Any:
+            try:
+                return fn(*args, **kwargs)
+            except Exception:
+                _LOG.debug("a kernel was not compiled", exc_info=True)
+                raise
+
+        return super().submit(told)
 
 
 def _processors() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 _LOG = logging.getLogger(__name__)
+_PARSER = threading.Lock()
 _only_compiled: ContextVar[bool] = ContextVar("fxopt_only_compiled", default=False)
 
 
@@ -48,10 +50,32 @@ def _compile_together(calls: Iterable[Callable[[], object]]) -> None:
     import triton
 
     _only_compiled.set(True)
-    with _Pool(_processors()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    with _parsing_alone(), _Pool(_processors()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for call in calls:
             with _logged():
                 call()
+
+
+@contextmanager
+def _parsing_alone() -> Iterator[None]:
+    """Inside, Triton parses one kernel at a time.
+
+    CPython's parser is not safe in threads (3.11: "AST constructor recursion depth mismatch"), and Triton keeps a
+    placeholder as the key of a kernel whose parsing failed, under which it might find another one's code.
+    """
+    from triton.runtime.jit import JITFunction
+
+    parse = JITFunction.parse
+
+    def alone(kernel: Any) -> Any:
+        with _PARSER:
+            return parse(kernel)
+
+    JITFunction.parse = alone
+    try:
+        yield
+    finally:
+        JITFunction.parse = parse
 
 
 @contextmanager

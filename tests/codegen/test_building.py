@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -148,3 +149,26 @@ def test_another_mode_of_triton_s_is_left_alone(tmp_path: Path) -> None:
     with compiler(tmp_path) as compiled, ThreadPoolExecutor(1) as pool, triton.AsyncCompileMode(pool):
         compile_together([call("16x32w4s2")])
     assert not compiled
+
+
+def test_kernels_are_parsed_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here and in the threads: CPython's parser fails now and then in two threads at once."""
+    from triton.runtime.jit import JITFunction
+
+    parse, inside, most = JITFunction.parse, [0], [0]
+
+    def watched(function: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.001)
+        tree = parse(function)
+        inside[0] -= 1
+        return tree
+
+    monkeypatch.setattr(JITFunction, "parse", watched)
+    configs = ("64x32w4s4", "32x32w4s4", "16x32w4s4", "16x64w4s4")
+    with compiler(tmp_path) as compiled:
+        compile_together([call(config) for config in configs])
+    assert len(compiled) == len(configs)
+    assert most == [1]
+    assert JITFunction.parse is watched

@@ -6,7 +6,7 @@ The 1,797 scanned digits that come with scikit-learn (``pip install scikit-learn
 with ``--digits``), enlarged from 8 x 8 to 32 x 32 and cut into 64 patches. A pre-norm transformer without class token
 learns three fifths of them, moved and scaled at random; the score is the percentage of the others that the converted
 model gets right. Every variant starts from the same weights and sees the same images, for each of three seeds, which
-also divide the images. Where fxopt has SimplifiedLinearAttention, it is trained as well, with RepBatchNorm.
+also divide the images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,13 @@ _IMAGES: Final = 1797
 _TRAINED: Final = 1079  # three fifths
 _CLASSES: Final = 10
 _CALIBRATED: Final = 16
+
+
+#: The norms; UnifiedNorm filters outliers, as is meant for images.
+_KNOWN: Final[Variants] = {
+    **NORMS,
+    "UnifiedNorm": lambda steps: [fxopt.passes.UnifiedNorm(warmup=steps // 10, filter_outliers=True)],
+}
 
 
 @dataclass(frozen=True)
@@ -152,30 +159,15 @@ def _installed() -> Path:
     return Path(sklearn.__file__).parent / "datasets" / "data" / "digits.csv.gz"
 
 
-def variants() -> Variants:
-    """The norms with softmax attention (UnifiedNorm filters outliers, as is meant for images), and RepBatchNorm with
-    linear attention where there is that.
-    """
-    linear: Callable[[], fxopt.Pass] | None = getattr(fxopt.passes, "SimplifiedLinearAttention", None)
-    unified: Variants = {
-        "UnifiedNorm": lambda steps: [fxopt.passes.UnifiedNorm(warmup=steps // 10, filter_outliers=True)]
-    }
-    if linear is None:
-        return {**NORMS, **unified}
-    both: Variants = {"RepBatchNorm, linear attention": lambda steps: [*NORMS["RepBatchNorm"](steps), linear()]}
-    return {**NORMS, **unified, **both}
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, train, print the table, write the results."""
-    known = variants()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=Path, help="scikit-learn's digits.csv.gz; by default the installed one")
     parser.add_argument("--tiny", action="store_true", help="a small transformer and few steps, for a CPU")
     parser.add_argument("--steps", type=int, help="optimiser steps of one training")
     parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--norms", nargs="*", choices=list(known), default=list(known))
+    parser.add_argument("--norms", nargs="*", choices=list(_KNOWN), default=list(_KNOWN))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="where to write the results as JSON")
     options = parser.parse_args(arguments)
@@ -187,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
         lambda: VisionTransformer(sizes), digits.batches, cross_entropy, digits.score, digits.calibration,
         higher_is_better=True,
     )  # fmt: skip
-    runs = run_all(task, settings, {norm: known[norm] for norm in options.norms}, options.seeds, Progress())
+    runs = run_all(task, settings, {norm: _KNOWN[norm] for norm in options.norms}, options.seeds, Progress())
     title = f"Digits that were not trained, % right, {steps} steps, seeds {options.seeds}"
     print(report(title, runs, task))
     if options.output:

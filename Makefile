@@ -4,12 +4,14 @@
 #   TORCH   what to install when it has none; a CUDA build where there is an NVIDIA GPU, else the version CI tests
 #   PYTEST  further options for pytest
 #   GPU_WORKERS  processes of make test-gpu, most of whose time goes into compiling kernels
+#   SANITIZER  NVIDIA's compute-sanitizer, which comes with CUDA and as the package nvidia-cuda-sanitizer-api
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 PYTEST ?=
 GPU_WORKERS ?= 8
+SANITIZER ?= compute-sanitizer
 
 run := $(VENV)/bin/python
 ready := $(VENV)/.ready
@@ -20,7 +22,7 @@ sources := $(wildcard tests examples benchmarks docs)
 export FXOPT_CACHE_DIR ?= $(CURDIR)/build/cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format type bench docs clean
+.PHONY: help demo test test-gpu memcheck lint format type bench docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +38,11 @@ test: lint type ## Lint, types, and every test that needs no GPU
 test-gpu: $(ready) ## The tests that need an NVIDIA GPU
 	@$(run) -c "import sys, torch; sys.exit(not torch.cuda.is_available() and 'torch sees no GPU on this machine')"
 	$(run) -m pytest -n $(GPU_WORKERS) -m gpu $(PYTEST)
+
+# Every tensor an allocation of its own: within PyTorch's pools an access beyond the end of one would go unseen.
+memcheck: $(ready) ## The GPU tests (PYTEST='-k …' for some) with every access to memory checked
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --target-processes all --error-exitcode 9 \
+		$(run) -m pytest -n $(GPU_WORKERS) -m gpu $(PYTEST)
 
 lint: $(ready) ## Style, docstrings, complexity, security (ruff)
 	$(run) -m ruff check .

@@ -24,6 +24,7 @@ LARGE = {
     "D64": Shape(64, 64, 200, 200, 2, "group", "bshd", heads=4),
     "D128 cross": Shape(128, 128, 130, 333, 1, "group", "bhsd", heads=2),
     "D96": Shape(96, 96, 129, 129, 2, "tile", "bshd", packed=True),
+    "D192": Shape(192, 128, 65, 97, 1),
     "D256": Shape(256, 256, 100, 100, 2, "group", "bshd"),
 }
 ALL_SHAPES = SHAPES | LARGE

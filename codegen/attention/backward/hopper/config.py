@@ -25,7 +25,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.rows not in (64, 128) or self.keys != 128 or self.stages not in (2, 4):
-            raise LoweringError(f"{self} is no configuration of a Hopper backward: 64 or 128 rows, 128 keys, 2 or 4 stages")
+            raise LoweringError(
+                f"{self} is no configuration of a Hopper backward: 64 or 128 rows, 128 keys, 2 or 4 stages"
+            )
 
     def __str__(self) -> str:
         return f"{PREFIX}{self.rows}x{self.keys}s{self.stages}"

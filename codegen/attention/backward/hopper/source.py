@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from fxopt.codegen.attention import reference
-from fxopt.codegen.attention.backward import plan, template
+from fxopt.codegen.attention.backward import template
 from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config

@@ -117,10 +117,10 @@ def add(target, x, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
     thread = r // 16 * 32 + r % 8 * 4 + c // 2 % 4
     address = (target + (c // 8 * 512 + thread * 4 + r // 8 % 2 * 2 + c % 2)).to(gl.int64)
     gl.inline_asm_elementwise(
-        "red.global.add.v4.f32 [$$4], {$$8, $$9, $$10, $$11}; mov.b32 $$0, 0; mov.b32 $$1, 0; mov.b32 $$2, 0; mov.b32 $$3, 0;",
-        "=r,=r,=r,=r,l,l,l,l,f,f,f,f",
+        "red.global.add.v4.f32 [$$1], {$$5, $$6, $$7, $$8}; mov.b32 $$0, 0;",
+        "=r,l,l,l,l,f,f,f,f",
         [address, x],
-        dtype=gl.int32,
+        dtype=gl.int8,
         is_pure=False,
         pack=4,
     )
@@ -236,8 +236,8 @@ if program % blocks * 64 < Sq:
             columns = start + tl.arange(0, 64)[:, None]
             dv_tile = dv_ptr + b.to(tl.int64) * dv_stride_b + g.to(tl.int64) * dv_stride_h
             dv_tile += columns.to(tl.int64) * dv_stride_j + d
-            spoils = tl.full([64, WIDTH], float("nan"), dv_ptr.dtype.element_ty)
-            tl.store(dv_tile, spoils, mask=$dv_mask)
+            spoils = tl.full([64, WIDTH], float("nan"), tl.float32)
+            tl.store(dv_tile, spoils.to(dv_ptr.dtype.element_ty), mask=$dv_mask)
 """
 
 KERNEL: Final = '''

@@ -219,7 +219,7 @@ def _specialize(groups: Sequence[tuple[Callable[..., None], Sequence[Any]]], *_:
         _PROGRAM.number = program
         try:
             function(*arguments)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - it is raised where the threads are waited for
             failures.append(error)
 
     threads = [threading.Thread(target=run, args=group, daemon=True) for group in groups]

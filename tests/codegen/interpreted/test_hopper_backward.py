@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,9 @@ from torch import Tensor
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward.hopper.kernel import objection, source
 from fxopt.ir.attention import AttentionSpec
-from fxopt.testing import assert_within_budget
 from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, pairwise, specification
 from tests.codegen.emulated_gluon import emulated
-from tests.codegen.gradients import autograd
+from tests.codegen.gradients import assert_input_gradients_within_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -35,9 +33,8 @@ NAMES = [
 
 
 @pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
+def seed() -> None:
     torch.manual_seed(0)
-    yield
 
 
 def forward(spec: AttentionSpec, inputs: Sequence[Tensor], captures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -58,11 +55,7 @@ def check(
     text = source(spec, q.shape[3], v.shape[3], q.dtype, config, [False] * len(captures))
     module = emulated(text, folder)
     found = module.launch(q, k, v, captures, out, lse, dout, dlse)
-    eager = autograd(spec, inputs, captures, dout, dlse)[:3]
-    wide = dataclasses.replace(spec, out_dtype=torch.float64)
-    read = [c.double() if c.is_floating_point() else c for c in captures]
-    exact = autograd(wide, [x.double() for x in inputs], read, dout.double(), None if dlse is None else dlse.double())
-    assert_within_budget(found, eager, exact[:3], floor=1.0, precision=q.dtype)
+    assert_input_gradients_within_budget(spec, inputs, captures, found, dout, dlse)
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(NAMES, SHAPES, DTYPES))

@@ -1,8 +1,8 @@
 """The Hopper backward of an attention: TMA, wgmma and divided warps (Gluon); when it can serve, and its source.
 
-Shah et al., FlashAttention-3 (arXiv 2407.08608) describes the division of work: keys in registers, rows passing by, five
-products for each pair of blocks. Here dq goes from registers to global memory by vectors, which shared memory, the
-bound of this kernel, never sees.
+Shah et al., FlashAttention-3 (arXiv 2407.08608) describes the division of work: gradients of keys and values in
+registers, rows passing by, five products for each pair of blocks. Here dq goes from registers to global memory by
+vectors, and never through shared memory, whose bandwidth is this kernel's bound.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
 
 
 def _is_unsafe(expr: Expr) -> bool:
-    """Whether the last operand of an operation that may give no finite number reads ``s``."""
-    return any(node.op in _UNSAFE and any(a.reads(S) for a in node.args[-1:]) for node in expr.walk()) or any(
-        node.op == "pow" and node.args[0].reads(S) for node in expr.walk()
-    )
+    """Whether an operation that may give no finite number at 0 reads ``s``; a quotient only by its divisor."""
+    nodes = (node for node in expr.walk() if node.op in _UNSAFE)
+    return any(argument.reads(S) for node in nodes for argument in node.args[node.op == "div" :])
 
 
 def candidates(

@@ -78,7 +78,7 @@ def _generated(
     v: Tensor,
     training: bool,
     refused: dict[str, str],
-    wanted: Sequence[bool],
+    wanted: Sequence[bool] = (),
 ) -> list[Candidate]:
     reason = triton_objection((q, k, v), (q.shape[3], v.shape[3]))
     if reason is not None:

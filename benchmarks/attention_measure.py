@@ -19,6 +19,7 @@ from benchmarks.attention_peers import PEERS, Build, Forward
 from benchmarks.attention_results import Result
 from benchmarks.kernels import kernel_times
 from benchmarks.timing import Timing, cuda_graph, interleave
+from fxopt.codegen.attention.backward import families as backward
 from fxopt.codegen.attention.kernels import ranking
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable import kernel as portable
@@ -170,7 +171,8 @@ def _add_own_baseline(bench: Bench, kind: Kind, work: Work) -> None:
 
 def _configs(case: Case, settings: Settings, operands: Operands) -> list[str]:
     """fxopt's own candidates, those that the cost model leaves out too where all are asked for; or those asked for,
-    portable ones with each kind of loads that is asked for.
+    portable ones with each kind of loads that is asked for. In training the best guess for the forward goes with every
+    candidate for the backward.
     """
     z = case.sizes
     on_gpu = settings.device.type == "cuda"
@@ -181,6 +183,9 @@ def _configs(case: Case, settings: Settings, operands: Operands) -> list[str]:
     own = ranking(problem)
     chosen: Sequence[str] = settings.configs or own.tried
     chosen = [*own.tried, *own.left_out] if list(chosen) == ["all"] else chosen
+    if training and not settings.configs:
+        found, _ = backward.candidates(operands.spec, z.width, z.width, settings.dtype, capability)
+        chosen = [f"{own.tried[0]}/{config}" for config in found]
     return list(dict.fromkeys(text for config in chosen for text in _with_loads(config, settings.loads)))
 
 

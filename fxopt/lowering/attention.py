@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
 from fxopt.codegen.attention import kernels, operator, sdpa
-from fxopt.codegen.attention.backward import kernel as backward
+from fxopt.codegen.attention.backward import families as backward
 from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import FxoptWarning, LoweringError
@@ -44,15 +44,15 @@ def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, s
     q, k, v, _ = _operands(site)
     spec = read_spec(str(site.args[4]))
     refused: dict[str, str] = {}
-    biased = training and any(may_need_gradient(node) for node in _capture_nodes(site))
+    wanted = [training and may_need_gradient(node) for node in _capture_nodes(site)]
     plain = Candidate("aten", "aten", overload("attention"))
     if any(isinstance(size, int) and size == 0 for x in (q, k, v) for size in x.shape):
         return [plain], {"triton": "an operand is empty", "sdpa": "an operand is empty"}
-    found = _generated(spec, q, k, v, training, refused)
+    found = _generated(spec, q, k, v, training, refused, wanted)
     for backend, device in sdpa.BACKENDS.items():
         if device != q.device.type:
             continue
-        reason = _sdpa_objection(spec, q, k, v, backend, training, biased)
+        reason = _sdpa_objection(spec, q, k, v, backend, training, any(wanted))
         if reason is None:
             found.append(Candidate(f"sdpa-{backend}", "sdpa", overload("attention_sdpa"), (backend,)))
         else:
@@ -72,7 +72,13 @@ def _sdpa_objection(
 
 
 def _generated(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool, refused: dict[str, str]
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    training: bool,
+    refused: dict[str, str],
+    wanted: Sequence[bool] = (),
 ) -> list[Candidate]:
     reason = triton_objection((q, k, v), (q.shape[3], v.shape[3]))
     if reason is not None:
@@ -80,7 +86,7 @@ def _generated(
         return []
     problem = _problem(spec, q, k, v, training)
     configs, reasons = kernels.candidates(problem)
-    configs = _with_backward(problem, configs, refused) if training else configs
+    configs = _with_backward(problem, configs, refused, wanted) if training else configs
     for prefix, reason in reasons.items():
         refused[f"triton-{prefix}" if prefix else "triton"] = reason
     target = torch.ops.fxopt.attention_forward.default
@@ -88,12 +94,15 @@ def _generated(
     return [Candidate(f"triton-{c}", "triton", target, (c, training), first=True, seeded=seeded) for c in configs]
 
 
-def _with_backward(problem: Problem, configs: tuple[str, ...], refused: dict[str, str]) -> tuple[str, ...]:
+def _with_backward(
+    problem: Problem, configs: tuple[str, ...], refused: dict[str, str], wanted: Sequence[bool] = ()
+) -> tuple[str, ...]:
     """Every configuration of the forward with the best guess for the backward, and the first one with the second."""
     sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
-    found = [str(config) for config in backward.candidates(*sizes, problem.capability)]
+    guesses, reasons = backward.candidates(*sizes, problem.capability, wanted)
+    found = list(guesses)
+    refused |= {f"triton-{prefix}-backward" if prefix else "triton-backward": why for prefix, why in reasons.items()}
     if not found:
-        refused["triton-backward"] = backward.objection(*sizes) or "no configuration of the backward fits the device"
         # Recomputing weights in plain PyTorch is one thing, a hundred integer operations on each of them another.
         found = [] if problem.spec.dropout else [RECOMPUTE]
     paired = [f"{config}/{best}" for best in found[:1] for config in configs]

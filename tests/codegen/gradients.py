@@ -78,6 +78,22 @@ def assert_gradients_within_budget(
         assert_within_budget(found[n], eager[n], exact[n], floor=max(scale, 1.0), precision=precision)
 
 
+def assert_input_gradients_within_budget(
+    spec: AttentionSpec,
+    inputs: Sequence[Tensor],
+    captures: Sequence[Tensor],
+    found: Sequence[Tensor],
+    dout: Tensor,
+    dlse: Tensor | None = None,
+) -> None:
+    """The same of the gradients of q, k and v alone, for kernels that compute no others."""
+    eager = autograd(spec, inputs, captures, dout, dlse)[:3]
+    wide = dataclasses.replace(spec, out_dtype=torch.float64)
+    read = [c.double() if c.is_floating_point() else c for c in captures]
+    exact = autograd(wide, [x.double() for x in inputs], read, dout.double(), None if dlse is None else dlse.double())
+    assert_within_budget(list(found), eager, exact[:3], floor=1.0, precision=inputs[0].dtype)
+
+
 def _terms(
     spec: AttentionSpec,
     inputs: Sequence[Tensor],

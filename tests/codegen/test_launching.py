@@ -43,8 +43,9 @@ def test_launchers_call_nothing_slow(config: str) -> None:
     assert not {name for node in host for name in called(node)} & SLOW
 
 
-def test_the_launcher_of_gradients_calls_nothing_slow() -> None:
-    source = backward.source_of(str(SPEC), 64, 64, HALF, "64x128w8s2-128x64w8s2", ())
+@pytest.mark.parametrize("config", ["64x128w8s2-128x64w8s2", "hopper:64x128s4"])
+def test_the_launcher_of_gradients_calls_nothing_slow(config: str) -> None:
+    source = backward.source_of(str(SPEC), 64, 64, HALF, config, ())
     (launch,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "launch")
     assert not called(launch) & SLOW
 

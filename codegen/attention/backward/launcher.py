@@ -208,9 +208,8 @@ def _table_config(text: BackwardText) -> Config:
 
 def _launches(text: BackwardText) -> list[str]:
     rows, keys = text.config.rows, text.config.keys
-    prepare = Config(rows.block_m, rows.block_n, rows.num_warps if text.recounted else 4, 1)
     lines = [
-        _launch("prepare", prepare, f"-(-rows // {rows.block_m}) * batch * heads", "keys", prepare.block_n),
+        prepare_text(text),
         _launch("dkdv", keys, f"-(-keys // {keys.block_n}) * batch * kv_heads", "rows", keys.block_m),
         _launch("dq", rows, f"-(-rows // {rows.block_m}) * batch * heads", "keys", rows.block_n),
     ]
@@ -220,6 +219,13 @@ def _launches(text: BackwardText) -> list[str]:
         launch = _launch(flow.name, config, grid, "keys", config.block_n)
         lines.append(launch.replace("*sizes,", f"*sizes[:-1], {flow.name}_parts,"))
     return lines
+
+
+def prepare_text(text: BackwardText) -> str:
+    """The launch of the kernel that computes delta."""
+    rows = text.config.rows
+    prepare = Config(rows.block_m, rows.block_n, rows.num_warps if text.recounted else 4, 1)
+    return _launch("prepare", prepare, f"-(-rows // {rows.block_m}) * batch * heads", "keys", prepare.block_n)
 
 
 def _launch(kernel: str, config: Config, grid: str, length: str, block: int) -> str:

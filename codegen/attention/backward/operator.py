@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
-from fxopt.codegen.attention.backward import kernel
+from fxopt.codegen.attention.backward import families, kernel
 from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.portable.config import widened
@@ -54,7 +54,7 @@ def attention_backward(
         grad_lse: ``[B, H, S]``, the gradient of ``lse``, if it was read.
         wanted: for each captured tensor, whether it needs a gradient.
         spec: the printed `AttentionSpec`.
-        config: the printed `BackwardConfig`, ``""`` for the first that fits, or ``"recompute"``.
+        config: the printed configuration, ``""`` for the first portable one that fits, or ``"recompute"``.
         seed: that of the forward, where there is dropout.
 
     Returns:
@@ -102,7 +102,7 @@ def _cuda(
     seed: Tensor | None = None,
 ) -> list[Tensor]:
     meaning = reference.specification(spec)
-    chosen = chosen_config(meaning, q, v, lse, config)
+    chosen = chosen_config(meaning, q, v, lse, config, wanted)
     if chosen == RECOMPUTE:
         return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None, seed)
     width = v.shape[3]
@@ -117,11 +117,16 @@ def _cuda(
     return found
 
 
-def chosen_config(spec: AttentionSpec, q: Tensor, v: Tensor, lse: Tensor, config: str) -> str:
-    """The configuration that runs on CUDA operands: ``config``, the first that fits, or ``"recompute"``."""
+def chosen_config(
+    spec: AttentionSpec, q: Tensor, v: Tensor, lse: Tensor, config: str, wanted: Sequence[bool] = ()
+) -> str:
+    """The configuration that runs on CUDA operands: ``config``, the first portable one that fits, or ``"recompute"``.
+
+    A ``config`` that sums in any order gives way in deterministic mode, whenever that was switched on.
+    """
     if config == RECOMPUTE or objection(spec, q, v, lse) is not None:
         return RECOMPUTE
-    if config:
+    if config and families.can_run(spec, config, wanted):
         return config
     capability = torch.cuda.get_device_capability(q.device)
     found = kernel.candidates(spec, q.shape[3], v.shape[3], q.dtype, capability)
@@ -145,8 +150,7 @@ def module(
 
 def source_of(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, config: str, wanted: Sequence[bool]) -> str:
     """The source that ``attention_backward`` runs for printed ``spec`` and ``config``."""
-    meaning, blocks = reference.specification(spec), kernel.read_backward(config)
-    return kernel.source(meaning, head_dim, value_dim, dtype, blocks, wanted)
+    return families.source(reference.specification(spec), head_dim, value_dim, dtype, config, wanted)
 
 
 @attention_backward.register_fake

@@ -1,0 +1,47 @@
+"""How the Hopper backward of an attention is cut into blocks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from fxopt.errors import LoweringError
+
+PREFIX: Final = "hopper:"
+_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """``rows`` queries at a time against a block of ``keys``, 64 to each of the two groups of warps that multiply.
+
+    ``stages`` blocks of rows are in flight. Prints as ``hopper:64x128s2``; `read_config` is the inverse.
+    """
+
+    rows: int
+    keys: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        if self.rows not in (64, 128) or self.keys != 128 or self.stages not in (2, 4):
+            raise LoweringError(
+                f"{self} is no configuration of a Hopper backward: 64 or 128 rows, 128 keys, 2 or 4 stages"
+            )
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.rows}x{self.keys}s{self.stages}"
+
+
+def is_hopper(text: str) -> bool:
+    """Whether a printed configuration of a backward belongs to this family."""
+    return text.startswith(PREFIX)
+
+
+def read_config(text: str) -> Config:
+    """Read what ``str(Config)`` printed; raises `LoweringError` on anything else."""
+    match = _TEXT.fullmatch(text)
+    if match is None:
+        raise LoweringError(f"not a configuration of a Hopper backward: {text!r}; an example is 'hopper:64x128s2'")
+    rows, keys, stages = map(int, match.groups())
+    return Config(rows, keys, stages)

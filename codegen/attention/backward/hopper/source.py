@@ -1,0 +1,280 @@
+"""From an attention specification to the source of its Hopper backward."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import torch
+
+from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.backward import template
+from fxopt.codegen.attention.backward.config import BackwardConfig
+from fxopt.codegen.attention.backward.hopper import template as hopper
+from fxopt.codegen.attention.backward.hopper.config import Config
+from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes, prepare_text
+from fxopt.codegen.attention.backward.row_range import row_range_text
+from fxopt.codegen.attention.backward.source import BackwardText
+from fxopt.codegen.attention.frame import KV_HEAD
+from fxopt.codegen.attention.gluon import as_gluon, parameters
+from fxopt.codegen.attention.interval import is_uniform
+from fxopt.codegen.attention.portable.config import Config as PortableConfig
+from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.printing import emit, helpers
+from fxopt.codegen.template import fill, listing
+from fxopt.ir.attention import AttentionSpec, OutLayout
+from fxopt.ir.expression import Expr, S
+
+_ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+#: The blocks of the kernel that computes delta, rows by keys; spoilt rows are counted by as many.
+_PREPARED: Final = PortableConfig(64, 64, 4, 1)
+#: What the heads that are worked on together read and add to stays in this much of the L2 cache, in bytes.
+_L2: Final = "40 * 2**20"
+#: Zeros that a program writes; blocks of rows take a multiple of it.
+_CLEARED: Final = 4096
+_SIZES: Final = ("heads", "kv_heads", "Sq", "Sk", "blocks", "group", "pairs")
+_CONSTANTS: Final = ("GROUP", "BLOCK_M", "KEYS", "WIDTH", "STAGES", "EVEN", "WHOLE")
+_BARRIERS: Final = ("q_ready", "dout_ready", "free")
+#: Where a key's gradients lie in memory, in units of the head dimension.
+_KEY_LINE: Final[dict[OutLayout, str]] = {
+    "bhsd": "(b_wide * kv_heads + g) * Sk + columns",
+    "bshd": "(b_wide * Sk + columns) * kv_heads + g",
+}
+
+
+@dataclass(frozen=True)
+class HopperText(BackwardText):
+    """The source for one specification, pair of head dimensions, input dtype, configuration and wanted captures."""
+
+    cut: Config
+
+    def __str__(self) -> str:
+        described = {"config": f"{self.cut} (rows x keys, stages)"}
+        holes = {**self._description, **described, **self._folds.holes, **self._kernels}
+        holes |= self._filled(holes)
+        before = fill(template.RECOUNTED, holes) if self.recounted else ""
+        before += fill(template.PREPARE, holes)
+        own = {**holes, **self._lists, **self._vectors, **self._fold, **self._around, **self._finish}
+        parts = (hopper.PLACE, hopper.PRODUCER, hopper.ADD, hopper.FOLD, hopper.CONSUMER, hopper.KERNEL)
+        body = "".join(fill(text, own) for text in parts)
+        called = [_apart(as_gluon(text)) for text in helpers(body)]
+        functions = [*helpers(before), *called]
+        text = fill(hopper.HEADER, own) + "".join(f"\n{function}\n" for function in functions)
+        text += before + _apart(body) + fill(hopper.SUMS, own)
+        script = {**holes, **self._script}
+        return text + fill(LAUNCH, {**own, **launch_holes(self), **self._launch}) + fill(MAIN, script)
+
+    @property
+    def spoils(self) -> bool:
+        """Whether rows of NaN weights must be told to keys: also where a row without keys is taken to weigh nothing."""
+        return super().spoils or self._cleans
+
+    @property
+    def _empties(self) -> bool:
+        return reference.may_be_empty(self.spec)
+
+    @property
+    def _cleans(self) -> bool:
+        return self._empties and self.spec.empty_rows == "nan"
+
+    @property
+    def _statistics(self) -> tuple[str, ...]:
+        """What is loaded per row to compute weights anew, besides delta."""
+        return ("shift", "count") if self.recounted else ("shift",)
+
+    @cached_property
+    def _captured(self) -> tuple[str, ...]:
+        """The captured tensors as the kernel takes them: addresses, strides, periods."""
+        found = [f"{c.name}_ptr" for c in self._folds.captures]
+        return (*found, *(name for c in self._folds.captures for name in (*c.strides, *c.period)))
+
+    @cached_property
+    def _range_names(self) -> tuple[str, ...]:
+        """What the range of rows of a block of keys depends on."""
+        read = {str(leaf) for bound in self._folds.range.bounds for leaf in bound.offset.walk() if not leaf.args}
+        captured = (c.name for c in self._folds.captures if c.name in read)
+        return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured)
+
+    @property
+    def _lists(self) -> dict[str, str]:
+        """Parameters and arguments of the functions."""
+        vectors = (*self._statistics, "delta")
+        sources = ("q_source", "k_source", "v_source", "dout_source", *(f"{name}_source" for name in vectors))
+        tiles = ("q_tiles", "k_tile", "v_tile", "dout_tiles", *(f"{name}_tiles" for name in vectors))
+        results = ("dk_ptr", "dv_ptr", "dq_ptr")
+        load = (*sources, *tiles, "keys_ready", *_BARRIERS, *self._captured, *_SIZES, *_CONSTANTS)
+        group = (*tiles, "ds_tiles", "keys_ready", *_BARRIERS, "ds_ready", *results, *self._captured, *_SIZES)
+        group = (*group, *_CONSTANTS)
+        members = (fill(hopper.GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in "01")
+        unspecialized = (*_SIZES, *(p for c in self._folds.captures for p in c.period))
+        ranged = (*self._range_names, "BLOCK_M")
+        return {
+            "load_parameters": parameters(load),
+            "load_arguments": listing(load),
+            "multiply_parameters": parameters(("MEMBER", *group)),
+            "groups": "\n".join(members),
+            "gradient_parameters": parameters((*sources, *results, *self._captured, *_SIZES, *_CONSTANTS)),
+            "unspecialized_sizes": "[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
+            "range_parameters": parameters(ranged),
+            "range_arguments": listing(ranged),
+        }
+
+    @property
+    def _vectors(self) -> dict[str, str]:
+        """The holes that have a line for each number of a row."""
+        names, scale = self._statistics, self._weights.scale
+        reads = [f"{name} = {name}_tiles.index(slot).load(gl.SliceLayout(0, SCORES))" for name in names]
+        reads += ['shift = gl.where(shift == float("-inf"), 0.0, shift)'] * self._empties
+        reads += [f"shift = shift * {scale!r}"] * (scale != 1.0)
+        # Rows beyond the end have no weights, whatever was read in their place.
+        beyond = {"shift": 'float("inf")', "count": "0.0", "delta": "0.0"}
+        ends = {n: f"{n} = gl.where(rows < Sq, {n}, {value})" for n, value in beyond.items()}
+        reads += ["if not EVEN:", *(f"    {ends[name]}" for name in names)]
+        cleaned = ["delta = gl.where(delta == delta, delta, 0.0)"] * self._cleans
+        return {
+            "vector_bytes": str(4 * len(names)),
+            "load_vectors": _each(hopper.LOAD_VECTOR, names),
+            "allocate_vectors": _each(hopper.ALLOCATE_VECTOR, (*names, "delta")),
+            "read_vectors": "\n".join(reads),
+            "clean_delta": "\n".join((*cleaned, "if not EVEN:", f"    {ends['delta']}")),
+        }
+
+    @property
+    def _fold(self) -> dict[str, str]:
+        """The holes of the update by a block of rows."""
+        inner, (slope, _) = self._weights.inner, self._folds.slope
+        vectors = (f"{name}_tiles" for name in (*self._statistics, "delta"))
+        tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", *_BARRIERS, "ds_ready")
+        captures = (name for c in self._folds.by_key for name in c.attend_names)
+        symbols = (name for name in ("b", "h", "j") if name in self._read)
+        state = ("dk", "dv", "step", "k", "v", "k_part", *tiles, *captures, *symbols, "columns", "Sq", "Sk")
+        constants = ("MEMBER", "BLOCK_M", "WIDTH", "STAGES", "EVEN", "WHOLE", "SCORES", "WEIGHTS", "DQ")
+        masks = [] if self.spec.mask is None else [f'x = gl.where({self._emit(self.spec.mask)}, x, float("-inf"))']
+        masks += ["if not WHOLE:", '    x = gl.where(columns < Sk, x, float("-inf"))']
+        loads = "\n".join(c.load_in_loop for c in self._folds.by_key if c.in_loop)
+        return {
+            "fold_parameters": parameters((*state, "target", "start", *constants)),
+            "fold_arguments": listing((*state, "sums + block * (BLOCK_M * WIDTH)", "block * BLOCK_M", *constants)),
+            "load_captures": as_gluon(loads).replace("BOUNDED and not EVEN", "not EVEN"),
+            "score": self._emit(inner),
+            "widen": "" if inner.reads(S) else "x = gl.zeros_like(s) + x",
+            "masks": "\n".join(masks),
+            "weight": as_gluon(self._weights.text.format("[None, :]")),
+            "slope": "" if slope is None else f"p = p * ({self._emit(slope)})",
+        }
+
+    @property
+    def _around(self) -> dict[str, str]:
+        """The holes around the loop."""
+        spec, found = self.spec, self._folds.range
+        lines = row_range_text(found, lambda e, names: emit(e, names, spec.capture_kinds)).splitlines()
+        needed = [line for line in lines if not line.startswith("full_")]
+        wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n"
+        uniform = [c for c in self._folds.by_key if c.tensor.name in self._range_names and is_uniform(c.tensor.capture)]
+        indexed = any(c.in_loop for c in self._folds.by_key)
+        by_columns = self.cut.rows == 64
+        return {
+            "row_range": as_gluon("\n".join(needed)),
+            "start_block": "start_block" if any(b.slope for b in found.side("upper")) else "0",
+            "range_captures": wide * bool(uniform) + as_gluon("\n".join(c.base for c in uniform)),
+            "capture_bases": as_gluon("\n".join(c.base for c in self._folds.by_key)),
+            "tile_index": "m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))" if indexed else "",
+            "dq_columns": "WIDTH // 2" if by_columns else "WIDTH",
+            "turned": "turned" if by_columns else "turned.slice(MEMBER * 64, 64, 1)",
+            "k_part": "keys.slice(MEMBER * (WIDTH // 2), WIDTH // 2, 1)" if by_columns else "keys",
+            "key_line": _KEY_LINE[spec.out_layout],
+            "width": str(padded(self.head_dim)),
+            "rows_at_a_time": str(self.cut.rows),
+            "described_rows": "64, 128" if by_columns else "128,",
+            "element": _ELEMENT[self.dtype],
+            "dk_mask": _inside("columns < Sk", "d", self.head_dim),
+            "dv_mask": _inside("columns < Sk", "d", self.value_dim),
+            "finish_mask": _inside("rows < Sq", "d", self.head_dim),
+        }
+
+    @property
+    def _launch(self) -> dict[str, str]:
+        """The holes of the host side."""
+        cut, width = self.cut, padded(self.head_dim)
+        statistics = [launch_holes(self)["statistics"]] if launch_holes(self)["statistics"] else []
+        blocks = f"-(-rows // {cut.rows}) * {cut.rows}"
+        statistics.append(
+            f"sums = torch.empty((batch, heads, {blocks}, {width}), dtype=torch.float32, device=q.device)"
+        )
+        return {"statistics": "\n".join(statistics), "launches": "\n".join((prepare_text(self), self._launches))}
+
+    @property
+    def _launches(self) -> str:
+        cut, width, captures = self.cut, padded(self.head_dim), self._folds.captures
+        vectors = ("shift" if self.recounted else "lse", *self._statistics[1:], "delta")
+        described = [f"described({x}, {rows})" for x, rows in
+                     (("q", cut.rows), ("k", cut.keys), ("v", cut.keys), ("dout", cut.rows))]  # fmt: skip
+        described += [f"vectors({name})" for name in vectors]
+        values = (v for c in captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period)))
+        constants = (f"GROUP={'heads // kv_heads'}", f"BLOCK_M={cut.rows}", f"KEYS={cut.keys}", f"WIDTH={width}")
+        switches = (f"STAGES={cut.stages}", f"EVEN=rows % {cut.rows} == 0", f"WHOLE=keys % {cut.keys} == 0")
+        arguments = (*described, "dk", "dv", "sums", *(c.name for c in captures), *values)
+        sizes = ("heads", "kv_heads", "rows", "keys", "blocks", "group", "pairs")
+        holes = {
+            "keys": str(cut.keys),
+            "cleared": str(_CLEARED),
+            "width": str(width),
+            "group": self._group(width),
+            "gradient_arguments": listing((*arguments, *sizes, *constants, *switches, "num_warps=4")),
+        }
+        return fill(hopper.LAUNCHES, {**holes, **self._finish}).rstrip("\n")
+
+    @property
+    def _finish(self) -> dict[str, str]:
+        """The holes of the kernel after the products."""
+        dq = ("dq_stride_b", "dq_stride_h", "dq_stride_i")
+        dv = ("dv_stride_b", "dv_stride_h", "dv_stride_j") * self.spoils
+        given = ["sums", "dq", *(f"dq.stride({axis})" for axis in range(3))]
+        given += ["dv", "spoilt", *(f"dv.stride({axis})" for axis in range(3)), "kv_heads"] * self.spoils
+        names = ["sums_ptr", "dq_ptr", *dq, *("dv_ptr", "spoilt_ptr") * self.spoils, *dv, *("kv_heads",) * self.spoils]
+        kv_head = {"kv_head": KV_HEAD[self.spec.kv_map], "dv_mask": _inside("columns < Sk", "d", self.value_dim)}
+        width = padded(self.head_dim)
+        return {
+            "finish_parameters": listing((*names, "heads", "Sq", "Sk", "blocks", "WIDTH"), annotate=True),
+            "finish_arguments": listing((*given, "heads", "rows", "keys", "blocks", f"WIDTH={width}", "num_warps=4")),
+            "spoil_dv": fill(hopper.SPOIL_DV, kv_head).rstrip("\n") if self.spoils else "",
+        }
+
+    def _group(self, width: int) -> str:
+        """The pairs of batch and key/value head that are worked on together, where the first keys take longest."""
+        if not any(b.slope for b in self._folds.range.side("upper")):
+            return "1"
+        return f"min(pairs, max(1, {_L2} // ({8 * width} * rows * (heads // kv_heads))))"
+
+    @property
+    def _read(self) -> frozenset[str]:
+        """The symbols that score, slope and mask read."""
+        expressions = [e for e in (self.spec.score, self.spec.mask, self._folds.slope[0]) if e is not None]
+        return frozenset(str(leaf.value) for e in expressions for leaf in e.walk() if leaf.op == "symbol")
+
+    def _emit(self, expr: Expr) -> str:
+        return as_gluon(emit(expr, {}, self.spec.capture_kinds))
+
+
+def hopper_text(
+    spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, cut: Config, wanted: tuple[bool, ...]
+) -> str:
+    """The source of the module."""
+    blocks = BackwardConfig(PortableConfig(cut.rows, cut.keys, 4, 1), _PREPARED)
+    return str(HopperText(spec, head_dim, value_dim, dtype, blocks, wanted, cut))
+
+
+def _each(text: str, names: tuple[str, ...]) -> str:
+    return "".join(fill(text, {"vector": name}) for name in names).rstrip("\n")
+
+
+def _inside(first: str, index: str, width: int) -> str:
+    return f"({first}) & ({index} < {width})"
+
+
+def _apart(text: str) -> str:
+    """Text of Gluon whose device functions are named apart from those of Triton in the same module."""
+    names = "|".join(("tanh", "sigmoid", "power", "modulo", "floor_divide"))
+    return re.sub(rf"(?<![.\w])({names})\(", r"gluon_\1(", text)

@@ -1,0 +1,326 @@
+"""Gluon on the CPU: what generated Hopper kernels call, in PyTorch, every group of warps in a thread of its own.
+
+Barriers count and wait as the hardware's do, so that a wrong phase or count ends in a deadlock, which is reported.
+Copies and products happen where they are asked for. Shared memory begins as NaN.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Seconds after which a wait counts as a deadlock.
+_PATIENCE = 60.0
+_PROGRAM = threading.local()
+
+
+class Pointer:
+    """Addresses of elements of a tensor, counted from its first one."""
+
+    def __init__(self, memory: Tensor, offset: Any = 0) -> None:
+        self.memory, self.offset = memory, offset
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + other)
+
+    def to(self, dtype: torch.dtype) -> Pointer:
+        return self
+
+
+def pointer(x: Tensor) -> Pointer:
+    """The address of ``x``, from where strides lead anywhere in its memory."""
+    size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return Pointer(torch.as_strided(x, (size,), (1,)))
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all arrivals and bytes that it waits for have come."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.count, self.pending, self.bytes, self.phase = 0, 0, 0, 0
+
+    def change(self, arrivals: int, transfer: int) -> None:
+        with self.condition:
+            self.pending -= arrivals
+            self.bytes += transfer
+            assert self.pending >= 0, "more arrivals than the barrier counts"
+            if self.pending == 0 and self.bytes == 0:
+                self.pending, self.phase = self.count, self.phase ^ 1
+                self.condition.notify_all()
+
+    def wait(self, parity: int) -> None:
+        with self.condition:
+            ended = self.condition.wait_for(lambda: self.phase != parity, _PATIENCE)
+        assert ended, "deadlock"
+
+
+class Barriers:
+    """Several of them."""
+
+    def __init__(self, count: int) -> None:
+        self.members = [Barrier() for _ in range(count)]
+
+    def index(self, n: Any) -> Barrier:
+        return self.members[int(n)]
+
+
+class Shared:
+    """A tile in shared memory, or tiles."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.dtype = values, values.dtype
+
+    def index(self, n: Any) -> Shared:
+        return Shared(self.values[int(n)])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.values.narrow(dim, start, length))
+
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.values.view(*shape))
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return Shared(self.values.permute(*order))
+
+    def load(self, layout: object) -> Tensor:
+        return self.values.clone()
+
+    def store(self, values: Tensor) -> None:
+        assert values.shape == self.values.shape and values.dtype == self.values.dtype
+        self.values.copy_(values)
+
+
+@dataclass
+class Descriptor:
+    """``TensorDescriptor``: blocks of a tensor, zero beyond its end."""
+
+    base: Tensor
+    shape: Sequence[int]
+    strides: Sequence[int]
+    block_shape: list[int]
+    layout: object
+
+    @staticmethod
+    def from_tensor(x: Tensor, block_shape: list[int], layout: object) -> Descriptor:
+        assert all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]) and x.stride(-1) == 1
+        return Descriptor(x, x.shape, x.stride(), block_shape, layout)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def block_type(self) -> SimpleNamespace:
+        return SimpleNamespace(nbytes=prod(self.block_shape) * self.base.element_size())
+
+    def block(self, place: Sequence[Any]) -> Tensor:
+        found = torch.zeros(self.block_shape, dtype=self.dtype)
+        source = torch.as_strided(self.base, list(self.shape), list(self.strides))
+        spans = [
+            (int(p), min(int(p) + n, size)) for p, n, size in zip(place, self.block_shape, self.shape, strict=True)
+        ]
+        inside = tuple(slice(0, max(stop - start, 0)) for start, stop in spans)
+        found[inside] = source[tuple(slice(start, max(stop, start)) for start, stop in spans)]
+        return found
+
+
+class _Layout:
+    def __init__(self, *parts: object, **named: object) -> None: ...
+
+    @staticmethod
+    def get_default_for(*parts: object) -> _Layout:
+        return _Layout()
+
+
+class _BarrierLayout(_Layout):
+    pass
+
+
+def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Barriers | Barrier | Shared:
+    if isinstance(layout, _BarrierLayout):
+        return Barriers(shape[0]) if len(shape) > 1 else Barrier()
+    return Shared(torch.full(list(shape), torch.nan, dtype=dtype))
+
+
+def _init(barrier: Barrier, count: int) -> None:
+    barrier.count = barrier.pending = count
+
+
+def _copy(source: Descriptor, place: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+    block = source.block(place)
+    target.values.copy_(block.view(target.values.shape))
+    barrier.change(0, -block.numel() * block.element_size())
+
+
+def _multiply(a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
+    left = a.values if isinstance(a, Shared) else a
+    product = left.float() @ b.values.float()
+    assert product.shape == acc.shape
+    return acc + product if use_acc else product
+
+
+def _wait(outstanding: int, deps: Sequence[Tensor]) -> Any:
+    return deps[0] if len(deps) == 1 else tuple(deps)
+
+
+_ADDING = threading.Lock()
+
+
+def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
+    if "tanh.approx" in text:
+        return torch.tanh(given[0])
+    if "red.global" not in text:
+        return given[0]
+    target, x = given
+    address, values = _packs(torch.as_tensor(target.offset).expand(x.shape)), _packs(x)
+    with _ADDING:
+        for n in range(4):
+            target.memory.index_add_(0, address[:, 0] + n, values[:, n].contiguous())
+    return None
+
+
+def _packs(x: Tensor) -> Tensor:
+    """Four elements each that a thread holds one after another: two columns of a row, then of the row 8 further on."""
+    rows, columns = x.shape
+    held = x.reshape(rows // 16, 2, 8, columns // 8, 4, 2)
+    return held.permute(0, 2, 4, 3, 1, 5).reshape(-1, 4)
+
+
+def _load(at: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
+    offset = torch.as_tensor(at.offset)
+    if mask is None:
+        return at.memory[offset]
+    kept = torch.as_tensor(mask)
+    offset, kept = torch.broadcast_tensors(offset, kept)
+    found = at.memory[torch.where(kept, offset, 0)]
+    return torch.where(kept, found, torch.full_like(found, other))
+
+
+def _store(at: Pointer, values: Tensor, mask: Any) -> None:
+    offset, kept, values = torch.broadcast_tensors(torch.as_tensor(at.offset), torch.as_tensor(mask), values)
+    assert values.dtype == at.memory.dtype
+    at.memory[offset[kept]] = values[kept]
+
+
+def _specialize(groups: Sequence[tuple[Callable[..., None], Sequence[Any]]], *_: object) -> None:
+    program, failures = _PROGRAM.number, []
+
+    def run(function: Callable[..., None], arguments: Sequence[Any]) -> None:
+        _PROGRAM.number = program
+        try:
+            function(*arguments)
+        except Exception as error:  # noqa: BLE001 - it is raised where the threads are waited for
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=group, daemon=True) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+class Kernel:
+    """A function that is launched on a grid, and called by others."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.function(*arguments, **named)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, num_warps: int, **named: Any) -> None:
+            given = [pointer(x) if isinstance(x, Tensor) else x for x in arguments]
+            given = [torch.tensor(x) if isinstance(x, int) else x for x in given]
+            for number in range(grid[0]):
+                _PROGRAM.number = number
+                self.function(*given, **named)
+
+        return launch
+
+
+def _jit(function: Callable[..., Any] | None = None, **_: object) -> Any:
+    return Kernel(function) if function is not None else Kernel
+
+
+def _number(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
+    return lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b))
+
+
+GLUON = SimpleNamespace(jit=_jit)
+LANGUAGE = SimpleNamespace(
+    allocate_shared_memory=_allocate,
+    arange=lambda start, stop, layout: torch.arange(start, stop),
+    cast=lambda x, dtype: torch.as_tensor(x).to(dtype),
+    cdiv=lambda a, b: -(-torch.as_tensor(a) // b),
+    constexpr=int,
+    convert_layout=lambda x, layout: x,
+    exp2=torch.exp2,
+    inline_asm_elementwise=_assembly,
+    load=_load,
+    maximum=_number(torch.maximum),
+    minimum=_number(torch.minimum),
+    program_id=lambda axis: torch.tensor(_PROGRAM.number),
+    static_range=range,
+    store=_store,
+    warp_specialize=_specialize,
+    where=lambda kept, x, y: torch.where(torch.as_tensor(kept), x, y),
+    zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+    zeros_like=torch.zeros_like,
+    bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32,
+    int8=torch.int8, int32=torch.int32, int64=torch.int64,
+    BlockedLayout=_Layout, DotOperandLayout=_Layout, NVMMADistributedLayout=_Layout, NVMMASharedLayout=_Layout,
+    SliceLayout=_Layout,
+)  # fmt: skip
+BARRIERS = SimpleNamespace(
+    MBarrierLayout=_BarrierLayout,
+    init=_init,
+    expect=lambda barrier, size: barrier.change(1, size),
+    arrive=lambda barrier, count: barrier.change(count, 0),
+    wait=lambda barrier, parity: barrier.wait(int(parity)),
+)
+TMA = SimpleNamespace(async_copy_global_to_shared=_copy)
+_HERE = "from tests.codegen.emulated_gluon import"
+_IMPORTS = {
+    "from triton.experimental import gluon\n": f"{_HERE} GLUON as gluon\n",
+    "from triton.experimental.gluon import language as gl\n": f"{_HERE} LANGUAGE as gl\n",
+    "from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma\n": (
+        f"{_HERE} BARRIERS as mbarrier, TMA as tma, fence as fence_async_shared\n"
+    ),
+    "from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait\n": (
+        f"{_HERE} _multiply as warpgroup_mma, _wait as warpgroup_mma_wait\n"
+    ),
+    "from triton.experimental.gluon.nvidia.hopper import TensorDescriptor\n": (
+        f"{_HERE} Descriptor as TensorDescriptor\n"
+    ),
+}
+
+
+def fence() -> None:
+    """Threads see each other's writes."""
+
+
+def emulated(source: str, folder: Path) -> ModuleType:
+    """The generated module ``source`` with its Gluon kernels emulated; its Triton kernels are left as they are."""
+    for line, instead in _IMPORTS.items():
+        assert line in source
+        source = source.replace(line, instead)
+    path = folder / f"emulated_{abs(hash(source))}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -26,6 +26,13 @@ SHAPES = {
     "D128 cross": Shape(128, 128, 258, 333, 1, "group", "bhsd", heads=2),
     "D80": Shape(80, 80, 385, 385, 2, "tile", "bshd", packed=True),
     "D256": Shape(256, 256, 260, 260, 2, "group", "bshd"),
+    "D16": Shape(16, 16, 300, 270, 2, "group", "bshd", heads=4),
+    "D32": Shape(32, 32, 261, 515, 1, "tile", "bhsd", heads=2),
+    "D48": Shape(48, 48, 322, 322, 2, "group", "bshd", packed=True),
+    # More tiles than a device takes at once, several blocks of keys to each, or one.
+    "D64 many": Shape(64, 64, 700, 333, 4, "group", "bshd", heads=16, batch=8),
+    "D64 one block": Shape(64, 64, 610, 40, 8, "tile", "bhsd", heads=16, batch=8),
+    "D128 many": Shape(128, 128, 520, 390, 2, "group", "bshd", heads=16, batch=4),
 }
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Final
 import torch
 
 from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, REFERENCE, allocation, description, unpacked
+from fxopt.codegen.attention.hopper import stream
 from fxopt.codegen.attention.hopper.config import Config
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
@@ -26,13 +27,15 @@ from fxopt.codegen.attention.hopper.template import (
 from fxopt.codegen.attention.interval import is_uniform
 from fxopt.codegen.attention.logits import LogitsText
 from fxopt.codegen.attention.portable.config import padded
-from fxopt.codegen.attention.portable.loops import key_range_text
+from fxopt.codegen.attention.portable.loops import key_range_text, row_limits
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.expression import conjunction
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
 _L2: Final = "32 * 2**20"
@@ -42,6 +45,14 @@ _TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
 #: What one block of keys hands to the next, and what it reads.
 _STATE: Final = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
 _CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
+#: The same of a stream of blocks.
+_STREAM_BARRIERS: Final = ("ready", "free", "q_free")
+_STREAM_STATE: Final = ("acc", "p", "s", "pair", "query", *_TILES, "ready", "free")
+#: What the result of a tile leaves with, beside itself.
+_LEAVE: Final = (
+    *("out_target", "lse_ptr", "out_tiles", "Sq", "heads", "blocks", "halves", "group", "pairs"),
+    *("ROWS", "WIDTH", "MEMBER", "WITH_LSE"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,17 @@ class HopperText(LogitsText):
     dtype: torch.dtype
     config: Config
     further_bounds: ClassVar[bool] = True
+    _parts: ClassVar[tuple[str, ...]] = (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL)
+    _loop_text: ClassVar[str] = LOOP
+    _barriers: ClassVar[tuple[str, ...]] = _BARRIERS
+    _multiplied: ClassVar[tuple[str, ...]] = _TILES
+    _state: ClassVar[tuple[str, ...]] = _STATE
+    _constants: ClassVar[tuple[str, ...]] = _CONSTANTS
+    _block_constants: ClassVar[tuple[str, ...]] = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS")
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
-        body = "".join(fill(part, holes) for part in (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL))
+        body = "".join(fill(part, holes) for part in self._parts)
         devices = "".join(f"\n{_as_gluon(text)}\n" for text in helpers(body))
         script = {**holes, **script_holes(self.spec, self.dtype)}
         return fill(HEADER, holes) + devices + body + fill(LAUNCH, holes) + fill(REFERENCE, script) + fill(MAIN, script)
@@ -102,17 +120,18 @@ class HopperText(LogitsText):
     def _lists(self) -> dict[str, str]:
         """Parameters and arguments of the functions."""
         sources = ("q_source", "k_source", "v_source")
-        load = (*sources, *_TILES, *_BARRIERS, *self._pointers, *_SIZES)
-        multiply = ("out_target", "lse_ptr", *_TILES, *_BARRIERS, *self._pointers, *_SIZES)
-        kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *_CONSTANTS, "REGISTERS", "WITH_LSE")
+        load = (*sources, *_TILES, *self._barriers, *self._pointers, *_SIZES, *self._constants)
+        multiply = ("out_target", "lse_ptr", *self._multiplied, *self._barriers, *self._pointers, *_SIZES)
+        options = ("REGISTERS", "WITH_LSE")
+        kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *self._constants, *options)
         ranged = (*self._range_names, "BLOCK_N")
-        group = (*multiply, *_CONSTANTS, "WITH_LSE")
+        group = (*multiply, *self._constants, "WITH_LSE")
         numbers = map(str, range(self.config.groups))
         members = (fill(GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in numbers)
         unspecialized = (*_SIZES, *(p for c in self.captures for p in c.period))
         return {
-            "load_parameters": _parameters((*load, *_CONSTANTS)),
-            "load_arguments": listing((*load, *_CONSTANTS)),
+            "load_parameters": _parameters(load),
+            "load_arguments": listing(load),
             "multiply_parameters": _parameters(("MEMBER", *group)),
             "kernel_parameters": _parameters(kernel),
             "range_arguments": listing(ranged),
@@ -130,7 +149,7 @@ class HopperText(LogitsText):
     def _attend(self) -> dict[str, str]:
         """The holes of the block update."""
         shared = (*self._attend_names, "start")
-        constants = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS", "BOUNDED")
+        constants = (*self._block_constants, "BOUNDED")
         attend = ("s", *shared, "BLOCK_N", "BOUNDED", "SCORES")
         logits = {name: _as_gluon(text) for name, text in self.logits_holes.items()}
         logits["load_captures"] = logits["load_captures"].replace("BOUNDED and not EVEN", "BOUNDED")
@@ -138,15 +157,26 @@ class HopperText(LogitsText):
             **logits,
             "attend_parameters": _parameters(attend),
             "attend_arguments": listing(attend),
-            "advance_parameters": _parameters((*_STATE, *shared, *constants)),
-            "first_arguments": listing(("s", *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES")),
+            "advance_parameters": _parameters((*self._state, *shared, *constants)),
+            "first_arguments": self._first_arguments,
         }
+
+    @property
+    def _first_arguments(self) -> str:
+        """The arguments with which the first block of a tile is worked on."""
+        return listing(("s", *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES"))
+
+    @property
+    def _partial_after_first(self) -> bool:
+        """Whether blocks before the last one may be cut by a bound from above."""
+        return bool(self.range.side("upper"))
 
     @property
     def _consumer(self) -> dict[str, str]:
         """The holes of the multiplying groups."""
         factor = self.exponent.factor
-        spans = [("gl.maximum(full_stop, start)", True), ("gl.maximum(full_start, start)", False)]
+        spans = [("gl.maximum(full_stop, start)", True)] * self._partial_after_first
+        spans += [("gl.maximum(full_start, start)", False)]
         spans += [("start", True)] * bool(self.range.side("lower"))
         uniform = [c for c in self.captures if c.name in self._range_names and is_uniform(c.capture)]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
@@ -160,9 +190,12 @@ class HopperText(LogitsText):
         }
 
     def _loop(self, last: str, bounded: bool) -> str:
-        constants = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS", str(bounded))
-        arguments = listing((*_STATE, *self._attend_names, "block * BLOCK_N", *constants))
-        return fill(LOOP, {"last": last, "arguments": arguments}).rstrip("\n")
+        return fill(self._loop_text, {"last": last, "arguments": self._advancing(str(bounded))}).rstrip("\n")
+
+    def _advancing(self, *switches: str) -> str:
+        """The arguments with which a block is worked on."""
+        names = (*self._state, *self._attend_names, "block * BLOCK_N", *self._block_constants)
+        return listing((*names, *switches))
 
     @property
     def _launch(self) -> dict[str, str]:
@@ -172,8 +205,7 @@ class HopperText(LogitsText):
         values = [v for c in self.captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period))]
         tensors = ("described(q, 64)", f"described(k, {config.keys})", f"described(v, {config.keys})")
         sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
-        constants = (config.rows, config.keys, width, config.stages, config.queries, config.groups, config.registers)
-        switches = [f"{n}={v}" for n, v in zip((*_CONSTANTS, "REGISTERS"), constants, strict=True)]
+        switches = [f"{name}={value}" for name, value in self._constant_values.items()]
         captured = (*names, *values)
         arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *switches, "WITH_LSE=with_lse")
         fitting = f"min(pairs, max(1, {_L2} // ({4 * width} * keys)))"
@@ -188,6 +220,59 @@ class HopperText(LogitsText):
             "group": fitting if self._ranged else "1",
             "launch_arguments": listing((*arguments, "num_warps=4")),
         }
+
+    @property
+    def _constant_values(self) -> dict[str, object]:
+        config, width = self.config, padded(self.head_dim)
+        cut = (config.rows, config.keys, width, config.stages, config.queries, config.groups)
+        return {**dict(zip(_CONSTANTS, cut, strict=True)), "REGISTERS": config.registers}
+
+
+@dataclass(frozen=True)
+class StreamText(HopperText):
+    """The same where the blocks of keys of all tiles of a program are one stream."""
+
+    _parts: ClassVar[tuple[str, ...]] = (PLACE, stream.PRODUCER, stream.ATTEND, stream.CONSUMER, stream.KERNEL)
+    _loop_text: ClassVar[str] = stream.LOOP
+    _barriers: ClassVar[tuple[str, ...]] = _STREAM_BARRIERS
+    _multiplied: ClassVar[tuple[str, ...]] = (*_TILES, "out_tiles")
+    _state: ClassVar[tuple[str, ...]] = _STREAM_STATE
+    _constants: ClassVar[tuple[str, ...]] = (*_CONSTANTS, "AHEAD")
+    _block_constants: ClassVar[tuple[str, ...]] = (*("BLOCK_N", "WIDTH", "STAGES", "AHEAD", "SCORES", "WEIGHTS"),)
+
+    @property
+    def _attend(self) -> dict[str, str]:
+        found = super()._attend
+        found["score"] = (
+            found["score"].replace("n[None, :].to(tl.float32)", "column").replace("n[None, :].to(gl.float32)", "column")
+        )
+        return {
+            **found,
+            "query": stream.QUERY,
+            "pair_type": _PAIR[self.dtype],
+            "leave_parameters": _parameters(("acc", "total", "peak", "turn", *_LEAVE)),
+            "leave_arguments": listing(_LEAVE),
+        }
+
+    @property
+    def _masks(self) -> str:
+        above, below = row_limits(self.range, self.emit)
+        rest = conjunction(self.range.rest)
+        lines = ["if BOUNDED:", f"    kept = before(first, eights, {above or 'Sk'}, s, BLOCK_N)"]
+        lines += [f"    kept &= ~before(first, eights, {below}, s, BLOCK_N)"] if below else []
+        lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest]
+        lines += ['    x = tl.where(kept, x, float("-inf"))']
+        if rest is not None:
+            lines += ["else:", f'    x = tl.where({self.emit(rest)}, x, float("-inf"))']
+        return "\n".join(lines)
+
+    def _loop(self, last: str, bounded: bool) -> str:
+        holes = {"last": last, "query": stream.QUERY, "arguments": self._advancing(str(bounded))}
+        return fill(stream.LOOP, holes).rstrip("\n")
+
+    @property
+    def _constant_values(self) -> dict[str, object]:
+        return {**super()._constant_values, "AHEAD": self.config.ahead}
 
 
 def _parameters(names: Iterable[str]) -> str:

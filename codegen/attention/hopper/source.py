@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 import torch
 
 from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, REFERENCE, allocation, description, unpacked
-from fxopt.codegen.attention.hopper import stream
+from fxopt.codegen.attention.hopper import average, stream
 from fxopt.codegen.attention.hopper.config import Config
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
@@ -27,7 +27,9 @@ from fxopt.codegen.attention.hopper.template import (
 from fxopt.codegen.attention.interval import is_uniform
 from fxopt.codegen.attention.logits import LogitsText
 from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.hull import Hull
 from fxopt.codegen.attention.portable.loops import key_range_text, row_limits
+from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
@@ -36,7 +38,8 @@ from fxopt.ir.expression import conjunction
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
-_INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)"}
+#: By what a row without keys gives; its mean of the values is filled in afterwards.
+_INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
 _L2: Final = "32 * 2**20"
 _SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
@@ -77,8 +80,23 @@ class HopperText(LogitsText):
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
         body = "".join(fill(part, holes) for part in self._parts)
         devices = "".join(f"\n{_as_gluon(text)}\n" for text in helpers(body))
+        hull = "" if self._hull is None else self._hull.kernel
+        hull += fill(average.KERNEL, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}
-        return fill(HEADER, holes) + devices + body + fill(LAUNCH, holes) + fill(REFERENCE, script) + fill(MAIN, script)
+        return (
+            fill(HEADER, holes)
+            + devices
+            + hull
+            + body
+            + fill(LAUNCH, holes)
+            + fill(REFERENCE, script)
+            + fill(MAIN, script)
+        )
+
+    @property
+    def _averages(self) -> bool:
+        """Whether a row without keys gives the mean of the values."""
+        return self.spec.empty_rows == "uniform"
 
     @property
     def _ranged(self) -> bool:
@@ -91,12 +109,36 @@ class HopperText(LogitsText):
         bounds = [single for bound in self.range.bounds for single in bound.all]
         read = {str(leaf) for bound in bounds for leaf in bound.offset.walk() if not leaf.args}
         captured = (c.name for c in self.captures if c.name in read)
-        return ("first", "last", *(name for name in ("b", "h", "Sq") if name in read), "Sk", *captured)
+        symbols = (name for name in ("b", "h", "Sq") if name in read)
+        return ("first", "last", *symbols, "Sk", *captured, *self._hull_names)
+
+    @cached_property
+    def _hull(self) -> Hull | None:
+        found = possible_keys(self.spec, sure=True)
+        return None if found is None else Hull(self.spec, found, self.config.rows, self.config.keys)
+
+    @property
+    def _sure(self) -> bool:
+        """Whether captured vectors can tell that every row keeps the keys of a block."""
+        return self._hull is not None and self._hull.possible.sure is not None
+
+    @property
+    def _hull_names(self) -> tuple[str, ...]:
+        hull = ("hull_start", "hull_stop") if self._hull else ()
+        return (*hull, *(("sure_start", "sure_stop") if self._sure else ()))
+
+    @property
+    def _hull_limits(self) -> str:
+        """The lines that read the hull of a tile."""
+        if self._hull is None:
+            return ""
+        return self._hull.limits.replace("first // BLOCK_M", "row").replace("tl.cdiv", "gl.cdiv")
 
     @property
     def _description(self) -> dict[str, str]:
         spec = self.spec
         lower = bool(self.range.side("lower"))
+        begin = "hull_start" if self._hull else "0"
         config = f"{self.config} (rows x keys, stages, tiles of queries)"
         return {
             **description(spec, self.head_dim, self.value_dim, config, self.captures),
@@ -104,15 +146,24 @@ class HopperText(LogitsText):
             "imports": IMPORTS.rstrip("\n"),
             "order_rows": "row = gl.where(turn % halves == 0, blocks - 1 - row, row)" if self._ranged else "",
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
-            "key_range": _as_gluon(key_range_text(self.range, self.emit)),
-            "start_block": "start_block" if lower else "0",
-            "full_start": "full_start" if lower else "0",
+            "key_range": _as_gluon(self._key_range),
+            "start_block": "start_block" if lower else begin,
+            "full_start": "full_start" if lower or self._sure else begin,
         }
+
+    @property
+    def _key_range(self) -> str:
+        text = key_range_text(self.range, self.emit, self._hull is not None)
+        lines = [line for line in text.splitlines() if not line.startswith("tail_start")]
+        if self._sure:
+            begin = "full_start" if self.range.side("lower") else "hull_start"
+            lines += ["full_stop = tl.minimum(full_stop, sure_stop)", f"full_start = tl.maximum({begin}, sure_start)"]
+        return "\n".join(lines)
 
     @property
     def _pointers(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
-        found = [f"{c.name}_ptr" for c in self.captures]
+        found = [f"{c.name}_ptr" for c in self.captures] + ["hull_ptr"] * bool(self._hull)
         found += [name for c in self.captures for name in (*c.strides, *c.period)]
         return tuple(found)
 
@@ -120,12 +171,13 @@ class HopperText(LogitsText):
     def _lists(self) -> dict[str, str]:
         """Parameters and arguments of the functions."""
         sources = ("q_source", "k_source", "v_source")
-        load = (*sources, *_TILES, *self._barriers, *self._pointers, *_SIZES, *self._constants)
+        hull = ("HULL",) if self._hull else ()
+        load = (*sources, *_TILES, *self._barriers, *self._pointers, *_SIZES, *self._constants, *hull)
         multiply = ("out_target", "lse_ptr", *self._multiplied, *self._barriers, *self._pointers, *_SIZES)
-        options = ("REGISTERS", "WITH_LSE")
+        options = ("REGISTERS", *hull, "WITH_LSE")
         kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *self._constants, *options)
         ranged = (*self._range_names, "BLOCK_N")
-        group = (*multiply, *self._constants, "WITH_LSE")
+        group = (*multiply, *self._constants, *hull, "WITH_LSE")
         numbers = map(str, range(self.config.groups))
         members = (fill(GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in numbers)
         unspecialized = (*_SIZES, *(p for c in self.captures for p in c.period))
@@ -169,7 +221,12 @@ class HopperText(LogitsText):
     @property
     def _partial_after_first(self) -> bool:
         """Whether blocks before the last one may be cut by a bound from above."""
-        return bool(self.range.side("upper"))
+        return bool(self.range.side("upper")) or self._sure
+
+    @property
+    def _partial_at_start(self) -> bool:
+        """Whether the first blocks may be cut by a bound from below."""
+        return bool(self.range.side("lower")) or self._sure
 
     @property
     def _consumer(self) -> dict[str, str]:
@@ -177,12 +234,13 @@ class HopperText(LogitsText):
         factor = self.exponent.factor
         spans = [("gl.maximum(full_stop, start)", True)] * self._partial_after_first
         spans += [("gl.maximum(full_start, start)", False)]
-        spans += [("start", True)] * bool(self.range.side("lower"))
+        spans += [("start", True)] * self._partial_at_start
         uniform = [c for c in self.captures if c.name in self._range_names and is_uniform(c.capture)]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
         return {
             "kv_head": KV_HEAD[self.spec.kv_map],
-            "range_captures": wide + _as_gluon("\n".join(c.base for c in uniform)),
+            "range_captures": wide + _as_gluon("\n".join((*(c.base for c in uniform), self._hull_limits)).strip("\n")),
+            "hull_limits": _as_gluon(self._hull_limits),
             "capture_bases": _as_gluon("\n".join(c.base for c in self.captures)),
             "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
             "inverse": _INVERSE[self.spec.empty_rows],
@@ -206,8 +264,10 @@ class HopperText(LogitsText):
         tensors = ("described(q, 64)", f"described(k, {config.keys})", f"described(v, {config.keys})")
         sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
         switches = [f"{name}={value}" for name, value in self._constant_values.items()]
-        captured = (*names, *values)
-        arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *switches, "WITH_LSE=with_lse")
+        hull, hulled = (("hull",), ("HULL=hulled",)) if self._hull else ((), ())
+        captured = (*names, *hull, *values)
+        options = (*switches, *hulled, "WITH_LSE=True" if self._averages else "WITH_LSE=with_lse")
+        arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *options)
         fitting = f"min(pairs, max(1, {_L2} // ({4 * width} * keys)))"
         return {
             "allocate": allocation(self.spec, self.value_dim),
@@ -218,8 +278,18 @@ class HopperText(LogitsText):
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
             "group": fitting if self._ranged else "1",
+            "allocate_hull": "" if self._hull is None else self._hull.allocate,
+            "launch_hull": "" if self._hull is None else self._hull.launch,
+            "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
+            "lse": "lse if with_lse else lse.new_empty(0)" if self._averages else "lse",
+            "launch_average": self._launch_average,
             "launch_arguments": listing((*arguments, "num_warps=4")),
         }
+
+    @property
+    def _launch_average(self) -> str:
+        holes = {"average_rows": str(average.ROWS), "width": str(padded(self.value_dim))}
+        return fill(average.LAUNCH, holes).rstrip("\n") if self._averages else ""
 
     @property
     def _constant_values(self) -> dict[str, object]:
@@ -262,7 +332,7 @@ class StreamText(HopperText):
         lines += [f"    kept &= ~before(first, eights, {below}, s, BLOCK_N)"] if below else []
         lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest]
         lines += ['    x = tl.where(kept, x, float("-inf"))']
-        if rest is not None:
+        if rest is not None and not self._sure:
             lines += ["else:", f'    x = tl.where({self.emit(rest)}, x, float("-inf"))']
         return "\n".join(lines)
 

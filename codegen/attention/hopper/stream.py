@@ -258,6 +258,7 @@ def multiply(
         i = gl.minimum(rows, Sq - 1)[:, None]
         n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
         $capture_bases
+        $hull_limits
         start, full_start, full_stop, stop = key_blocks(
             $range_arguments
         )

@@ -33,8 +33,8 @@ class Possible:
         condition: reads captured tensors, the key and, as captures beyond those of the specification, the least and
             greatest value of each of ``rows``: ``c<n + 2m>`` and ``c<n + 2m + 1>`` of ``n`` captures for row ``m``.
         rows: integer expressions that read no key.
-        sure: the same kind of condition, sufficient for every row of a block to keep the key, as far as the mask sets no
-            bounds (`fxopt.codegen.attention.interval`); ``None`` where none was asked for or is known.
+        sure: the same kind of condition, sufficient for every row of a block to keep the key as far as the mask sets
+            no bounds (`fxopt.codegen.attention.interval`); ``None`` where none was asked for or is known.
     """
 
     condition: Expr

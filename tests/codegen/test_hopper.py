@@ -47,6 +47,8 @@ SPECS = {
         parse("s * 0.125 + c0 * float(j - i)"), None, (Capture("-h--", torch.float32),), out_dtype=HALF
     ),
     "additive": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("b--j", HALF),), out_dtype=HALF),
+    "band": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-h-d", HALF),), out_dtype=HALF),
+    "causal-band": AttentionSpec(parse("s * 0.125 + c0"), parse("j <= i"), (Capture("bh-d", HALF),), out_dtype=HALF),
     "documents": AttentionSpec(
         parse("s * 0.125"), parse("(j <= i) & (c0 == c1)"),
         (Capture("b-i-", torch.int64), Capture("b--j", torch.int64)), empty_rows="zero", out_dtype=HALF,
@@ -57,6 +59,7 @@ CASES = [
     ("padding", 128), ("alibi", 128), ("prefix", 128), ("plain", 16), ("plain", 32), ("causal", 48), ("plain", 64),
     ("causal", 64), ("softcap-window", 64), ("padding", 64), ("alibi", 64), ("prefix", 64), ("documents", 64),
     ("documents", 128), ("padding", 32), ("relative", 64), ("additive", 64),
+    ("band", 48), ("band", 64), ("band", 128), ("causal-band", 64), ("causal-band", 128),
 ]  # fmt: skip
 
 
@@ -149,6 +152,24 @@ def test_a_stream_computes_its_softmax_beside_products(width: int, tmp_path: Pat
         exponentials = [n for n, line in enumerate(loop) if "MUFU.EX2" in line]
         assert sum(n < last for n in exponentials) > 0.9 * len(exponentials)
         assert not any("PRMT" in line or "LDL" in line or "LDS" in line for line in loop)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("width", [64, 128])
+def test_bands_are_read_in_pairs(width: int) -> None:
+    config = read_config(candidates(problem(SPECS["band"], width))[0])
+    ptx = compiled(SPECS["band"], width, config).asm["ptx"]
+    loads = re.findall(r"ld\.global\S*", ptx)
+    assert loads and all(load.endswith("b32") for load in loads)
+
+
+def test_bands_that_streams_do_not_read_are_refused() -> None:
+    single = AttentionSpec(parse("s + c0"), None, (Capture("-h-d", torch.float32),), out_dtype=HALF)
+    assert "half precision" in str(objection(problem(single, 64)))
+    assert "up to 128" in str(objection(problem(SPECS["band"], 256)))
+    assert all("a0" in config for config in candidates(problem(SPECS["band"], 128)))
+    with pytest.raises(LoweringError, match="reads no bands"):
+        source(SPECS["band"], 128, 128, HALF, "hopper:128x64s4q2")
 
 
 def steady_loops(text: str) -> list[list[str]]:

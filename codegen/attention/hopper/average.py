@@ -1,6 +1,6 @@
-"""Rows without keys that take the plain mean of all values: few blocks have any, and a kernel after the main one fills them.
+"""Rows without keys that take the plain mean of all values: a kernel after the main one fills them.
 
-It tells them by their log-sum-exp, −∞. `$holes` as in the other templates.
+Few blocks have any. It tells them by their log-sum-exp, −∞. `$holes` as in the other templates.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ import torch
 
 from fxopt.codegen.attention import cost
 from fxopt.codegen.attention.hopper.config import Config, read_config
-from fxopt.codegen.attention.hopper.source import HopperText, StreamText
+from fxopt.codegen.attention.hopper.source import HopperText
+from fxopt.codegen.attention.hopper.stream_source import StreamText
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
@@ -75,8 +76,11 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
         return f"inputs and results must be bfloat16 or float16 alike, not {dtype} and {spec.out_dtype}"
     if head_dim % 8 or value_dim % 8 or padded(head_dim) != padded(value_dim) or padded(head_dim) not in _CONFIGS:
         return f"head dimensions must be multiples of 8 that pad alike, not {head_dim} and {value_dim}"
-    if any(c.is_tile for c in spec.captures):
+    if any(c.is_tile and not c.is_band for c in spec.captures):
         return "a captured tensor varies with both row and key, which the portable kernel reads better"
+    bands = [c for c in spec.captures if c.is_band]
+    if bands and (padded(head_dim) > 128 or any(c.dtype.itemsize != 2 for c in bands)):
+        return "a band, read by row and key, needs half precision and heads up to 128 wide"
     return None
 
 
@@ -86,7 +90,9 @@ def candidates(problem: Problem) -> tuple[str, ...]:
     by_key = spec.score.reads(J) or any(c.dims[3] != "-" for c in spec.captures)
     table, width = _CONFIGS_BY_KEY if by_key else _CONFIGS, padded(problem.head_dim)
     plain = width <= 64 and spec.mask is None and split_factor(spec.score)[0] == S
-    return tuple(map(str, _PLAIN if plain else table[width]))
+    streams = any(c.is_band for c in spec.captures)
+    found = _PLAIN if plain else table[width]
+    return tuple(str(config) for config in found if config.ahead is not None or not streams)
 
 
 def seconds(problem: Problem, config: str) -> float:
@@ -110,5 +116,7 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
     if reason is not None:
         raise LoweringError(f"no Hopper kernel for this attention: {reason} ({spec})")
     cut = read_config(config)
+    if cut.ahead is None and any(c.is_band for c in spec.captures):
+        raise LoweringError(f"no Hopper kernel for this attention: {config} reads no bands ({spec})")
     text = HopperText if cut.ahead is None else StreamText
     return str(text(spec, head_dim, value_dim, dtype, cut))

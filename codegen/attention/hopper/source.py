@@ -11,7 +11,9 @@ from typing import ClassVar, Final
 import torch
 
 from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, REFERENCE, allocation, description, unpacked
-from fxopt.codegen.attention.hopper import average, stream
+from fxopt.codegen.attention.hopper.average import KERNEL as AVERAGE
+from fxopt.codegen.attention.hopper.average import LAUNCH as LAUNCH_AVERAGE
+from fxopt.codegen.attention.hopper.average import ROWS as AVERAGE_ROWS
 from fxopt.codegen.attention.hopper.config import Config
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
@@ -28,34 +30,24 @@ from fxopt.codegen.attention.interval import is_uniform
 from fxopt.codegen.attention.logits import LogitsText
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.hull import Hull
-from fxopt.codegen.attention.portable.loops import key_range_text, row_limits
+from fxopt.codegen.attention.portable.loops import key_range_text
 from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import conjunction
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 #: By what a row without keys gives; its mean of the values is filled in afterwards.
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
 _L2: Final = "32 * 2**20"
 _SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
-_TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
+TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
 #: What one block of keys hands to the next, and what it reads.
 _STATE: Final = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
-_CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
-#: The same of a stream of blocks.
-_STREAM_BARRIERS: Final = ("ready", "free", "q_free")
-_STREAM_STATE: Final = ("acc", "p", "s", "pair", "query", *_TILES, "ready", "free")
-#: What the result of a tile leaves with, beside itself.
-_LEAVE: Final = (
-    *("out_target", "lse_ptr", "out_tiles", "Sq", "heads", "blocks", "halves", "group", "pairs"),
-    *("ROWS", "WIDTH", "MEMBER", "WITH_LSE"),
-)
+CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
 
 
 @dataclass(frozen=True)
@@ -71,27 +63,24 @@ class HopperText(LogitsText):
     _parts: ClassVar[tuple[str, ...]] = (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL)
     _loop_text: ClassVar[str] = LOOP
     _barriers: ClassVar[tuple[str, ...]] = _BARRIERS
-    _multiplied: ClassVar[tuple[str, ...]] = _TILES
+    _multiplied: ClassVar[tuple[str, ...]] = TILES
     _state: ClassVar[tuple[str, ...]] = _STATE
-    _constants: ClassVar[tuple[str, ...]] = _CONSTANTS
+    _constants: ClassVar[tuple[str, ...]] = CONSTANTS
     _block_constants: ClassVar[tuple[str, ...]] = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS")
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
         body = "".join(fill(part, holes) for part in self._parts)
-        devices = "".join(f"\n{_as_gluon(text)}\n" for text in helpers(body))
-        hull = "" if self._hull is None else self._hull.kernel
-        hull += fill(average.KERNEL, holes) if self._averages else ""
+        devices = "".join(f"\n{as_gluon(text)}\n" for text in helpers(body))
+        average = fill(AVERAGE, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}
-        return (
-            fill(HEADER, holes)
-            + devices
-            + hull
-            + body
-            + fill(LAUNCH, holes)
-            + fill(REFERENCE, script)
-            + fill(MAIN, script)
-        )
+        check = fill(REFERENCE, script) + fill(MAIN, script)
+        return fill(HEADER, holes) + devices + self._functions + average + body + fill(LAUNCH, holes) + check
+
+    @property
+    def _functions(self) -> str:
+        """The text of what runs before the kernel."""
+        return "" if self._hull is None else self._hull.kernel
 
     @property
     def _averages(self) -> bool:
@@ -146,7 +135,7 @@ class HopperText(LogitsText):
             "imports": IMPORTS.rstrip("\n"),
             "order_rows": "row = gl.where(turn % halves == 0, blocks - 1 - row, row)" if self._ranged else "",
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
-            "key_range": _as_gluon(self._key_range),
+            "key_range": as_gluon(self._key_range),
             "start_block": "start_block" if lower else begin,
             "full_start": "full_start" if lower or self._sure else begin,
         }
@@ -172,7 +161,7 @@ class HopperText(LogitsText):
         """Parameters and arguments of the functions."""
         sources = ("q_source", "k_source", "v_source")
         hull = ("HULL",) if self._hull else ()
-        load = (*sources, *_TILES, *self._barriers, *self._pointers, *_SIZES, *self._constants, *hull)
+        load = (*sources, *TILES, *self._barriers, *self._pointers, *_SIZES, *self._constants, *hull)
         multiply = ("out_target", "lse_ptr", *self._multiplied, *self._barriers, *self._pointers, *_SIZES)
         options = ("REGISTERS", *hull, "WITH_LSE")
         kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *self._constants, *options)
@@ -182,10 +171,10 @@ class HopperText(LogitsText):
         members = (fill(GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in numbers)
         unspecialized = (*_SIZES, *(p for c in self.captures for p in c.period))
         return {
-            "load_parameters": _parameters(load),
+            "load_parameters": parameters(load),
             "load_arguments": listing(load),
-            "multiply_parameters": _parameters(("MEMBER", *group)),
-            "kernel_parameters": _parameters(kernel),
+            "multiply_parameters": parameters(("MEMBER", *group)),
+            "kernel_parameters": parameters(kernel),
             "range_arguments": listing(ranged),
             "groups": "\n".join(members),
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
@@ -194,8 +183,13 @@ class HopperText(LogitsText):
     @property
     def _attend_names(self) -> tuple[str, ...]:
         captures = (name for c in self.captures for name in c.attend_names)
-        symbols = (name for name in ("b", "h", "i", "Sq") if name in self.symbols_read)
+        symbols = (name for name in ("b", "h", "i", "Sq") if name in self._indices)
         return ("total", "peak", *captures, *symbols, "Sk")
+
+    @property
+    def _indices(self) -> frozenset[str]:
+        """The symbols that a block update reads."""
+        return self.symbols_read
 
     @property
     def _attend(self) -> dict[str, str]:
@@ -203,13 +197,13 @@ class HopperText(LogitsText):
         shared = (*self._attend_names, "start")
         constants = (*self._block_constants, "BOUNDED")
         attend = ("s", *shared, "BLOCK_N", "BOUNDED", "SCORES")
-        logits = {name: _as_gluon(text) for name, text in self.logits_holes.items()}
+        logits = {name: as_gluon(text) for name, text in self.logits_holes.items()}
         logits["load_captures"] = logits["load_captures"].replace("BOUNDED and not EVEN", "BOUNDED")
         return {
             **logits,
-            "attend_parameters": _parameters(attend),
+            "attend_parameters": parameters(attend),
             "attend_arguments": listing(attend),
-            "advance_parameters": _parameters((*self._state, *shared, *constants)),
+            "advance_parameters": parameters((*self._state, *shared, *constants)),
             "first_arguments": self._first_arguments,
         }
 
@@ -239,9 +233,9 @@ class HopperText(LogitsText):
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
         return {
             "kv_head": KV_HEAD[self.spec.kv_map],
-            "range_captures": wide + _as_gluon("\n".join((*(c.base for c in uniform), self._hull_limits)).strip("\n")),
-            "hull_limits": _as_gluon(self._hull_limits),
-            "capture_bases": _as_gluon("\n".join(c.base for c in self.captures)),
+            "range_captures": wide + as_gluon("\n".join((*(c.base for c in uniform), self._hull_limits)).strip("\n")),
+            "hull_limits": as_gluon(self._hull_limits),
+            "capture_bases": as_gluon("\n".join(c.base for c in self.captures)),
             "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
             "inverse": _INVERSE[self.spec.empty_rows],
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
@@ -265,7 +259,7 @@ class HopperText(LogitsText):
         sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
         switches = [f"{name}={value}" for name, value in self._constant_values.items()]
         hull, hulled = (("hull",), ("HULL=hulled",)) if self._hull else ((), ())
-        captured = (*names, *hull, *values)
+        captured = (*(c.argument for c in self.captures), *hull, *values)
         options = (*switches, *hulled, "WITH_LSE=True" if self._averages else "WITH_LSE=with_lse")
         arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *options)
         fitting = f"min(pairs, max(1, {_L2} // ({4 * width} * keys)))"
@@ -283,73 +277,29 @@ class HopperText(LogitsText):
             "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
             "lse": "lse if with_lse else lse.new_empty(0)" if self._averages else "lse",
             "launch_average": self._launch_average,
+            "allocate_phases": "",
+            "launch_phases": "",
             "launch_arguments": listing((*arguments, "num_warps=4")),
         }
 
     @property
     def _launch_average(self) -> str:
-        holes = {"average_rows": str(average.ROWS), "width": str(padded(self.value_dim))}
-        return fill(average.LAUNCH, holes).rstrip("\n") if self._averages else ""
+        holes = {"average_rows": str(AVERAGE_ROWS), "width": str(padded(self.value_dim))}
+        return fill(LAUNCH_AVERAGE, holes).rstrip("\n") if self._averages else ""
 
     @property
     def _constant_values(self) -> dict[str, object]:
         config, width = self.config, padded(self.head_dim)
         cut = (config.rows, config.keys, width, config.stages, config.queries, config.groups)
-        return {**dict(zip(_CONSTANTS, cut, strict=True)), "REGISTERS": config.registers}
+        return {**dict(zip(CONSTANTS, cut, strict=True)), "REGISTERS": config.registers}
 
 
-@dataclass(frozen=True)
-class StreamText(HopperText):
-    """The same where the blocks of keys of all tiles of a program are one stream."""
-
-    _parts: ClassVar[tuple[str, ...]] = (PLACE, stream.PRODUCER, stream.ATTEND, stream.CONSUMER, stream.KERNEL)
-    _loop_text: ClassVar[str] = stream.LOOP
-    _barriers: ClassVar[tuple[str, ...]] = _STREAM_BARRIERS
-    _multiplied: ClassVar[tuple[str, ...]] = (*_TILES, "out_tiles")
-    _state: ClassVar[tuple[str, ...]] = _STREAM_STATE
-    _constants: ClassVar[tuple[str, ...]] = (*_CONSTANTS, "AHEAD")
-    _block_constants: ClassVar[tuple[str, ...]] = (*("BLOCK_N", "WIDTH", "STAGES", "AHEAD", "SCORES", "WEIGHTS"),)
-
-    @property
-    def _attend(self) -> dict[str, str]:
-        found = super()._attend
-        found["score"] = (
-            found["score"].replace("n[None, :].to(tl.float32)", "column").replace("n[None, :].to(gl.float32)", "column")
-        )
-        return {
-            **found,
-            "query": stream.QUERY,
-            "pair_type": _PAIR[self.dtype],
-            "leave_parameters": _parameters(("acc", "total", "peak", "turn", *_LEAVE)),
-            "leave_arguments": listing(_LEAVE),
-        }
-
-    @property
-    def _masks(self) -> str:
-        above, below = row_limits(self.range, self.emit)
-        rest = conjunction(self.range.rest)
-        lines = ["if BOUNDED:", f"    kept = before(first, eights, {above or 'Sk'}, s, BLOCK_N)"]
-        lines += [f"    kept &= ~before(first, eights, {below}, s, BLOCK_N)"] if below else []
-        lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest]
-        lines += ['    x = tl.where(kept, x, float("-inf"))']
-        if rest is not None and not self._sure:
-            lines += ["else:", f'    x = tl.where({self.emit(rest)}, x, float("-inf"))']
-        return "\n".join(lines)
-
-    def _loop(self, last: str, bounded: bool) -> str:
-        holes = {"last": last, "query": stream.QUERY, "arguments": self._advancing(str(bounded))}
-        return fill(stream.LOOP, holes).rstrip("\n")
-
-    @property
-    def _constant_values(self) -> dict[str, object]:
-        return {**super()._constant_values, "AHEAD": self.config.ahead}
-
-
-def _parameters(names: Iterable[str]) -> str:
+def parameters(names: Iterable[str]) -> str:
+    """Parameters of a device function, one a line; those in capitals are compile-time constants."""
     return listing(names, annotate=True).replace("tl.constexpr", "gl.constexpr")
 
 
-def _as_gluon(text: str) -> str:
+def as_gluon(text: str) -> str:
     """Text of Triton as text of Gluon, whose language module repeats most of its functions.
 
     Inputs are of half precision, for which the hardware's tanh is accurate enough.

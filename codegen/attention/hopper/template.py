@@ -309,9 +309,11 @@ def launch(
         return out, lse
     halves = $halves
     group = $group
+    $allocate_phases
     $allocate_hull
     programs = min(blocks // halves * pairs, torch.cuda.get_device_properties(q.device).multi_processor_count)
     with torch.cuda.device_of(q):
+        $launch_phases
         $launch_hull
         attention_kernel[(programs,)](
             $launch_arguments

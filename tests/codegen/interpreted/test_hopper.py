@@ -15,8 +15,8 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.hopper.kernel import source
 from fxopt.codegen.attention.interval import key_range
 from fxopt.codegen.attention.portable.kernel import KIND
-from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import conjunction
+from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.expression import conjunction, parse
 from tests.codegen.cases import Shape, operands
 from tests.codegen.vectors import VECTORS
 
@@ -39,6 +39,22 @@ class Launched:
             self.main(**self.found)
 
         return run
+
+
+def test_bands_are_given_in_two_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = AttentionSpec(parse("s + c0"), None, (Capture("bh-d", torch.bfloat16),), out_dtype=torch.bfloat16)
+    q, k, v = operands(SIZES, torch.bfloat16)
+    length = SIZES.rows + SIZES.keys - 1
+    band = torch.randn(SIZES.batch, SIZES.heads, 1, length).bfloat16()
+    module, kernel = launched(spec, monkeypatch)
+    module.launch(q, k, v, [band])
+    phases = kernel.found["c0_ptr"]
+    assert phases.shape[:3] == (SIZES.batch, SIZES.heads, 2) and kernel.found["c0_stride_p"] % 16 == 0
+    # The last row of a tile beyond the keys is read from element `rows - 1 + keys + 64` at most.
+    assert phases.shape[3] >= SIZES.rows + SIZES.keys + 64
+    for phase in (0, 1):
+        assert torch.equal(phases[:, :, phase, : length - phase], band[:, :, 0, phase:])
+        assert not phases[:, :, phase, length - phase :].any()
 
 
 def launched(

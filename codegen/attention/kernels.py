@@ -77,7 +77,7 @@ _LAUNCH: Final = 3e-6
 
 #: By the prefix of their configurations, the most general one last.
 FAMILIES: Final[dict[str, Family]] = {
-    "hopper": Family(hopper.objection, hopper.candidates, hopper.seconds, hopper.source),
+    "hopper": Family(hopper.objection, hopper.candidates, hopper.seconds, hopper.source, averages=True),
     "short": Family(short.objection, short.candidates, short.seconds, short.source, pads_values=True, averages=True),
     "split": Family(split.objection, split.candidates, split.seconds, split.source),
     "": Family(

@@ -33,15 +33,19 @@ class Possible:
         condition: reads captured tensors, the key and, as captures beyond those of the specification, the least and
             greatest value of each of ``rows``: ``c<n + 2m>`` and ``c<n + 2m + 1>`` of ``n`` captures for row ``m``.
         rows: integer expressions that read no key.
+        sure: the same kind of condition, sufficient for every row of a block to keep the key as far as the mask sets
+            no bounds (`fxopt.codegen.attention.interval`); ``None`` where none was asked for or is known.
     """
 
     condition: Expr
     rows: tuple[Expr, ...]
+    sure: Expr | None = None
 
     def reads(self, index: int) -> bool:
         """Whether the capture ``index`` is read."""
         leaf = capture(index)
-        return any(leaf in expr.walk() for expr in (self.condition, *self.rows))
+        known = () if self.sure is None else (self.sure,)
+        return any(leaf in expr.walk() for expr in (self.condition, *known, *self.rows))
 
     def names(self, captures: int) -> dict[str, str]:
         """The variables of the extremes, by the captures that stand for them."""
@@ -49,18 +53,35 @@ class Possible:
         return {str(capture(captures + n)): f"{side}{m}" for n, (m, side) in enumerate(sides)}
 
 
-def possible_keys(spec: AttentionSpec) -> Possible | None:
+def possible_keys(spec: AttentionSpec, sure: bool = False) -> Possible | None:
     """The condition that the mask of ``spec`` puts on keys through captured vectors; ``None`` where there is none.
+
+    ``sure`` asks for the sufficient one too, of kernels that understand all bounds.
 
     Conjuncts that bound the keys already, and those whose captures vary with head, or with both row and key, add
     nothing.
     """
     weakening = _Weakening(spec.captures)
-    read = (term for term in key_range(spec).rest if any(leaf.op == "capture" for leaf in term.walk()))
+    read = (term for term in key_range(spec, further=sure).rest if any(leaf.op == "capture" for leaf in term.walk()))
     terms = [found for term in read if (found := weakening.of(term)) is not None]
     if not terms:
         return None
-    return Possible(simplify(reduce(lambda a, b: call("and", a, b), terms)), tuple(weakening.rows))
+    condition = simplify(reduce(lambda a, b: call("and", a, b), terms))
+    known = _sure(weakening, spec) if sure else None
+    return Possible(condition, tuple(weakening.rows), known)
+
+
+def _sure(weakening: _Weakening, spec: AttentionSpec) -> Expr | None:
+    """Every row keeps a key where it is not possible that one does not."""
+    opposite = [weakening.of(call("not", term)) for term in key_range(spec, further=True).rest]
+    known = [found for found in opposite if found is not None]
+    if not known or len(known) < len(opposite):
+        return None
+    return simplify(reduce(lambda a, b: call("and", a, b), map(_negated, known)))
+
+
+def _negated(term: Expr) -> Expr:
+    return term.args[0] if term.op == "not" else call("not", term)
 
 
 class _Weakening:

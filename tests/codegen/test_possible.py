@@ -70,3 +70,24 @@ def test_every_kept_key_is_possible(name: str, rows: int) -> None:
     extremes = [side(value, 2, keepdim=True) for value in values for side in (torch.amin, torch.amax)]
     possible = evaluate(found.condition, env, (*readings, *extremes))
     assert (kept(spec.mask, env, readings, s).expand_as(s).any(2, keepdim=True) <= possible).all()
+
+
+@pytest.mark.parametrize(("mask", "captures", "sure"), [
+    ("c0", (FLAG,), "c0"),
+    ("~c0", (FLAG,), "~c0"),
+    ("(j <= i) & c0", (FLAG,), "c0"),
+    ("c0 == c1", (ROW, KEY), "~((c2 != c1) | (c3 != c1))"),
+    ("c0 != c1", (ROW, KEY), "~((c2 <= c1) & (c3 >= c1))"),
+    ("c0 < c1", (ROW, KEY), "~(c3 >= c1)"),
+    ("(c0 == c1) & ((i + j) % 3 == 0)", (ROW, KEY), None),
+    ("c0 & c1", (FLAG, Capture("-h-j", torch.bool)), None),
+    ("(c0 == c1) | (j < 3)", (ROW, KEY), None),
+])  # fmt: skip
+def test_sure_conditions(mask: str, captures: tuple[Capture, ...], sure: str | None) -> None:
+    captures = (*captures, *(Capture("----", torch.int64),) * (2 - len(captures)))
+    found = possible_keys(AttentionSpec(parse("s"), parse(mask), captures), sure=True)
+    assert found is not None and found.sure == (None if sure is None else parse(sure))
+
+
+def test_bounds_need_no_hull() -> None:
+    assert possible_keys(AttentionSpec(parse("s"), parse("(j <= i) | (j < c0)"), (LENGTH,)), sure=True) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.kernels import FAMILIES
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.problem import Problem
-from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.testing import assert_within_budget
-from tests.codegen.cases import EXPRESSIONS, Shape, pairwise, specification
+from tests.codegen.cases import EXPRESSIONS, Shape, operands, pairwise, specification
+from tests.codegen.vectors import VECTORS
 from tests.gpu.test_attention_kernels import DTYPES, on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +28,13 @@ SHAPES = {
     "D128 cross": Shape(128, 128, 258, 333, 1, "group", "bhsd", heads=2),
     "D80": Shape(80, 80, 385, 385, 2, "tile", "bshd", packed=True),
     "D256": Shape(256, 256, 260, 260, 2, "group", "bshd"),
+    "D16": Shape(16, 16, 300, 270, 2, "group", "bshd", heads=4),
+    "D32": Shape(32, 32, 261, 515, 1, "tile", "bhsd", heads=2),
+    "D48": Shape(48, 48, 322, 322, 2, "group", "bshd", packed=True),
+    # More tiles than a device takes at once, several blocks of keys to each, or one.
+    "D64 many": Shape(64, 64, 700, 333, 4, "group", "bshd", heads=16, batch=8),
+    "D64 one block": Shape(64, 64, 610, 40, 8, "tile", "bhsd", heads=16, batch=8),
+    "D128 many": Shape(128, 128, 520, 390, 2, "group", "bshd", heads=16, batch=4),
 }
 
 
@@ -55,3 +64,26 @@ def test_kernel_is_within_the_budget_of_eager(prefix: str, name: str, shape: str
         assert_within_budget(out, eager, exact)
         assert out.stride() == eager.stride()
         torch.testing.assert_close(found.double(), lse, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize("empty_rows", get_args(EmptyRows))
+@pytest.mark.parametrize("name", VECTORS)
+def test_captured_vectors_limit_the_keys_of_the_hopper_kernel(name: str, empty_rows: EmptyRows, width: int) -> None:
+    torch.manual_seed(0)
+    shape = Shape(width, width, 700, 900, 2, heads=4, batch=12)
+    spec = VECTORS[name].specification(torch.bfloat16, empty_rows)
+    q, k, v = (x.cuda() for x in operands(shape, torch.bfloat16))
+    captures = [c.cuda() for c in VECTORS[name].draw(shape)]
+    asked = problem(spec, q, k, v)
+    reason = FAMILIES["hopper"].objection(asked)
+    if reason is not None:
+        pytest.skip(reason)
+    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
+    exact = reference.attention(q.double(), k.double(), v.double(), captures, wide_spec)
+    eager = reference.attention(q, k, v, captures, str(spec))
+    for config in FAMILIES["hopper"].candidates(asked):
+        for with_lse in (False, True):
+            out, lse = attention_forward(q, k, v, captures, str(spec), config, with_lse)
+            assert_within_budget(out, eager, exact)
+            assert (lse.numel() > 0) == with_lse

@@ -9,7 +9,7 @@ from typing import Final
 from fxopt.errors import LoweringError
 
 PREFIX: Final = "hopper"
-_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)q(\d+)")
+_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)q(\d+)(?:a([01]))?")
 #: Registers of a thread that multiplies, by the number of its groups; the loading group keeps 24.
 _REGISTERS: Final = {1: 240, 2: 240, 3: 160}
 
@@ -19,13 +19,16 @@ class Config:
     """``rows`` queries, 64 to a group of four warps, against ``keys`` keys at a time.
 
     ``stages`` blocks of keys and of values are in flight, and ``queries`` tiles of queries (2: the next tile is loaded
-    while the result of the last one leaves). Prints as ``hopper:128x128s2q2``; `read_config` is the inverse.
+    while the result of the last one leaves). ``ahead`` is how many blocks the products of queries and keys run ahead of
+    their softmax; the blocks of all tiles of a program are one stream then, while ``None`` begins every tile anew.
+    Prints as ``hopper:128x128s2q2`` or, with one block ahead, ``hopper:128x128s4q2a1``; `read_config` is the inverse.
     """
 
     rows: int
     keys: int
     stages: int
     queries: int
+    ahead: int | None = None
 
     def __post_init__(self) -> None:
         if self.rows % 64 or self.groups not in _REGISTERS or self.keys not in (64, 128) or self.queries not in (1, 2):
@@ -34,9 +37,12 @@ class Config:
             )
         if self.stages < 2:
             raise LoweringError(f"{self} is not a Hopper configuration: it needs two stages or more")
+        if self.ahead is not None and (self.ahead not in (0, 1) or self.queries != 2):
+            raise LoweringError(f"{self} is not a Hopper configuration: a stream has two tiles and runs 0 or 1 ahead")
 
     def __str__(self) -> str:
-        return f"{PREFIX}:{self.rows}x{self.keys}s{self.stages}q{self.queries}"
+        ahead = "" if self.ahead is None else f"a{self.ahead}"
+        return f"{PREFIX}:{self.rows}x{self.keys}s{self.stages}q{self.queries}{ahead}"
 
     @property
     def groups(self) -> int:
@@ -54,5 +60,5 @@ def read_config(text: str) -> Config:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise LoweringError(f"not a Hopper configuration: {text!r}; an example is 'hopper:128x128s2q2'")
-    rows, keys, stages, queries = map(int, match.groups())
-    return Config(rows, keys, stages, queries)
+    rows, keys, stages, queries = map(int, match.groups()[:4])
+    return Config(rows, keys, stages, queries, None if match[5] is None else int(match[5]))

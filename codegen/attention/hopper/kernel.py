@@ -14,31 +14,47 @@ import torch
 from fxopt.codegen.attention import cost
 from fxopt.codegen.attention.hopper.config import Config, read_config
 from fxopt.codegen.attention.hopper.source import HopperText
+from fxopt.codegen.attention.hopper.stream_source import StreamText
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
+from fxopt.codegen.attention.softmax import split_factor
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import J
+from fxopt.ir.expression import J, S
 
-#: By padded head dimension, best first as measured on an H100.
+#: Heads up to 64 wide without mask; whatever stands around the product takes registers, of which three groups of warps
+#: have fewer each.
+_PLAIN: Final = (Config(192, 128, 3, 2, 0), Config(128, 128, 4, 2, 0))
+_NARROW: Final = (Config(128, 128, 4, 2, 0), Config(192, 64, 4, 2, 0))
+#: By padded head dimension, best guess first (`read_config` explains the numbers).
 _CONFIGS: Final[dict[int, tuple[Config, ...]]] = {
-    128: (Config(128, 128, 2, 2),),
+    16: _NARROW,
+    32: _NARROW,
+    64: _NARROW,
+    128: (Config(128, 128, 2, 2, 0), Config(128, 128, 2, 2)),
     256: (Config(128, 64, 2, 1),),
 }
-#: The same where each key has a number of its own beside its product, which takes registers: fewer keys at a time.
+_NARROW_BY_KEY: Final = (Config(128, 128, 4, 2, 0), Config(128, 64, 4, 2, 0))
+#: The same where each key has a number of its own beside its product: fewer keys at a time.
 _CONFIGS_BY_KEY: Final[dict[int, tuple[Config, ...]]] = {
-    128: (Config(128, 64, 4, 2),),
+    16: _NARROW_BY_KEY,
+    32: _NARROW_BY_KEY,
+    64: _NARROW_BY_KEY,
+    128: (Config(128, 64, 3, 2, 0), Config(128, 64, 4, 2)),
     256: (Config(128, 64, 2, 1),),
 }
 #: With fewer rows a program has too little work to hide where its tiles begin and end.
 _FEWEST_ROWS: Final = 256
 _HALF: Final = (torch.bfloat16, torch.float16)
-#: How much longer a step takes than its products and exponentials one after the other, which overlap: as measured in
-#: `benchmarks/results/h100-attention-quick.json`, where the portable kernel took 1.3 times as long without a mask.
-_PACE: Final = {128: 0.9, 256: 1.0}
-#: Cycles of a tile beside its steps (the same, causal attention of 512 keys).
-_START: Final = 6000
+#: How much longer a step takes than its products and exponentials one after the other, which overlap, by padded head
+#: dimension: at 128 and 256 as measured on an H100 of tiles one after the other.
+_PACE: Final = {16: 0.8, 32: 0.8, 64: 0.75, 128: 0.9, 256: 1.0}
+#: The same for each place behind the first.
+_PACE_BEHIND: Final = 0.05
+#: Cycles of a tile beside its steps (`benchmarks/results/h100-attention-quick.json`, causal attention of 512 keys), and
+#: of a tile in a stream, whose blocks go on.
+_START, _START_STREAM = 6000, 2500
 
 
 def objection(problem: Problem) -> str | None:
@@ -59,12 +75,12 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
     if dtype not in _HALF or spec.out_dtype is not dtype:
         return f"inputs and results must be bfloat16 or float16 alike, not {dtype} and {spec.out_dtype}"
     if head_dim % 8 or value_dim % 8 or padded(head_dim) != padded(value_dim) or padded(head_dim) not in _CONFIGS:
-        return (
-            f"head dimensions must be multiples of 8 beyond 64 that pad alike, not {head_dim} and {value_dim}; "
-            "up to 64 the portable kernel was faster on an H100"
-        )
-    if any(c.is_tile for c in spec.captures):
+        return f"head dimensions must be multiples of 8 that pad alike, not {head_dim} and {value_dim}"
+    if any(c.is_tile and not c.is_band for c in spec.captures):
         return "a captured tensor varies with both row and key, which the portable kernel reads better"
+    bands = [c for c in spec.captures if c.is_band]
+    if bands and (padded(head_dim) > 128 or any(c.dtype.itemsize != 2 for c in bands)):
+        return "a band, read by row and key, needs half precision and heads up to 128 wide"
     return None
 
 
@@ -72,14 +88,21 @@ def candidates(problem: Problem) -> tuple[str, ...]:
     """The printed configurations to measure."""
     spec = problem.spec
     by_key = spec.score.reads(J) or any(c.dims[3] != "-" for c in spec.captures)
-    table = _CONFIGS_BY_KEY if by_key else _CONFIGS
-    return tuple(map(str, table[padded(problem.head_dim)]))
+    table, width = _CONFIGS_BY_KEY if by_key else _CONFIGS, padded(problem.head_dim)
+    plain = width <= 64 and spec.mask is None and split_factor(spec.score)[0] == S
+    streams = any(c.is_band for c in spec.captures)
+    found = _PLAIN if plain else table[width]
+    return tuple(str(config) for config in found if config.ahead is not None or not streams)
 
 
 def seconds(problem: Problem, config: str) -> float:
     """How long a configuration should take on a problem (`fxopt.codegen.attention.cost`)."""
     cut, width = read_config(config), padded(problem.head_dim)
-    schedule = cost.Schedule(cut.rows, cut.keys, 1, 2 * width, pace=_PACE[width], start=_START, latency=0)
+    places = candidates(problem)
+    behind = places.index(config) if config in places else 0
+    pace = _PACE[width] * (1 + _PACE_BEHIND * behind)
+    start = _START if cut.ahead is None else _START_STREAM
+    schedule = cost.Schedule(cut.rows, cut.keys, 1, 2 * width, pace=pace, start=start, latency=0)
     return cost.seconds(problem, schedule)
 
 
@@ -92,4 +115,8 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
     reason = _objection(spec, head_dim, value_dim, dtype)
     if reason is not None:
         raise LoweringError(f"no Hopper kernel for this attention: {reason} ({spec})")
-    return str(HopperText(spec, head_dim, value_dim, dtype, read_config(config)))
+    cut = read_config(config)
+    if cut.ahead is None and any(c.is_band for c in spec.captures):
+        raise LoweringError(f"no Hopper kernel for this attention: {config} reads no bands ({spec})")
+    text = HopperText if cut.ahead is None else StreamText
+    return str(text(spec, head_dim, value_dim, dtype, cut))

@@ -11,6 +11,9 @@ from typing import ClassVar, Final
 import torch
 
 from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, REFERENCE, allocation, description, unpacked
+from fxopt.codegen.attention.hopper.average import KERNEL as AVERAGE
+from fxopt.codegen.attention.hopper.average import LAUNCH as LAUNCH_AVERAGE
+from fxopt.codegen.attention.hopper.average import ROWS as AVERAGE_ROWS
 from fxopt.codegen.attention.hopper.config import Config
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
@@ -26,22 +29,25 @@ from fxopt.codegen.attention.hopper.template import (
 from fxopt.codegen.attention.interval import is_uniform
 from fxopt.codegen.attention.logits import LogitsText
 from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.hull import Hull
 from fxopt.codegen.attention.portable.loops import key_range_text
+from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)"}
+#: By what a row without keys gives; its mean of the values is filled in afterwards.
+_INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
 _L2: Final = "32 * 2**20"
 _SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
-_TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
+TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
 #: What one block of keys hands to the next, and what it reads.
 _STATE: Final = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
-_CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
+CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,32 @@ class HopperText(LogitsText):
     dtype: torch.dtype
     config: Config
     further_bounds: ClassVar[bool] = True
+    _parts: ClassVar[tuple[str, ...]] = (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL)
+    _loop_text: ClassVar[str] = LOOP
+    _barriers: ClassVar[tuple[str, ...]] = _BARRIERS
+    _multiplied: ClassVar[tuple[str, ...]] = TILES
+    _state: ClassVar[tuple[str, ...]] = _STATE
+    _constants: ClassVar[tuple[str, ...]] = CONSTANTS
+    _block_constants: ClassVar[tuple[str, ...]] = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS")
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
-        body = "".join(fill(part, holes) for part in (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL))
-        devices = "".join(f"\n{_as_gluon(text)}\n" for text in helpers(body))
+        body = "".join(fill(part, holes) for part in self._parts)
+        devices = "".join(f"\n{as_gluon(text)}\n" for text in helpers(body))
+        average = fill(AVERAGE, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}
-        return fill(HEADER, holes) + devices + body + fill(LAUNCH, holes) + fill(REFERENCE, script) + fill(MAIN, script)
+        check = fill(REFERENCE, script) + fill(MAIN, script)
+        return fill(HEADER, holes) + devices + self._functions + average + body + fill(LAUNCH, holes) + check
+
+    @property
+    def _functions(self) -> str:
+        """The text of what runs before the kernel."""
+        return "" if self._hull is None else self._hull.kernel
+
+    @property
+    def _averages(self) -> bool:
+        """Whether a row without keys gives the mean of the values."""
+        return self.spec.empty_rows == "uniform"
 
     @property
     def _ranged(self) -> bool:
@@ -73,12 +98,36 @@ class HopperText(LogitsText):
         bounds = [single for bound in self.range.bounds for single in bound.all]
         read = {str(leaf) for bound in bounds for leaf in bound.offset.walk() if not leaf.args}
         captured = (c.name for c in self.captures if c.name in read)
-        return ("first", "last", *(name for name in ("b", "h", "Sq") if name in read), "Sk", *captured)
+        symbols = (name for name in ("b", "h", "Sq") if name in read)
+        return ("first", "last", *symbols, "Sk", *captured, *self._hull_names)
+
+    @cached_property
+    def _hull(self) -> Hull | None:
+        found = possible_keys(self.spec, sure=True)
+        return None if found is None else Hull(self.spec, found, self.config.rows, self.config.keys)
+
+    @property
+    def _sure(self) -> bool:
+        """Whether captured vectors can tell that every row keeps the keys of a block."""
+        return self._hull is not None and self._hull.possible.sure is not None
+
+    @property
+    def _hull_names(self) -> tuple[str, ...]:
+        hull = ("hull_start", "hull_stop") if self._hull else ()
+        return (*hull, *(("sure_start", "sure_stop") if self._sure else ()))
+
+    @property
+    def _hull_limits(self) -> str:
+        """The lines that read the hull of a tile."""
+        if self._hull is None:
+            return ""
+        return self._hull.limits.replace("first // BLOCK_M", "row").replace("tl.cdiv", "gl.cdiv")
 
     @property
     def _description(self) -> dict[str, str]:
         spec = self.spec
         lower = bool(self.range.side("lower"))
+        begin = "hull_start" if self._hull else "0"
         config = f"{self.config} (rows x keys, stages, tiles of queries)"
         return {
             **description(spec, self.head_dim, self.value_dim, config, self.captures),
@@ -86,15 +135,24 @@ class HopperText(LogitsText):
             "imports": IMPORTS.rstrip("\n"),
             "order_rows": "row = gl.where(turn % halves == 0, blocks - 1 - row, row)" if self._ranged else "",
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
-            "key_range": _as_gluon(key_range_text(self.range, self.emit)),
-            "start_block": "start_block" if lower else "0",
-            "full_start": "full_start" if lower else "0",
+            "key_range": as_gluon(self._key_range),
+            "start_block": "start_block" if lower else begin,
+            "full_start": "full_start" if lower or self._sure else begin,
         }
+
+    @property
+    def _key_range(self) -> str:
+        text = key_range_text(self.range, self.emit, self._hull is not None)
+        lines = [line for line in text.splitlines() if not line.startswith("tail_start")]
+        if self._sure:
+            begin = "full_start" if self.range.side("lower") else "hull_start"
+            lines += ["full_stop = tl.minimum(full_stop, sure_stop)", f"full_start = tl.maximum({begin}, sure_start)"]
+        return "\n".join(lines)
 
     @property
     def _pointers(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
-        found = [f"{c.name}_ptr" for c in self.captures]
+        found = [f"{c.name}_ptr" for c in self.captures] + ["hull_ptr"] * bool(self._hull)
         found += [name for c in self.captures for name in (*c.strides, *c.period)]
         return tuple(found)
 
@@ -102,19 +160,21 @@ class HopperText(LogitsText):
     def _lists(self) -> dict[str, str]:
         """Parameters and arguments of the functions."""
         sources = ("q_source", "k_source", "v_source")
-        load = (*sources, *_TILES, *_BARRIERS, *self._pointers, *_SIZES)
-        multiply = ("out_target", "lse_ptr", *_TILES, *_BARRIERS, *self._pointers, *_SIZES)
-        kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *_CONSTANTS, "REGISTERS", "WITH_LSE")
+        hull = ("HULL",) if self._hull else ()
+        load = (*sources, *TILES, *self._barriers, *self._pointers, *_SIZES, *self._constants, *hull)
+        multiply = ("out_target", "lse_ptr", *self._multiplied, *self._barriers, *self._pointers, *_SIZES)
+        options = ("REGISTERS", *hull, "WITH_LSE")
+        kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *self._constants, *options)
         ranged = (*self._range_names, "BLOCK_N")
-        group = (*multiply, *_CONSTANTS, "WITH_LSE")
+        group = (*multiply, *self._constants, *hull, "WITH_LSE")
         numbers = map(str, range(self.config.groups))
         members = (fill(GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in numbers)
         unspecialized = (*_SIZES, *(p for c in self.captures for p in c.period))
         return {
-            "load_parameters": _parameters((*load, *_CONSTANTS)),
-            "load_arguments": listing((*load, *_CONSTANTS)),
-            "multiply_parameters": _parameters(("MEMBER", *group)),
-            "kernel_parameters": _parameters(kernel),
+            "load_parameters": parameters(load),
+            "load_arguments": listing(load),
+            "multiply_parameters": parameters(("MEMBER", *group)),
+            "kernel_parameters": parameters(kernel),
             "range_arguments": listing(ranged),
             "groups": "\n".join(members),
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
@@ -123,46 +183,71 @@ class HopperText(LogitsText):
     @property
     def _attend_names(self) -> tuple[str, ...]:
         captures = (name for c in self.captures for name in c.attend_names)
-        symbols = (name for name in ("b", "h", "i", "Sq") if name in self.symbols_read)
+        symbols = (name for name in ("b", "h", "i", "Sq") if name in self._indices)
         return ("total", "peak", *captures, *symbols, "Sk")
+
+    @property
+    def _indices(self) -> frozenset[str]:
+        """The symbols that a block update reads."""
+        return self.symbols_read
 
     @property
     def _attend(self) -> dict[str, str]:
         """The holes of the block update."""
         shared = (*self._attend_names, "start")
-        constants = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS", "BOUNDED")
+        constants = (*self._block_constants, "BOUNDED")
         attend = ("s", *shared, "BLOCK_N", "BOUNDED", "SCORES")
-        logits = {name: _as_gluon(text) for name, text in self.logits_holes.items()}
+        logits = {name: as_gluon(text) for name, text in self.logits_holes.items()}
         logits["load_captures"] = logits["load_captures"].replace("BOUNDED and not EVEN", "BOUNDED")
         return {
             **logits,
-            "attend_parameters": _parameters(attend),
+            "attend_parameters": parameters(attend),
             "attend_arguments": listing(attend),
-            "advance_parameters": _parameters((*_STATE, *shared, *constants)),
-            "first_arguments": listing(("s", *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES")),
+            "advance_parameters": parameters((*self._state, *shared, *constants)),
+            "first_arguments": self._first_arguments,
         }
+
+    @property
+    def _first_arguments(self) -> str:
+        """The arguments with which the first block of a tile is worked on."""
+        return listing(("s", *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES"))
+
+    @property
+    def _partial_after_first(self) -> bool:
+        """Whether blocks before the last one may be cut by a bound from above."""
+        return bool(self.range.side("upper")) or self._sure
+
+    @property
+    def _partial_at_start(self) -> bool:
+        """Whether the first blocks may be cut by a bound from below."""
+        return bool(self.range.side("lower")) or self._sure
 
     @property
     def _consumer(self) -> dict[str, str]:
         """The holes of the multiplying groups."""
         factor = self.exponent.factor
-        spans = [("gl.maximum(full_stop, start)", True), ("gl.maximum(full_start, start)", False)]
-        spans += [("start", True)] * bool(self.range.side("lower"))
+        spans = [("gl.maximum(full_stop, start)", True)] * self._partial_after_first
+        spans += [("gl.maximum(full_start, start)", False)]
+        spans += [("start", True)] * self._partial_at_start
         uniform = [c for c in self.captures if c.name in self._range_names and is_uniform(c.capture)]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
         return {
             "kv_head": KV_HEAD[self.spec.kv_map],
-            "range_captures": wide + _as_gluon("\n".join(c.base for c in uniform)),
-            "capture_bases": _as_gluon("\n".join(c.base for c in self.captures)),
+            "range_captures": wide + as_gluon("\n".join((*(c.base for c in uniform), self._hull_limits)).strip("\n")),
+            "hull_limits": as_gluon(self._hull_limits),
+            "capture_bases": as_gluon("\n".join(c.base for c in self.captures)),
             "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
             "inverse": _INVERSE[self.spec.empty_rows],
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
 
     def _loop(self, last: str, bounded: bool) -> str:
-        constants = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS", str(bounded))
-        arguments = listing((*_STATE, *self._attend_names, "block * BLOCK_N", *constants))
-        return fill(LOOP, {"last": last, "arguments": arguments}).rstrip("\n")
+        return fill(self._loop_text, {"last": last, "arguments": self._advancing(str(bounded))}).rstrip("\n")
+
+    def _advancing(self, *switches: str) -> str:
+        """The arguments with which a block is worked on."""
+        names = (*self._state, *self._attend_names, "block * BLOCK_N", *self._block_constants)
+        return listing((*names, *switches))
 
     @property
     def _launch(self) -> dict[str, str]:
@@ -172,10 +257,11 @@ class HopperText(LogitsText):
         values = [v for c in self.captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period))]
         tensors = ("described(q, 64)", f"described(k, {config.keys})", f"described(v, {config.keys})")
         sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
-        constants = (config.rows, config.keys, width, config.stages, config.queries, config.groups, config.registers)
-        switches = [f"{n}={v}" for n, v in zip((*_CONSTANTS, "REGISTERS"), constants, strict=True)]
-        captured = (*names, *values)
-        arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *switches, "WITH_LSE=with_lse")
+        switches = [f"{name}={value}" for name, value in self._constant_values.items()]
+        hull, hulled = (("hull",), ("HULL=hulled",)) if self._hull else ((), ())
+        captured = (*(c.argument for c in self.captures), *hull, *values)
+        options = (*switches, *hulled, "WITH_LSE=True" if self._averages else "WITH_LSE=with_lse")
+        arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *options)
         fitting = f"min(pairs, max(1, {_L2} // ({4 * width} * keys)))"
         return {
             "allocate": allocation(self.spec, self.value_dim),
@@ -186,15 +272,34 @@ class HopperText(LogitsText):
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
             "group": fitting if self._ranged else "1",
+            "allocate_hull": "" if self._hull is None else self._hull.allocate,
+            "launch_hull": "" if self._hull is None else self._hull.launch,
+            "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
+            "lse": "lse if with_lse else lse.new_empty(0)" if self._averages else "lse",
+            "launch_average": self._launch_average,
+            "allocate_phases": "",
+            "launch_phases": "",
             "launch_arguments": listing((*arguments, "num_warps=4")),
         }
 
+    @property
+    def _launch_average(self) -> str:
+        holes = {"average_rows": str(AVERAGE_ROWS), "width": str(padded(self.value_dim))}
+        return fill(LAUNCH_AVERAGE, holes).rstrip("\n") if self._averages else ""
 
-def _parameters(names: Iterable[str]) -> str:
+    @property
+    def _constant_values(self) -> dict[str, object]:
+        config, width = self.config, padded(self.head_dim)
+        cut = (config.rows, config.keys, width, config.stages, config.queries, config.groups)
+        return {**dict(zip(CONSTANTS, cut, strict=True)), "REGISTERS": config.registers}
+
+
+def parameters(names: Iterable[str]) -> str:
+    """Parameters of a device function, one a line; those in capitals are compile-time constants."""
     return listing(names, annotate=True).replace("tl.constexpr", "gl.constexpr")
 
 
-def _as_gluon(text: str) -> str:
+def as_gluon(text: str) -> str:
     """Text of Triton as text of Gluon, whose language module repeats most of its functions.
 
     Inputs are of half precision, for which the hardware's tanh is accurate enough.

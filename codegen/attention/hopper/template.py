@@ -165,6 +165,7 @@ def multiply(
         i = gl.minimum(rows, Sq - 1)[:, None]
         n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
         $capture_bases
+        $hull_limits
         start, full_start, full_stop, stop = key_blocks(
             $range_arguments
         )
@@ -298,20 +299,26 @@ def launch(
     batch, heads, rows, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     out = $allocate
-    lse = torch.empty((batch, heads, rows) if with_lse else (0,), dtype=torch.float32, device=q.device)
+    lse = torch.empty($lse_shape, dtype=torch.float32, device=q.device)
     if keys == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        lse.fill_(float("-inf"))
+        return out.zero_(), $lse
     $unpack_captures
     blocks, pairs = -(-rows // $rows), batch * heads
     if blocks * pairs == 0:
         return out, lse
     halves = $halves
     group = $group
+    $allocate_phases
+    $allocate_hull
     programs = min(blocks // halves * pairs, torch.cuda.get_device_properties(q.device).multi_processor_count)
     with torch.cuda.device_of(q):
+        $launch_phases
+        $launch_hull
         attention_kernel[(programs,)](
             $launch_arguments
         )
-    return out, lse
+        $launch_average
+    return out, $lse
 
 '''

@@ -39,17 +39,32 @@ def hull_kernel(
     $rows
     begin = tl.full([1, STEP], Sk, tl.int32)
     end = tl.full([1, STEP], 0, tl.int32)
+    $sure_begin
     for start in range(0, Sk, STEP):
         j = (start + tl.arange(0, STEP))[None, :]
         $keys
         possible = (j < Sk) & ($condition)
         begin = tl.minimum(begin, tl.where(possible, j, Sk))
         end = tl.maximum(end, tl.where(possible, j + 1, 0))
-    hull = hull_ptr + 2 * tl.program_id(0)
+        $sure_first
+    hull = hull_ptr + $numbers * tl.program_id(0)
     tl.store(hull, tl.min(begin))
     tl.store(hull + 1, tl.max(end))
+    $sure_run
 
 '''
+#: The first run of keys that all rows keep: where it begins, and one past its end.
+_SURE_FIRST: Final = "sure = tl.minimum(sure, tl.where((j < Sk) & ({condition}), j, Sk))"
+_SURE_RUN: Final = """\
+first_sure = tl.min(sure)
+end = tl.full([1, STEP], Sk, tl.int32)
+for start in range(0, Sk, STEP):
+    j = (start + tl.arange(0, STEP))[None, :]
+    {keys}
+    beyond = (j > first_sure) & ~({condition})
+    end = tl.minimum(end, tl.where(beyond, j, Sk))
+tl.store(hull + 2, first_sure)
+tl.store(hull + 3, tl.min(end))"""
 _PLACE: Final = """\
 blocks = tl.cdiv(Sq, BLOCK_M)
 b = tl.program_id(0) // blocks
@@ -58,14 +73,19 @@ i = tl.minimum(first + tl.arange(0, BLOCK_M), Sq - 1)[:, None]"""
 _LIMITS: Final = """\
 hull_start, hull_stop = 0, Sk
 if HULL:
-    hull = hull_ptr + 2 * {}
+    hull = hull_ptr + {1} * {0}
     hull_start = tl.load(hull) // BLOCK_N * BLOCK_N
     hull_stop = tl.cdiv(tl.load(hull + 1), BLOCK_N) * BLOCK_N"""
+_SURE_LIMITS: Final = """
+sure_start, sure_stop = Sk, 0
+if HULL:
+    sure_start = tl.cdiv(tl.load(hull + 2), BLOCK_N) * BLOCK_N
+    sure_stop = tl.load(hull + 3) // BLOCK_N * BLOCK_N"""
 _ALLOCATE: Final = """\
 # Short rows of keys are not worth a kernel that finds out which blocks are needed.
 hulled = keys >= {fewest}
 hulls = {count}
-hull = torch.empty((hulls, 2) if hulled else (0,), dtype=torch.int32, device=q.device)"""
+hull = torch.empty((hulls, {numbers}) if hulled else (0,), dtype=torch.int32, device=q.device)"""
 _LAUNCH: Final = """\
 if hulled:
     hull_kernel[(hulls,)](
@@ -94,21 +114,45 @@ class Hull:
             "maths": self._maths,
             "place": _PLACE if self._by_rows else "b = tl.program_id(0)",
             "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._extremes)),
-            "keys": "\n".join(c.load_keys for c in self._read if c.in_loop),
+            "keys": self._keys,
             "condition": self._emit(self.possible.condition),
+            "numbers": str(self.numbers),
+            **self._sure,
         }
         return fill(_KERNEL, holes)
 
     @property
+    def _keys(self) -> str:
+        return "\n".join(c.load_keys for c in self._read if c.in_loop)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers there are to a hull: its limits, and those of the keys that all rows keep."""
+        return 2 if self.possible.sure is None else 4
+
+    @property
+    def _sure(self) -> dict[str, str]:
+        """The holes of what finds the keys that all rows keep."""
+        if self.possible.sure is None:
+            return {"sure_begin": "", "sure_first": "", "sure_run": ""}
+        condition = self._emit(self.possible.sure)
+        return {
+            "sure_begin": "sure = tl.full([1, STEP], Sk, tl.int32)",
+            "sure_first": _SURE_FIRST.format(condition=condition),
+            "sure_run": _SURE_RUN.format(keys=self._keys.replace("\n", "\n    "), condition=condition),
+        }
+
+    @property
     def limits(self) -> str:
         """The lines of the main kernel that read the hull, in whole blocks."""
-        return _LIMITS.format("(b * blocks + first // BLOCK_M)" if self._by_rows else "b")
+        limits = _LIMITS.format("(b * blocks + first // BLOCK_M)" if self._by_rows else "b", self.numbers)
+        return limits + (_SURE_LIMITS if self.possible.sure is not None else "")
 
     @property
     def allocate(self) -> str:
         """The launcher's lines that allocate the hulls."""
         count = f"batch * -(-rows // {self.block_m})" if self._by_rows else "batch"
-        return _ALLOCATE.format(fewest=_FEWEST_BLOCKS * self.block_n, count=count)
+        return _ALLOCATE.format(fewest=_FEWEST_BLOCKS * self.block_n, count=count, numbers=self.numbers)
 
     @property
     def launch(self) -> str:
@@ -155,10 +199,13 @@ class Hull:
 
     @property
     def _maths(self) -> str:
-        named = {name: Expr("symbol", value=text) for name, text in self._names.items()}
-        condition = self.possible.condition.replace(lambda e: named.get(str(e), e))
         rows = "".join(f"; low{n}, high{n} of {row} over the rows" for n, row in enumerate(self.possible.rows))
-        return f"Possible: {condition}{rows}."
+        sure = "" if self.possible.sure is None else f"; sure: {self._named(self.possible.sure)}"
+        return f"Possible: {self._named(self.possible.condition)}{sure}{rows}."
+
+    def _named(self, condition: Expr) -> Expr:
+        named = {name: Expr("symbol", value=text) for name, text in self._names.items()}
+        return condition.replace(lambda e: named.get(str(e), e))
 
     @property
     def _names(self) -> dict[str, str]:

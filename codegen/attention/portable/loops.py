@@ -82,6 +82,13 @@ def start_text(found: KeyRange, emit: Emitter, begins: Sequence[str] = ()) -> st
     return f"start_block = {nested('maximum', '0', (*limits, *begins))} // BLOCK_N * BLOCK_N"
 
 
+def row_limits(found: KeyRange, emit: Emitter) -> tuple[str, str]:
+    """One past the last key, and the first one, that each of the rows ``i`` keeps; empty where no bound says."""
+    above = [_limit(b, "i", 1, emit) for b in found.side("upper")]
+    below = [_limit(b, "i", 0, emit) for b in found.side("lower")]
+    return nested("minimum", "Sk", above) if above else "", nested("maximum", "0", below) if below else ""
+
+
 def _limit(bound: Bound, row: str, beyond: int, emit: Emitter) -> str:
     first, *others = (_single_limit(b, row, beyond, emit) for b in bound.all)
     return nested("maximum" if bound.side == "upper" else "minimum", first, others)

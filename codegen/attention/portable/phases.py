@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from fxopt.codegen.attention.captured import CapturedTensor
 
@@ -30,13 +30,14 @@ def phases_kernel(
     heads,
     length,
     width,
+    COUNT: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """One stretch of ``phases[b, h, p, x] = band[b, h, 0, x + p]``; what lies beyond the end is zero."""
     program = tl.program_id(0)
-    plane = program // 8
+    plane = program // COUNT
     x = tl.program_id(1) * STEP + tl.arange(0, STEP)
-    d = x + program % 8
+    d = x + program % COUNT
     band = band_ptr + (plane // heads).to(tl.int64) * band_stride_b + (plane % heads).to(tl.int64) * band_stride_h
     value = tl.load(band + d.to(tl.int64) * band_stride_d, mask=d < length, other=0)
     tl.store(phases_ptr + program.to(tl.int64) * width + x, value, mask=x < width)
@@ -46,9 +47,9 @@ _ALLOCATE: Final = """\
 # Rows of whole vectors, which blocks of keys may read beyond the last key.
 reach = triton.cdiv(rows + keys + {keys}, 16) * 16
 {allocations}"""
-_SCRATCH: Final = "{0}_phases = torch.empty(({0}.shape[0], {0}.shape[1], 8, reach), dtype={0}.dtype, device=q.device)"
+_SCRATCH: Final = "{0}_phases = torch.empty(({0}.shape[0], {0}.shape[1], {1}, reach), dtype={0}.dtype, device=q.device)"
 _LAUNCH: Final = """\
-phases_kernel[({0}.shape[0] * {0}.shape[1] * 8, triton.cdiv(reach, {1}))](
+phases_kernel[({0}.shape[0] * {0}.shape[1] * {2}, triton.cdiv(reach, {1}))](
     {0},
     {0}_phases,
     {0}.stride(0),
@@ -57,13 +58,16 @@ phases_kernel[({0}.shape[0] * {0}.shape[1] * 8, triton.cdiv(reach, {1}))](
     {0}.shape[1],
     {0}.shape[3],
     reach,
+    COUNT={2},
     STEP={1},
 )"""
 
 
 @dataclass(frozen=True, slots=True)
 class PhasedBand(CapturedTensor):
-    """A captured band inside a kernel that is given its phases instead."""
+    """A captured band inside a kernel that is given its phases instead, as many as elements are read at once."""
+
+    count: ClassVar[int] = 8
 
     @property
     def argument(self) -> str:
@@ -109,10 +113,10 @@ class PhasedBand(CapturedTensor):
 
 def allocate(bands: Sequence[PhasedBand], keys: int) -> str:
     """The launcher's lines that allocate the phases, for blocks of ``keys``."""
-    allocations = "\n".join(_SCRATCH.format(band.name) for band in bands)
+    allocations = "\n".join(_SCRATCH.format(band.name, band.count) for band in bands)
     return _ALLOCATE.format(keys=keys, allocations=allocations) if bands else ""
 
 
 def launch(bands: Sequence[PhasedBand]) -> str:
     """The launcher's lines that fill them."""
-    return "\n".join(_LAUNCH.format(band.name, _STEP) for band in bands)
+    return "\n".join(_LAUNCH.format(band.name, _STEP, band.count) for band in bands)

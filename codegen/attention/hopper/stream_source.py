@@ -1,0 +1,100 @@
+"""The source of a Hopper kernel whose blocks of keys are one stream across tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Final
+
+import torch
+
+from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.hopper import stream
+from fxopt.codegen.attention.hopper.band import BAND, PairedBand
+from fxopt.codegen.attention.hopper.source import CONSTANTS, TILES, HopperText, parameters
+from fxopt.codegen.attention.hopper.template import PLACE
+from fxopt.codegen.attention.portable import phases
+from fxopt.codegen.attention.portable.loops import row_limits
+from fxopt.codegen.template import fill, listing
+from fxopt.ir.expression import conjunction
+
+_PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
+_STREAM_BARRIERS: Final = ("ready", "free", "q_free")
+_STREAM_STATE: Final = ("acc", "p", "s", "pair", "query", *TILES, "ready", "free")
+#: What the result of a tile leaves with, beside itself.
+_LEAVE: Final = (
+    *("out_target", "lse_ptr", "out_tiles", "Sq", "heads", "blocks", "halves", "group", "pairs"),
+    *("ROWS", "WIDTH", "MEMBER", "WITH_LSE"),
+)
+
+
+@dataclass(frozen=True)
+class StreamText(HopperText):
+    """The same where the blocks of keys of all tiles of a program are one stream."""
+
+    _parts: ClassVar[tuple[str, ...]] = (PLACE, stream.PRODUCER, stream.ATTEND, stream.CONSUMER, stream.KERNEL)
+    _loop_text: ClassVar[str] = stream.LOOP
+    _barriers: ClassVar[tuple[str, ...]] = _STREAM_BARRIERS
+    _multiplied: ClassVar[tuple[str, ...]] = (*TILES, "out_tiles")
+    _state: ClassVar[tuple[str, ...]] = _STREAM_STATE
+    _constants: ClassVar[tuple[str, ...]] = (*CONSTANTS, "AHEAD")
+    _block_constants: ClassVar[tuple[str, ...]] = ("BLOCK_N", "WIDTH", "STAGES", "AHEAD", "SCORES", "WEIGHTS")
+
+    @cached_property
+    def captures(self) -> tuple[CapturedTensor, ...]:
+        """The captured tensors, bands by two phases."""
+        plain = captured_tensors(self.spec)
+        return tuple(PairedBand(c.index, c.capture) if c.capture.is_band else c for c in plain)
+
+    @property
+    def _bands(self) -> tuple[PairedBand, ...]:
+        return tuple(c for c in self.captures if isinstance(c, PairedBand))
+
+    @property
+    def _functions(self) -> str:
+        copies = phases.PHASES + BAND if self._bands else ""
+        return super()._functions + copies
+
+    @property
+    def _indices(self) -> frozenset[str]:
+        return self.symbols_read | ({"i", "Sq"} if self._bands else frozenset())
+
+    @property
+    def _launch(self) -> dict[str, str]:
+        return {
+            **super()._launch,
+            "allocate_phases": phases.allocate(self._bands, self.config.keys),
+            "launch_phases": phases.launch(self._bands),
+        }
+
+    @property
+    def _attend(self) -> dict[str, str]:
+        found = super()._attend
+        found["score"] = found["score"].replace("n[None, :].to(gl.float32)", "column")
+        return {
+            **found,
+            "query": stream.QUERY,
+            "pair_type": _PAIR[self.dtype],
+            "leave_parameters": parameters(("acc", "total", "peak", "turn", *_LEAVE)),
+            "leave_arguments": listing(_LEAVE),
+        }
+
+    @property
+    def _masks(self) -> str:
+        above, below = row_limits(self.range, self.emit)
+        rest = conjunction(self.range.rest)
+        lines = ["if BOUNDED:", f"    kept = before(first, eights, {above or 'Sk'}, s, BLOCK_N)"]
+        lines += [f"    kept &= ~before(first, eights, {below}, s, BLOCK_N)"] if below else []
+        lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest]
+        lines += ['    x = tl.where(kept, x, float("-inf"))']
+        if rest is not None and not self._sure:
+            lines += ["else:", f'    x = tl.where({self.emit(rest)}, x, float("-inf"))']
+        return "\n".join(lines)
+
+    def _loop(self, last: str, bounded: bool) -> str:
+        holes = {"last": last, "query": stream.QUERY, "arguments": self._advancing(str(bounded))}
+        return fill(stream.LOOP, holes).rstrip("\n")
+
+    @property
+    def _constant_values(self) -> dict[str, object]:
+        return {**super()._constant_values, "AHEAD": self.config.ahead}

@@ -286,7 +286,7 @@ class Folds:
         """What follows the loads of statistics: rows without keys, and the unit of the log-sum-exp."""
         if self.weights.recounted:
             return []
-        empty = ['shift = tl.where(shift == float("-inf"), 0.0, shift)'] * plan.empties_to_zero(self.spec)
+        empty = ['shift = tl.where(shift == float("-inf"), 0.0, shift)'] * plan.empties_without_weights(self.spec)
         return empty + [f"shift = shift * {self.weights.scale!r}"] * (self.weights.scale != 1.0)
 
     def _masks(self, inside: str) -> str:

@@ -25,8 +25,6 @@ def objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.d
     reason = forward_objection(spec, head_dim, value_dim, dtype)
     if reason is not None:
         return reason
-    if spec.empty_rows == "uniform":
-        return "rows without keys give the mean of the values, whose gradient it does not compute"
     if any(c.is_band for c in spec.captures):
         return "a captured tensor varies with the distance of key and row, which it does not read"
     if spec.out_dtype.itemsize < dtype.itemsize:

@@ -172,9 +172,12 @@ def _allocated(text: BackwardText) -> str:
 
 def _statistics(text: BackwardText) -> str:
     lines = ["shift, count = torch.empty_like(lse), torch.empty_like(lse)"] * text.recounted
+    blocks = f"batch, heads, -(-rows // {text.config.rows.block_m})"
     if text.spoils:
-        blocks = f"-(-rows // {text.config.rows.block_m})"
-        lines.append(f"spoilt = torch.empty((batch, heads, {blocks}), dtype=torch.float32, device=q.device)")
+        lines.append(f"spoilt = torch.empty(({blocks}), dtype=torch.float32, device=q.device)")
+    if text.averages:
+        width = padded(text.value_dim)
+        lines.append(f"shares = torch.empty(({blocks}, {width}), dtype=torch.float32, device=q.device)")
     for flow in text.flows:
         lines += _sums(flow) if flow.side != "table" else _parts(flow, text)
     return "\n".join(lines)

@@ -119,6 +119,11 @@ def flows(spec: AttentionSpec, wanted: Sequence[bool]) -> tuple[Flow, ...]:
     return tuple(flow for flow in found if flow.slope.op != "const" or flow.slope.value != 0)
 
 
-def empties_to_zero(spec: AttentionSpec) -> bool:
-    """Whether rows may have no key, and then give 0."""
-    return spec.empty_rows == "zero" and reference.may_be_empty(spec)
+def empties_without_weights(spec: AttentionSpec) -> bool:
+    """Whether rows may have no key, and their weights then count as 0: those of a mean have gradients of their own."""
+    return spec.empty_rows != "nan" and reference.may_be_empty(spec)
+
+
+def averages(spec: AttentionSpec) -> bool:
+    """Whether rows may have no key, and then give the mean of the values."""
+    return spec.empty_rows == "uniform" and reference.may_be_empty(spec)

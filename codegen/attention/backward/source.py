@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from fxopt.codegen.attention.backward import plan, template
+from fxopt.codegen.attention.backward import empty_rows, plan, template
 from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.folds import Folds
 from fxopt.codegen.attention.backward.launcher import FOLDED, LAUNCH, MAIN, launch_holes
@@ -97,10 +97,16 @@ class BackwardText:
         return bool(self._folds.range.bounds)
 
     @property
+    def averages(self) -> bool:
+        """Whether rows without keys share their gradients among all values."""
+        return plan.averages(self.spec)
+
+    @property
     def pointers(self) -> tuple[str, ...]:
         """The tensors that every kernel takes, by the names that the launcher gives them."""
         captures = tuple(c.name for c in self._folds.captures)
         statistics = ("delta", *(("shift", "count") if self.recounted else ()), *(("spoilt",) if self.spoils else ()))
+        statistics += ("shares",) if self.averages else ()
         results = ("dq", "dk", "dv", *(f"{flow.name}_grad" for flow in self.flows))
         return ("q", "k", "v", *captures, *self.dropout.tensors, "out", "lse", "dout", "dlse", *statistics, *results)
 
@@ -165,6 +171,7 @@ class BackwardText:
         parameters = (*(f"{name}_ptr" for name in self.pointers), *self.strides, *self.sizes, *_CONSTANTS)
         also = ["Also the largest logit of rows, and how many keys share it, where lse is too coarse."] * self.recounted
         also += ["Also whether all weights of the block are finite."] * self.spoils
+        also += ["Also what its rows without keys give to every dv."] * self.averages
         return {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in self.sizes) + "]",
             "kernel_parameters": listing(parameters, annotate=True),
@@ -198,14 +205,16 @@ class BackwardText:
 
     def _filled(self, holes: dict[str, str]) -> dict[str, str]:
         """The holes that hold holes themselves."""
-        empties = plan.empties_to_zero(self.spec)
+        empties = plan.empties_without_weights(self.spec)
         parts = {
             "indices": template.INDICES,
             "rows": template.ROWS,
             "load_q": template.LOAD_Q,
             "kv_bases": template.KV_BASES,
             "correction": template.CORRECTION if any(f.side == "rows" for f in self.flows) else "",
-            "spoil_dv": template.SPOIL_DV if self.spoils else "",
+            "spoil_dv": empty_rows.SPOIL_DV if self.spoils else "",
+            "share": empty_rows.SHARE if self.averages else "",
+            "share_dv": empty_rows.SHARE_DV if self.averages else "",
         }
         found = {name: fill(text, holes).rstrip("\n") for name, text in parts.items()}
         empty = '{0} = tl.where({0} == float("-inf"), 0.0, {0})' if empties else ""
@@ -213,7 +222,7 @@ class BackwardText:
         load = f"{self.dropout.load}\n" if self.dropout else ""
         later = {
             "recount": load + template.RECOUNT if self.recounted else "",
-            "spoil": template.SPOIL if self.spoils else "",
+            "spoil": empty_rows.SPOIL if self.spoils else "",
         }
         return found | {name: fill(text, holes | found).rstrip("\n") for name, text in later.items()}
 

@@ -23,7 +23,7 @@ from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import conjunction, conjuncts, parse
 from fxopt.lowering.attention import _with_backward
-from tests.codegen.cases import SHAPES, WITHOUT_BANDS, specification
+from tests.codegen.cases import EXPRESSIONS, SHAPES, specification
 from tests.codegen.gradients import FLOWS
 from tests.codegen.test_operator import leaves
 
@@ -33,9 +33,9 @@ TL: Any = SimpleNamespace(
 )
 
 
-@pytest.mark.parametrize("name", [*WITHOUT_BANDS, *FLOWS])
+@pytest.mark.parametrize("name", [*EXPRESSIONS, *FLOWS])
 def test_same_specification_same_bytes_and_valid_python(name: str) -> None:
-    if name in WITHOUT_BANDS:
+    if name in EXPRESSIONS:
         spec = specification(name, SHAPES["packed"], torch.bfloat16)
     else:
         score, mask, dims = FLOWS[name]

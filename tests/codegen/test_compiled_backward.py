@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fxopt.cache import import_source
-from fxopt.codegen.attention.backward.config import BackwardConfig, table_config
+from fxopt.codegen.attention.backward.config import BackwardConfig, band_config, table_config
 from fxopt.codegen.attention.backward.kernel import KIND, candidates, source
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.ir.attention import AttentionSpec, Capture
@@ -28,11 +28,13 @@ CASES = {
     "causal": SPECS["causal"],
     "softcap": AttentionSpec(parse("50.0 * tanh(s * 0.125 / 50.0)"), parse("j <= i"), out_dtype=HALF),
     "bias": SPECS["tile-bias"],
+    "band": AttentionSpec(parse("s * 0.125 + c0"), parse("j <= i"), (Capture("-h-d", HALF),), out_dtype=HALF),
+    "mean": dataclasses.replace(SPECS["causal"], empty_rows="uniform"),
     "alibi": AttentionSpec(
         parse("s * 0.125 + c0 * float(j - i)"), parse("j <= i"), (Capture("-h--", torch.float32),), out_dtype=HALF
     ),
 }
-_SINGLE = ("lse", "dlse", "delta", "shift", "count", "spoilt")
+_SINGLE = ("lse", "dlse", "delta", "shift", "count", "spoilt", "shares")
 _INNERMOST = re.compile(r"(q|k|v|out|dout)_stride_[de]|c0_stride_j")
 
 
@@ -51,7 +53,7 @@ def compiled(
 
     wanted = [c.kind == "float" for c in spec.captures]
     function = getattr(import_source(KIND, source(spec, width, width, dtype, config, wanted)), f"{kernel}_kernel")
-    blocks = _blocks(kernel, config)
+    blocks = _blocks(kernel, spec, config)
     constants: dict[str, Any] = {
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
@@ -76,11 +78,11 @@ def compiled(
     return triton.compile(text, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def _blocks(kernel: str, config: BackwardConfig) -> Config:
+def _blocks(kernel: str, spec: AttentionSpec, config: BackwardConfig) -> Config:
     if kernel == "prepare":
         return dataclasses.replace(config.rows, num_stages=1)
     if kernel[0] == "c":
-        return table_config(config)
+        return band_config(config) if spec.captures[int(kernel[1])].is_band else table_config(config)
     return config.keys if kernel == "dkdv" else config.rows
 
 
@@ -95,7 +97,7 @@ def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
 
 
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("name", ["plain", "causal", "softcap", "bias"])
+@pytest.mark.parametrize("name", ["plain", "causal", "softcap", "bias", "band", "mean"])
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_first_candidate_compiles_without_spills(architecture: int, name: str, width: int, tmp_path: Path) -> None:
     spec = CASES[name]
@@ -110,7 +112,7 @@ def test_first_candidate_compiles_without_spills(architecture: int, name: str, w
 
 
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("name", ["plain", "softcap", "bias"])
+@pytest.mark.parametrize("name", ["plain", "softcap", "bias", "band"])
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
     architecture: int, name: str, width: int, tmp_path: Path

@@ -14,7 +14,7 @@ from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
-from tests.codegen.cases import WITHOUT_BANDS, Shape, pairwise, specification
+from tests.codegen.cases import EXPRESSIONS, Shape, pairwise, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget
 from tests.gpu.test_attention_kernels import ALL_SHAPES, DTYPES, LARGE, on_gpu
 
@@ -40,7 +40,7 @@ def configurations(spec: AttentionSpec, shape: Shape, dtype: torch.dtype) -> lis
     return [str(config) for config in found]
 
 
-@pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(WITHOUT_BANDS, ALL_SHAPES, DTYPES))
+@pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(EXPRESSIONS, ALL_SHAPES, DTYPES))
 def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
     sizes = ALL_SHAPES[shape]
     spec = specification(name, sizes, DTYPES[dtype], "zero")
@@ -55,7 +55,7 @@ def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: 
 @pytest.mark.parametrize("name", FLOWS)
 def test_gradients_of_captured_tensors(name: str, dtype: str) -> None:
     score, mask, dims = FLOWS[name]
-    sizes = {"b": 5, "h": 4, "i": 200, "j": 200, "-": 1, "p": 2}
+    sizes = {"b": 5, "h": 4, "i": 200, "j": 200, "-": 1, "p": 2, "d": 399}
     shape = Shape(64, 64, 200, 200, 2, "group", "bshd", batch=5, heads=4)
     spec = AttentionSpec(parse(score), None if mask is None else parse(mask), (Capture(dims, DTYPES[dtype]),),
                          empty_rows="zero", out_dtype=DTYPES[dtype], out_layout="bshd")  # fmt: skip

@@ -39,8 +39,9 @@ tl.store(shares_ptr + share_row * BLOCK_E + tl.arange(0, BLOCK_E), share)
 SHARE_DV: Final = """\
 share_blocks = tl.cdiv(Sq, $prepared_rows)
 share_base = shares_ptr + (b_wide * heads + h_wide) * share_blocks * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+shares = tl.zeros([16, BLOCK_E], tl.float32)
 for start in range(0, share_blocks, 16):
     block = (start + tl.arange(0, 16))[:, None]
-    shares = tl.load(share_base + block * BLOCK_E, mask=block < share_blocks, other=0.0)
-    dv += tl.sum(shares, 0)[None, :]
+    shares += tl.load(share_base + block * BLOCK_E, mask=block < share_blocks, other=0.0)
+dv += tl.sum(shares, 0)[None, :]
 """

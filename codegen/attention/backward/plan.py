@@ -22,7 +22,7 @@ from fxopt.ir.expression import Expr, S, capture
 
 #: From this size on, float32 holds the log-sum-exp of equal logits too coarsely to tell how many they are.
 _FAR: Final = 1024.0
-Side = Literal["rows", "keys", "table"]
+Side = Literal["rows", "keys", "table", "band"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,17 @@ class Flow:
 
     @property
     def side(self) -> Side:
-        """Which sums hold it: per row, per key, or an element for each row and key, in a kernel of its own."""
+        """Which sums hold it: per row, per key, or, in kernels of their own, per row and key or by their distance."""
+        if self.how.is_band:
+            return "band"
         if {"i", "j"} <= set(self.how.dims):
             return "table"
         return "keys" if "j" in self.how.dims else "rows"
+
+    @property
+    def sums_rows(self) -> bool:
+        """Whether all rows of a head add up to one element."""
+        return self.how.dims[2:] == "--"
 
 
 @dataclass(frozen=True, slots=True)

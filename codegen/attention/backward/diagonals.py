@@ -110,7 +110,8 @@ def diagonal_range_text(found: KeyRange, emit: Emitter) -> str:
         f"begin = tl.cdiv({begin}, BLOCK_M) * BLOCK_M",
         f"full_begin = {full_begin}",
         f"end = {end}",
-        f"full_end = tl.cdiv(tl.maximum({full_end}, 0), BLOCK_M) * BLOCK_M",
+        f"full_end = {full_end}",
+        "full_end = tl.cdiv(tl.maximum(full_end, 0), BLOCK_M) * BLOCK_M",
         *(line for b in found.bounds if b.slope for line in _switch(b, emit)),
     ))  # fmt: skip
 
@@ -155,9 +156,11 @@ def _read_once(band: PhasedBand) -> str:
     name, rest = band.name, f"{band.name}_rest"
     place = f"({rest} % 8) * {name}_stride_p + {rest} // 8 * 8 + n[None, :]"
     # Rows that would begin before the first distance lie beyond the end of the rows.
-    load = band.load(f"{band.head_address()} + {name}_tile", f", mask=({rest} >= 0) & (gap < Sk), other=0")
+    load = band.load(f"{name}_base + {name}_tile", f", mask={name}_inside, other=0")
     return "\n".join((
+        f"{name}_base = {band.head_address()}",
         f"{rest} = (Sq - 1 + gap - tl.arange(0, BLOCK_M))[:, None].to(n.dtype)",
         f"{name}_tile = {place}",
+        f"{name}_inside = ({rest} >= 0) & (gap < Sk)",
         f"{name} = {load}",
     ))  # fmt: skip

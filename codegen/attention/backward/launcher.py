@@ -88,7 +88,8 @@ def reference(
     $reference_mask
     $reference_drop
     out = $reference_weights @ v[:, served]
-    return $reference_result, torch.logsumexp(x, -1)
+    out = $reference_result
+    return out, torch.logsumexp(x, -1)
 
 
 def main() -> None:

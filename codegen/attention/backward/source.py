@@ -248,9 +248,10 @@ class BackwardText:
 
     @staticmethod
     def _stored_by_key(flow: Flow) -> str:
-        place = "(b_wide * heads + h_wide) * Sk + columns"
-        pointer, total = f"{flow.name}_grad_ptr", f"{flow.name}_sum[:, None]"
-        return f"tl.store({pointer} + {place}, {total}.to({pointer}.dtype.element_ty), mask=columns < Sk)"
+        target, total = f"{flow.name}_target", f"{flow.name}_sum[:, None]"
+        return f"""\
+{target} = {flow.name}_grad_ptr + (b_wide * heads + h_wide) * Sk + columns
+tl.store({target}, {total}.to({flow.name}_grad_ptr.dtype.element_ty), mask=columns < Sk)"""
 
     @property
     def _script(self) -> dict[str, str]:
@@ -273,8 +274,9 @@ def _stored_by_row(flow: Flow) -> str:
     pointer = f"{name}_grad_ptr"
     stored = f"tl.store({pointer} + row, {name}_sum.to({pointer}.dtype.element_ty), mask=rows < Sq)"
     if flow.sums_rows:
-        block = "(b_wide * heads + h_wide) * blocks + first // BLOCK_M"
-        stored = f"tl.store({pointer} + {block}, tl.sum(tl.where(rows < Sq, {name}_sum, 0.0), 0))"
+        stored = f"""\
+{name}_target = {pointer} + (b_wide * heads + h_wide) * blocks + first // BLOCK_M
+tl.store({name}_target, tl.sum(tl.where(rows < Sq, {name}_sum, 0.0), 0))"""
     # A row without keys has weights of NaN and nothing to correct.
     return f"""\
 {name}_off = off * {name}_mean

@@ -115,6 +115,7 @@ _SINGLE: Final[dict[int, tuple[str, ...]]] = {
 }
 
 #: The blocks of the kernels of bands, which hold four blocks of numbers in registers.
+_DIAGONALS_LEAST: Final = "32x32w8s1"
 _DIAGONALS_SM80: Final[dict[int, str]] = {64: "64x32w8s2", 128: "64x32w8s1", 256: "32x32w8s1"}
 _DIAGONALS_BLACKWELL: Final[dict[int, str]] = {64: "64x64w8s2", 128: "64x64w8s1", 256: "64x64w8s1"}
 _DIAGONALS_HOPPER: Final[dict[int, str]] = {64: "64x64w8s2", 128: "64x64w8s2", 256: "64x64w8s1"}
@@ -153,8 +154,16 @@ def _with_bands(
     if dtype is torch.float32:
         return dataclasses.replace(config, bands=Config(rows.block_m, min(rows.block_m, rows.block_n), 8, 1))
     table = {8: _DIAGONALS_SM80, 9: _DIAGONALS_HOPPER}.get(capability[0], _DIAGONALS_BLACKWELL)
-    blocks = table[max(64, width)]
-    return dataclasses.replace(config, bands=read_config("64x32w8s2" if drops and capability[0] < 9 else blocks))
+    best = "64x32w8s2" if drops and capability[0] < 9 else table[max(64, width)]
+    bands = (read_config(text) for text in (best, _DIAGONALS_LEAST))
+    limit = shared_limit(capability)
+    fitting_bands = (c for c in bands if diagonal_bytes(c, width, dtype) <= limit)
+    return dataclasses.replace(config, bands=next(fitting_bands))
+
+
+def diagonal_bytes(config: Config, width: int, dtype: torch.dtype) -> int:
+    """Shared memory that the blocks in flight of a kernel along diagonals take, for heads padded to ``width``."""
+    return config.num_stages * (config.block_m + config.block_n) * 2 * width * dtype.itemsize
 
 
 def _dropping(capability: tuple[int, int]) -> dict[int, tuple[str, ...]]:

@@ -59,9 +59,8 @@ def check(
 
 
 #: Every expression with every shape, and every dtype with each of both.
-CROSS = [
-    (name, shape, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(EXPRESSIONS) for m, shape in enumerate(SHAPES)
-]
+NAMES = sorted(EXPRESSIONS, key=lambda name: "band" in name)
+CROSS = [(name, shape, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(NAMES) for m, shape in enumerate(SHAPES)]
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), CROSS)

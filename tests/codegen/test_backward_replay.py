@@ -66,7 +66,8 @@ def draw(spec: AttentionSpec, captures: list[Tensor], dlse: bool) -> tuple[Any, 
 
 def call(spec: AttentionSpec, tensors: tuple[Any, ...], seed: Tensor | None = None) -> list[Tensor]:
     wanted = [c.kind == "float" for c in spec.captures]
-    return backward._cuda(*tensors, wanted, str(spec), "", seed)
+    found: list[Tensor] = backward._cuda(*tensors, wanted, str(spec), "", seed)
+    return found
 
 
 def roles(launches: list[list[Any]], tensors: tuple[Any, ...], results: list[Tensor]) -> list[list[Any]]:

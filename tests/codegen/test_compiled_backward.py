@@ -128,10 +128,11 @@ def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
         assert architecture != 90 or exchanges[0] == exchanges[1], kernel
 
 
+@pytest.mark.parametrize("name", ["bias", "band"])
 @pytest.mark.parametrize("kernel", ["prepare", "dkdv", "dq", "c0"])
-def test_offsets_of_huge_strides_take_64_bits(kernel: str) -> None:
+def test_offsets_of_huge_strides_take_64_bits(kernel: str, name: str) -> None:
     """With a tail, heads that share keys, a gradient of the log-sum-exp: none of it keeps 32-bit offsets in a block."""
-    spec = CASES["bias"]
+    spec = CASES[name]
     config = candidates(spec, 64, 64, HALF, (9, 0))[0]
     changes: dict[str, Any] = {"WIDE": True, "EVEN": False, "GROUP": 4, "WITH_DLSE": True}
     text = compiled(kernel, spec, 64, config, 90, **changes).asm["ttir"]
@@ -140,8 +141,10 @@ def test_offsets_of_huge_strides_take_64_bits(kernel: str) -> None:
     assert [line for line in products if "xi64>" in line]
 
 
-def test_float32_does_not_spill(tmp_path: Path) -> None:
-    spec = dataclasses.replace(CASES["causal"], out_dtype=torch.float32)
+@pytest.mark.parametrize("name", ["causal", "band"])
+def test_float32_does_not_spill(name: str, tmp_path: Path) -> None:
+    captures = tuple(dataclasses.replace(c, dtype=torch.float32) for c in CASES[name].captures)
+    spec = dataclasses.replace(CASES[name], captures=captures, out_dtype=torch.float32)
     config = candidates(spec, 64, 64, torch.float32, (9, 0))[0]
-    for kernel in ("dkdv", "dq"):
+    for kernel in ("dkdv", "dq", *(("c0",) if captures else ())):
         assert stack_bytes(compiled(kernel, spec, 64, config, 90, torch.float32).asm["cubin"], tmp_path) == 0, kernel

@@ -17,19 +17,19 @@ from torch import Tensor
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward.config import split_config
+from fxopt.codegen.attention.backward.operator import DECOMPOSITIONS as BACKWARD_DECOMPOSITIONS
 from fxopt.codegen.attention.backward.operator import attention_backward
 from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.kernels import family, source
 from fxopt.codegen.attention.portable.config import widened
 from fxopt.codegen.attention.portable.kernel import KIND, objection
-from fxopt.codegen.attention.replay import Replay, layouts, record
+from fxopt.codegen.attention.replay import Replay, layouts, precision, record, remember
 from fxopt.codegen.building import launcher, only_compiles
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
 #: Launches to repeat, by specification, configuration and layouts of the operands.
 _REPLAYS: Final[dict[tuple[object, ...], Replay]] = {}
-_MOST_REPLAYS: Final = 4096
 
 
 @torch.library.custom_op("fxopt::attention_forward", mutates_args=(), device_types="cpu")
@@ -84,7 +84,7 @@ def _cuda(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     operands = (q, k, v, *captures) if seed is None else (q, k, v, *captures, seed)
-    key = (spec, config, with_lse, _precision(q.dtype), *layouts(operands))
+    key = (spec, config, with_lse, precision(q.dtype), *layouts(operands))
     replay = None if only_compiles() else _REPLAYS.get(key)
     # A replay runs on the current device.
     if replay is not None and q.get_device() == torch.cuda.current_device():
@@ -114,17 +114,8 @@ def _recorded(
     (out, lse), replay = (launch(), None) if only_compiles() else record(kernel, launch, operands)
     if v.shape[3] != width:
         return reference.lay_out(meaning, out[..., :width]), lse
-    if replay is not None:
-        # Lengths that grow by one would add entries for ever.
-        if len(_REPLAYS) >= _MOST_REPLAYS:
-            _REPLAYS.clear()
-        _REPLAYS[key] = replay
+    remember(_REPLAYS, key, replay)
     return out, lse
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """What launchers read besides their operands: how products of float32 are computed."""
-    return str(torch.backends.cuda.matmul.fp32_precision) if dtype == torch.float32 else ""
 
 
 @lru_cache(maxsize=1024)
@@ -221,5 +212,6 @@ torch.library.register_fake("fxopt::attention_launch", _fake, lib=_LIBRARY)
 
 #: What base compilers replace after autograd.
 DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
-    torch.ops.fxopt.attention_forward.default: torch.ops.fxopt.attention_launch.default
+    torch.ops.fxopt.attention_forward.default: torch.ops.fxopt.attention_launch.default,
+    **BACKWARD_DECOMPOSITIONS,
 }

@@ -24,6 +24,8 @@ _KERNEL: Final = "_kernel"
 #: Triton compiles other code for addresses that this divides.
 _ALIGNMENT: Final = 16
 _LOCK: Final = threading.RLock()
+#: Layouts that a dictionary of replays holds.
+_MOST: Final = 4096
 Results = tuple[Tensor, ...]
 
 
@@ -77,11 +79,31 @@ class Replay:
 
 
 def layouts(operands: Sequence[Tensor]) -> tuple[object, ...]:
-    """What the launches for ``operands`` depend on: sizes, strides, dtypes, devices and alignment."""
+    """What the launches for ``operands`` depend on: sizes, strides, dtypes, devices, alignment, and which are the same.
+
+    A launch that was given one tensor twice doesn't tell which of the two it is that a kernel reads.
+    """
     parts: list[object] = []
     for x in operands:
         parts += (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % _ALIGNMENT)
+    if len(set(map(id, operands))) < len(operands):
+        parts.append(tuple(_index(x, operands) for x in operands))
     return tuple(parts)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """What launchers read besides their operands: how products of float32 are computed."""
+    return str(torch.backends.cuda.matmul.fp32_precision) if dtype == torch.float32 else ""
+
+
+def remember(replays: dict[tuple[object, ...], Replay], key: tuple[object, ...], replay: Replay | None) -> None:
+    """Keep a replay, if there is one, among ``replays``."""
+    if replay is None:
+        return
+    # Lengths that grow by one would add entries for ever.
+    if len(replays) >= _MOST:
+        replays.clear()
+    replays[key] = replay
 
 
 def record(

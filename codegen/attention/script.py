@@ -73,8 +73,8 @@ def _tuple(drawn: list[str]) -> str:
 def _reading(index: int, capture: Capture) -> str:
     wide = ".double()" if capture.kind == "float" else ""
     periodic = f"[torch.arange(q.shape[0], device=q.device) % captures[{index}].shape[0]]"
-    band = "[:, :, 0, distance + q.shape[2] - 1]" if capture.is_band else ""
-    return f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{band}{wide}"
+    read = f"c{index} = captures[{index}]{periodic if capture.dims[0] == 'p' else ''}{wide}"
+    return f"{read}\nc{index} = c{index}[:, :, 0, distance + q.shape[2] - 1]" if capture.is_band else read
 
 
 def _draw(capture: Capture, rows: str) -> str:

@@ -29,6 +29,11 @@ FLOWS = {
     "full-table": ("s * c0", None, "bhij"),
     "one-table": ("s * 0.125 + c0 * c0", "j < 21", "--ij"),
     "periodic-table": ("s * 0.125 + c0", None, "p-ij"),
+    "band": ("s * 0.125 + c0", "j <= i + 2", "-h-d"),
+    "batch-band": ("s * c0", "(j > i - 9) & (j < 30)", "b--d"),
+    "full-band": ("s * 0.125 + c0", "(j >= 3) & (j <= i + 20)", "bh-d"),
+    "one-band": ("s * 0.125 + abs(c0)", None, "---d"),
+    "periodic-band": ("s * 0.125 + c0", "(i + j) % 3 != 0", "p--d"),
 }
 
 

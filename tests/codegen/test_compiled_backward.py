@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fxopt.cache import import_source
-from fxopt.codegen.attention.backward.config import BackwardConfig, table_config
+from fxopt.codegen.attention.backward.config import BackwardConfig, band_config, table_config
 from fxopt.codegen.attention.backward.kernel import KIND, candidates, source
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.ir.attention import AttentionSpec, Capture
@@ -28,11 +28,13 @@ CASES = {
     "causal": SPECS["causal"],
     "softcap": AttentionSpec(parse("50.0 * tanh(s * 0.125 / 50.0)"), parse("j <= i"), out_dtype=HALF),
     "bias": SPECS["tile-bias"],
+    "band": AttentionSpec(parse("s * 0.125 + c0"), parse("j <= i"), (Capture("-h-d", HALF),), out_dtype=HALF),
+    "mean": dataclasses.replace(SPECS["causal"], empty_rows="uniform"),
     "alibi": AttentionSpec(
         parse("s * 0.125 + c0 * float(j - i)"), parse("j <= i"), (Capture("-h--", torch.float32),), out_dtype=HALF
     ),
 }
-_SINGLE = ("lse", "dlse", "delta", "shift", "count", "spoilt")
+_SINGLE = ("lse", "dlse", "delta", "shift", "count", "spoilt", "shares")
 _INNERMOST = re.compile(r"(q|k|v|out|dout)_stride_[de]|c0_stride_j")
 
 
@@ -51,7 +53,7 @@ def compiled(
 
     wanted = [c.kind == "float" for c in spec.captures]
     function = getattr(import_source(KIND, source(spec, width, width, dtype, config, wanted)), f"{kernel}_kernel")
-    blocks = _blocks(kernel, config)
+    blocks = _blocks(kernel, spec, config)
     constants: dict[str, Any] = {
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
@@ -76,11 +78,11 @@ def compiled(
     return triton.compile(text, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def _blocks(kernel: str, config: BackwardConfig) -> Config:
+def _blocks(kernel: str, spec: AttentionSpec, config: BackwardConfig) -> Config:
     if kernel == "prepare":
         return dataclasses.replace(config.rows, num_stages=1)
     if kernel[0] == "c":
-        return table_config(config)
+        return band_config(config) if spec.captures[int(kernel[1])].is_band else table_config(config)
     return config.keys if kernel == "dkdv" else config.rows
 
 
@@ -95,7 +97,7 @@ def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
 
 
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("name", ["plain", "causal", "softcap", "bias"])
+@pytest.mark.parametrize("name", ["plain", "causal", "softcap", "bias", "band", "mean"])
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_first_candidate_compiles_without_spills(architecture: int, name: str, width: int, tmp_path: Path) -> None:
     spec = CASES[name]
@@ -110,7 +112,7 @@ def test_first_candidate_compiles_without_spills(architecture: int, name: str, w
 
 
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("name", ["plain", "softcap", "bias"])
+@pytest.mark.parametrize("name", ["plain", "softcap", "bias", "band"])
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
     architecture: int, name: str, width: int, tmp_path: Path
@@ -126,10 +128,11 @@ def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
         assert architecture != 90 or exchanges[0] == exchanges[1], kernel
 
 
+@pytest.mark.parametrize("name", ["bias", "band"])
 @pytest.mark.parametrize("kernel", ["prepare", "dkdv", "dq", "c0"])
-def test_offsets_of_huge_strides_take_64_bits(kernel: str) -> None:
+def test_offsets_of_huge_strides_take_64_bits(kernel: str, name: str) -> None:
     """With a tail, heads that share keys, a gradient of the log-sum-exp: none of it keeps 32-bit offsets in a block."""
-    spec = CASES["bias"]
+    spec = CASES[name]
     config = candidates(spec, 64, 64, HALF, (9, 0))[0]
     changes: dict[str, Any] = {"WIDE": True, "EVEN": False, "GROUP": 4, "WITH_DLSE": True}
     text = compiled(kernel, spec, 64, config, 90, **changes).asm["ttir"]
@@ -138,8 +141,10 @@ def test_offsets_of_huge_strides_take_64_bits(kernel: str) -> None:
     assert [line for line in products if "xi64>" in line]
 
 
-def test_float32_does_not_spill(tmp_path: Path) -> None:
-    spec = dataclasses.replace(CASES["causal"], out_dtype=torch.float32)
+@pytest.mark.parametrize("name", ["causal", "band"])
+def test_float32_does_not_spill(name: str, tmp_path: Path) -> None:
+    captures = tuple(dataclasses.replace(c, dtype=torch.float32) for c in CASES[name].captures)
+    spec = dataclasses.replace(CASES[name], captures=captures, out_dtype=torch.float32)
     config = candidates(spec, 64, 64, torch.float32, (9, 0))[0]
-    for kernel in ("dkdv", "dq"):
+    for kernel in ("dkdv", "dq", *(("c0",) if captures else ())):
         assert stack_bytes(compiled(kernel, spec, 64, config, 90, torch.float32).asm["cubin"], tmp_path) == 0, kernel

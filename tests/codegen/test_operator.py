@@ -72,6 +72,8 @@ def test_base_compilers_launch_without_layers_for_autograd(trained: bool) -> Non
         cotangent = torch.randn_like(out)
         found = torch.autograd.grad(out, operands, cotangent)
         torch.testing.assert_close(found, torch.autograd.grad(attend(*operands), operands, cotangent))
+    gradients = torch.ops.fxopt.attention_backward, torch.ops.fxopt.attention_backward_launch
+    assert [op.default in called for op in gradients] == [False, trained]
 
 
 @pytest.mark.parametrize("shape", ["tails", "one-row", "fewer-keys", "grouped"])

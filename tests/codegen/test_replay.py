@@ -179,3 +179,10 @@ def test_layouts_tell_apart_what_kernels_depend_on() -> None:
     assert layouts([x]) == layouts([same])
     assert all(layouts([x]) != layouts([other]) for other in others)
     assert layouts([x[1:]]) != layouts([torch.zeros(63, dtype=torch.bfloat16)]), "an address that 16 does not divide"
+
+
+def test_a_tensor_given_twice_is_another_layout() -> None:
+    """What was launched on it doesn't tell which of both a kernel reads."""
+    x, y = torch.zeros(64), torch.zeros(64)
+    assert layouts([x, x]) == layouts([y, y]) != layouts([x, y])
+    assert layouts([x, x, y]) != layouts([x, y, x])

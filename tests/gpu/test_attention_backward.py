@@ -14,11 +14,13 @@ from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
-from tests.codegen.cases import WITHOUT_BANDS, Shape, pairwise, specification
+from tests.codegen.cases import EXPRESSIONS, Shape, pairwise, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget
+from tests.codegen.vectors import VECTORS
 from tests.gpu.test_attention_kernels import ALL_SHAPES, DTYPES, LARGE, on_gpu
 
 pytestmark = pytest.mark.gpu
+NAMES = sorted(EXPRESSIONS, key=lambda name: "band" in name)
 
 
 def backward(
@@ -40,7 +42,7 @@ def configurations(spec: AttentionSpec, shape: Shape, dtype: torch.dtype) -> lis
     return [str(config) for config in found]
 
 
-@pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(WITHOUT_BANDS, ALL_SHAPES, DTYPES))
+@pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(NAMES, ALL_SHAPES, DTYPES))
 def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
     sizes = ALL_SHAPES[shape]
     spec = specification(name, sizes, DTYPES[dtype], "zero")
@@ -55,7 +57,7 @@ def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: 
 @pytest.mark.parametrize("name", FLOWS)
 def test_gradients_of_captured_tensors(name: str, dtype: str) -> None:
     score, mask, dims = FLOWS[name]
-    sizes = {"b": 5, "h": 4, "i": 200, "j": 200, "-": 1, "p": 2}
+    sizes = {"b": 5, "h": 4, "i": 200, "j": 200, "-": 1, "p": 2, "d": 399}
     shape = Shape(64, 64, 200, 200, 2, "group", "bshd", batch=5, heads=4)
     spec = AttentionSpec(parse(score), None if mask is None else parse(mask), (Capture(dims, DTYPES[dtype]),),
                          empty_rows="zero", out_dtype=DTYPES[dtype], out_layout="bshd")  # fmt: skip
@@ -67,7 +69,7 @@ def test_gradients_of_captured_tensors(name: str, dtype: str) -> None:
         assert_gradients_within_budget(spec, inputs, [capture], found, dout)
 
 
-@pytest.mark.parametrize("name", ["plain", "causal", "swin", "alibi"])
+@pytest.mark.parametrize("name", ["plain", "causal", "swin", "alibi", "band"])
 def test_the_same_inputs_give_the_same_bits(name: str) -> None:
     shape = LARGE["D64"]
     spec = specification(name, shape, torch.bfloat16)
@@ -88,6 +90,49 @@ def test_rows_of_finite_fills_share_their_weight_equally(fill: float) -> None:
     dout = torch.randn_like(q)
     found = backward(spec, (q, k, v), [mask], dout, "")
     assert_gradients_within_budget(spec, (q, k, v), [mask], found, dout)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_rows_that_give_the_mean(name: str) -> None:
+    torch.manual_seed(0)
+    shape = Shape(64, 64, 200, 300, 2, "group", "bshd", batch=4, heads=4)
+    spec = VECTORS[name].specification(torch.bfloat16, "uniform")
+    (q, k, v), _ = on_gpu("plain", shape, specification("plain", shape, torch.bfloat16), torch.bfloat16)
+    captures = [x.cuda() for x in VECTORS[name].draw(shape)]
+    dout = torch.randn_like(q)
+    for config in configurations(spec, shape, torch.bfloat16):
+        found = backward(spec, (q, k, v), captures, dout, config)
+        assert_gradients_within_budget(spec, (q, k, v), captures, found, dout)
+
+
+@pytest.mark.parametrize("lengths", [(1000, 1000), (17, 900), (900, 65)])
+@pytest.mark.parametrize("dims", ["-h-d", "bh-d", "---d"])
+def test_long_bands(dims: str, lengths: tuple[int, int]) -> None:
+    """Many diagonals, few ones, and parts of batch and heads that programs of their own add up."""
+    torch.manual_seed(0)
+    rows, keys = lengths
+    shape = Shape(64, 64, rows, keys, 2, "group", "bshd", batch=3, heads=4)
+    spec = AttentionSpec(parse("s * 0.125 + c0"), None, (Capture(dims, torch.bfloat16),), out_dtype=torch.bfloat16,
+                         out_layout="bshd")  # fmt: skip
+    inputs, _ = on_gpu("plain", shape, specification("plain", shape, torch.bfloat16), torch.bfloat16)
+    sizes = {"b": 3, "h": 4, "-": 1, "d": rows + keys - 1}
+    band = torch.randn([sizes[x] for x in dims], device="cuda").to(torch.bfloat16)
+    dout = torch.randn_like(inputs[0])
+    for config in configurations(spec, shape, torch.bfloat16):
+        found = backward(spec, inputs, [band], dout, config)
+        assert_gradients_within_budget(spec, inputs, [band], found, dout)
+
+
+def test_no_square_matrix_is_allocated_for_a_band() -> None:
+    spec = AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-h-d", torch.bfloat16),), out_dtype=torch.bfloat16)
+    q = torch.randn(1, 8, 8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    band = torch.randn(1, 8, 1, 2 * 8192 - 1, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    config = str(forward_candidates(spec, 64, 64, torch.bfloat16, torch.cuda.get_device_capability())[0])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, _ = attention_forward(q, q, q, [band], str(spec), config, True)
+    torch.autograd.grad(out, (q, band), torch.ones_like(out))
+    assert torch.cuda.max_memory_allocated() - before < 16 * q.numel() * q.element_size()
 
 
 def test_no_square_matrix_is_allocated() -> None:

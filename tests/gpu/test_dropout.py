@@ -31,7 +31,8 @@ from tests.gpu.test_attention_kernels import DTYPES, LARGE, on_gpu
 pytestmark = pytest.mark.gpu
 PROBABILITY = 0.3
 #: Every expression, with shapes and dtypes in turn.
-TURNS = [(name, list(LARGE)[n % len(LARGE)], list(DTYPES)[n % len(DTYPES)]) for n, name in enumerate(WITHOUT_BANDS)]
+NAMES = (*WITHOUT_BANDS, "causal-band", "band")
+TURNS = [(name, list(LARGE)[n % len(LARGE)], list(DTYPES)[n % len(DTYPES)]) for n, name in enumerate(NAMES)]
 
 
 def seed(number: int = 2**62 + 12345) -> Tensor:

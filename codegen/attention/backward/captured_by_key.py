@@ -1,10 +1,14 @@
-"""How the kernel that keeps a block of keys reads a captured tensor: once per head where it can, else row by row."""
+"""How the kernel that keeps a block of keys reads a captured tensor: once per head where it can, else row by row.
+
+Bands are read from their phases (`fxopt.codegen.attention.portable.phases`), sixteen bytes at a time down the keys.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from fxopt.codegen.attention.captured import CapturedTensor
+from fxopt.codegen.attention.portable.phases import PhasedBand
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +59,48 @@ class CapturedByKey:
 
     def _load(self, address: str, mask: str = "") -> str:
         return f"tl.load({address}{mask}){'.to(tl.float32)' if self.tensor.capture.kind == 'float' else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class BandByKey(CapturedByKey):
+    """A captured band, given by its phases, inside that kernel."""
+
+    @property
+    def in_loop(self) -> bool:
+        """Every block of rows reads other distances."""
+        return True
+
+    @property
+    def attend_names(self) -> tuple[str, ...]:
+        """What the update by a block of rows needs of it."""
+        return (f"{self.tensor.name}_base", f"{self.tensor.name}_tile")
+
+    @property
+    def base(self) -> str:
+        """The lines before the loop: its address for the head, and where the keys of a block begin."""
+        name, rest = self.tensor.name, f"{self.tensor.name}_rest"
+        # Keys beyond the end read on, where the phases hold zeros: clamped ones would not follow one another.
+        tile = f"({rest} % 8) * {name}_stride_p + {rest} // 8 * 8 + columns.to(m.dtype)"
+        return "\n".join((
+            f"{name}_base = {self.tensor.head_address()} - BLOCK_M",
+            # Of a first block of rows, and a block further on, where no remainder is negative.
+            f"{rest} = (Sq - 1 + BLOCK_M - m)[None, :]",
+            f"{name}_tile = {tile}",
+        ))  # fmt: skip
+
+    @property
+    def load_in_loop(self) -> str:
+        """The lines that read one block; rows beyond the end may lie before the first distance."""
+        name = self.tensor.name
+        return "\n".join((
+            f"{name}_block = {name}_base - tl.cast(start, tl.int64)",
+            "if BOUNDED and not EVEN:",
+            f"    {name} = {self._load(f'{name}_block + {name}_tile', ', mask=i < Sq, other=0')}",
+            "else:",
+            f"    {name} = {self._load(f'{name}_block + {name}_tile')}",
+        ))  # fmt: skip
+
+
+def captured_by_key(tensor: CapturedTensor) -> CapturedByKey:
+    """How that kernel reads a captured tensor."""
+    return BandByKey(tensor) if isinstance(tensor, PhasedBand) else CapturedByKey(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,28 +19,36 @@ _TRIED: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class BackwardConfig:
-    """The blocks of the two kernels, rows by keys each; prints as ``64x128w8s2-128x64w8s2``.
+    """The blocks of the kernels, rows by keys each; prints as ``64x128w8s2-128x64w8s2``.
 
     Attributes:
         keys: of the kernel of dk and dv, which keeps a block of keys and goes through the rows.
         rows: of the kernel of dq, which keeps a block of rows and goes through the keys.
+        bands: of the kernels of gradients of bands, which go along diagonals; follows the others after another dash.
     """
 
     keys: Config
     rows: Config
+    bands: Config | None = None
+
+    def __post_init__(self) -> None:
+        if self.bands is not None and self.bands.block_m % self.bands.block_n:
+            raise LoweringError(
+                f"{self} is no configuration of the backward: blocks along diagonals have whole blocks of keys as rows"
+            )
 
     def __str__(self) -> str:
-        return f"{self.keys}-{self.rows}"
+        return "-".join(str(part) for part in (self.keys, self.rows, self.bands) if part is not None)
 
 
 def read_backward(text: str) -> BackwardConfig:
     """Read what ``str(BackwardConfig)`` printed; raises `LoweringError` on anything else."""
-    keys, dash, rows = text.partition("-")
-    if not dash or "tma" in text:
+    parts = text.split("-")
+    if len(parts) not in (2, 3) or "tma" in text:
         raise LoweringError(
             f"not a configuration of the backward: {text!r}; an example is '64x128w8s2-128x64w8s2', without tma"
         )
-    return BackwardConfig(read_config(keys), read_config(rows))
+    return BackwardConfig(*map(read_config, parts))
 
 
 def split_config(config: str) -> tuple[str, str]:
@@ -76,6 +85,12 @@ _OTHERS: Final[dict[int, tuple[str, ...]]] = {
 _OTHERS_HEAVY: Final[dict[int, tuple[str, ...]]] = {
     64: ("32x64w8s2-64x64w4s2", "32x64w4s1-64x64w4s2"),
 }
+#: The same with bands, which are read in another layout than that of the scores.
+_SM80_BANDS: Final[dict[int, tuple[str, ...]]] = {
+    64: ("32x64w4s1-64x64w4s2", "32x64w4s2-64x64w4s2"),
+    128: ("64x64w8s2-64x64w8s2", "64x64w8s1-64x32w8s1"),
+}
+_SM80_BANDS_DROPPING: Final[dict[int, tuple[str, ...]]] = {64: ("32x64w8s1-64x32w4s1", "32x32w4s1-64x32w4s1")}
 #: With dropout, whose random words take registers: those that don't spill.
 _LATER_DROPPING: Final[dict[int, tuple[str, ...]]] = {
     16: ("64x64w4s2-64x64w4s2",),
@@ -99,6 +114,12 @@ _SINGLE: Final[dict[int, tuple[str, ...]]] = {
     256: ("16x16w8s1-16x16w8s1",),
 }
 
+#: The blocks of the kernels of bands, which hold four blocks of numbers in registers.
+_DIAGONALS_LEAST: Final = "32x32w8s1"
+_DIAGONALS_SM80: Final[dict[int, str]] = {64: "64x32w8s2", 128: "64x32w8s1", 256: "32x32w8s1"}
+_DIAGONALS_BLACKWELL: Final[dict[int, str]] = {64: "64x64w8s2", 128: "64x64w8s1", 256: "64x64w8s1"}
+_DIAGONALS_HOPPER: Final[dict[int, str]] = {64: "64x64w8s2", 128: "64x64w8s2", 256: "64x64w8s1"}
+
 
 def fitting(
     head_dim: int,
@@ -107,18 +128,42 @@ def fitting(
     capability: tuple[int, int],
     heavy: bool = False,
     drops: bool = False,
+    bands: bool = False,
 ) -> tuple[BackwardConfig, ...]:
     """The configurations for these sizes that fit the device, best first, at most two; none for other dtypes.
 
     ``heavy`` says that the derivative of the score is no constant, or that a captured tensor varies with row and key;
-    ``drops`` that weights are dropped.
+    ``drops`` that weights are dropped, ``bands`` that captured tensors vary with the distance of key and row.
     """
     half = _dropping(capability) if drops else _half(capability, heavy)
+    if bands and capability[0] < 9:
+        half = half | (_SM80_BANDS_DROPPING if drops else _SM80_BANDS)
     table = {torch.bfloat16: half, torch.float16: half, torch.float32: _SINGLE}.get(dtype, {})
     width = max(padded(head_dim), padded(value_dim))
     configs = (read_backward(text) for text in table.get(width, ()))
     limit = shared_limit(capability)
-    return tuple(c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit)[:_TRIED]
+    found = tuple(c for c in configs if shared_bytes(c, head_dim, value_dim, dtype) <= limit)[:_TRIED]
+    return tuple(_with_bands(c, width, dtype, capability, drops) for c in found) if bands else found
+
+
+def _with_bands(
+    config: BackwardConfig, width: int, dtype: torch.dtype, capability: tuple[int, int], drops: bool
+) -> BackwardConfig:
+    """``config`` with blocks for gradients of bands, which don't spill up to a ``width`` of 128."""
+    rows = config.rows
+    if dtype is torch.float32:
+        return dataclasses.replace(config, bands=Config(rows.block_m, min(rows.block_m, rows.block_n), 8, 1))
+    table = {8: _DIAGONALS_SM80, 9: _DIAGONALS_HOPPER}.get(capability[0], _DIAGONALS_BLACKWELL)
+    best = "64x32w8s2" if drops and capability[0] < 9 else table[max(64, width)]
+    bands = (read_config(text) for text in (best, _DIAGONALS_LEAST))
+    limit = shared_limit(capability)
+    fitting_bands = (c for c in bands if diagonal_bytes(c, width, dtype) <= limit)
+    return dataclasses.replace(config, bands=next(fitting_bands))
+
+
+def diagonal_bytes(config: Config, width: int, dtype: torch.dtype) -> int:
+    """Shared memory that the blocks in flight of a kernel along diagonals take, for heads padded to ``width``."""
+    return config.num_stages * (config.block_m + config.block_n) * 2 * width * dtype.itemsize
 
 
 def _dropping(capability: tuple[int, int]) -> dict[int, tuple[str, ...]]:
@@ -148,3 +193,10 @@ def table_config(config: BackwardConfig) -> Config:
     if rows.block_m >= 64 and rows.block_n >= 32:
         return Config(64, 32, 4, 1)
     return Config(rows.block_m, rows.block_n, rows.num_warps, 1)
+
+
+def band_config(config: BackwardConfig) -> Config:
+    """The blocks of the kernels that compute gradients of bands."""
+    rows = config.rows
+    least = Config(min(rows.block_m, 64), min(rows.block_m, rows.block_n, 32), rows.num_warps, 1)
+    return least if config.bands is None else config.bands

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
 from fxopt.codegen.attention.backward import plan
-from fxopt.codegen.attention.backward.captured_by_key import CapturedByKey
+from fxopt.codegen.attention.backward.captured_by_key import CapturedByKey, captured_by_key
+from fxopt.codegen.attention.backward.diagonals import (
+    DIAGONAL_LOOP,
+    diagonal_range_text,
+    diagonal_spans,
+    fixed_bases,
+    moving_bases,
+)
 from fxopt.codegen.attention.backward.plan import Flow, Weights
 from fxopt.codegen.attention.backward.row_range import row_spans
 from fxopt.codegen.attention.backward.template import BY_ROW, COUNT_FLOW, LAST, LOOP
-from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.dropout import Dropout
 from fxopt.codegen.attention.interval import KeyRange, key_range
 from fxopt.codegen.attention.portable.loops import Span, loop_spans
+from fxopt.codegen.attention.portable.phases import PhasedBand, phased
 from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
@@ -59,12 +67,12 @@ class Folds:
     @cached_property
     def captures(self) -> tuple[CapturedTensor, ...]:
         """The captured tensors as the kernels that keep rows read them."""
-        return captured_tensors(self.spec)
+        return phased(self.spec)
 
     @cached_property
     def by_key(self) -> tuple[CapturedByKey, ...]:
         """The captured tensors as the kernel that keeps keys reads them."""
-        return tuple(CapturedByKey(c) for c in self.captures)
+        return tuple(captured_by_key(c) for c in self.captures)
 
     @cached_property
     def slope(self) -> tuple[Expr | None, float]:
@@ -149,19 +157,44 @@ class Folds:
     def table_holes(self, flow: Flow) -> dict[str, str]:
         """The holes of the kernel that computes the gradient of one captured tensor per row and key."""
         names = ("grad", *self._row_names)
-        batch, head = flow.how.dims[0], flow.how.dims[1]
         update = f"grad = fold_{flow.name}(\n{_indented(self._arguments(names, 'BLOCK_N', bounded=True))}\n)"
         visited = ["start < stop"] * bool(self.range.side("upper"))
         visited += ["start >= start_block"] * bool(self.range.side("lower"))
         if visited:
             update = f"if {' & '.join(f'({test})' for test in visited)}:\n{_indented(update)}"
+        parameters = self._parameters(names, "BLOCK_N")
+        return {**self._kept(flow), "table_parameters": parameters, "table_update": update}
+
+    def band_holes(self, flow: Flow, holes: Mapping[str, str]) -> dict[str, str]:
+        """The holes of the kernel that computes the gradient of a band; ``holes`` are those of all kernels."""
+        # Along a diagonal the values of bands don't change: they are given instead of read.
+        bands = [c for c in self.captures if isinstance(c, PhasedBand)]
+        given = {c.attend_names[0]: c.name for c in bands} | {c.attend_names[1]: c.name for c in bands}
+        names = dict.fromkeys(("grad", *(given.get(name, name) for name in self._row_names), "rows", "Sq"))
+        read = "\n".join(c.load_in_loop for c in self.captures if c.in_loop and c not in bands)
+        found = {
+            **self._kept(flow),
+            "band_parameters": self._parameters(names, "BLOCK_N"),
+            "by_row": fill(BY_ROW, {**self._by_row, "load_captures": read}).rstrip("\n"),
+            "fixed_bases": fixed_bases(self.captures),
+            "moving_bases": moving_bases(self.captures),
+            "diagonal_range": diagonal_range_text(self.range, lambda e, names: emit(e, names, self.spec.capture_kinds)),
+        }
+        loops = []
+        for span in diagonal_spans(self.range):
+            arguments = self._arguments(names, "BLOCK_N", span.bounded)
+            limits = {"first": span.first, "last": span.last, "arguments": arguments}
+            loops.append(fill(DIAGONAL_LOOP, {**holes, **found, **limits}).rstrip("\n"))
+        return {**found, "diagonal_loops": "\n".join(loops)}
+
+    def _kept(self, flow: Flow) -> dict[str, str]:
+        """What a kernel for one captured tensor is called, and what of batch and heads its gradient keeps."""
+        batch, head = flow.how.dims[0], flow.how.dims[1]
         return {
             "name": flow.name,
-            "table_parameters": self._parameters(names, "BLOCK_N"),
             "table_slope": f"({self.emit(flow.slope)})",
             "kept_heads": "heads" if head == "h" else "1",
             "kept_batches": {"b": "batch", "p": f"{flow.name}_period", "-": "1"}[batch],
-            "table_update": update,
         }
 
     def _sums(self, side: str) -> list[Flow]:
@@ -286,7 +319,7 @@ class Folds:
         """What follows the loads of statistics: rows without keys, and the unit of the log-sum-exp."""
         if self.weights.recounted:
             return []
-        empty = ['shift = tl.where(shift == float("-inf"), 0.0, shift)'] * plan.empties_to_zero(self.spec)
+        empty = ['shift = tl.where(shift == float("-inf"), 0.0, shift)'] * plan.empties_without_weights(self.spec)
         return empty + [f"shift = shift * {self.weights.scale!r}"] * (self.weights.scale != 1.0)
 
     def _masks(self, inside: str) -> str:

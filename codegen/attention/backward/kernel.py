@@ -25,10 +25,6 @@ def objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.d
     reason = forward_objection(spec, head_dim, value_dim, dtype)
     if reason is not None:
         return reason
-    if spec.empty_rows == "uniform":
-        return "rows without keys give the mean of the values, whose gradient it does not compute"
-    if any(c.is_band for c in spec.captures):
-        return "a captured tensor varies with the distance of key and row, which it does not read"
     if spec.out_dtype.itemsize < dtype.itemsize:
         return f"the result is {spec.out_dtype}, too coarse to be summed in place of the weights of {dtype} inputs"
     return None
@@ -40,8 +36,9 @@ def candidates(
     """The configurations worth measuring, best guess first, at most two; none where no kernels can be generated."""
     if objection(spec, head_dim, value_dim, dtype) is not None:
         return ()
-    heavy = plan.slope(spec)[0] is not None or any({"i", "j"} <= set(c.dims) for c in spec.captures)
-    return fitting(head_dim, value_dim, dtype, capability, heavy, drops=spec.dropout > 0)
+    heavy = plan.slope(spec)[0] is not None or any(c.is_tile for c in spec.captures)
+    bands = any(c.is_band for c in spec.captures)
+    return fitting(head_dim, value_dim, dtype, capability, heavy, drops=spec.dropout > 0, bands=bands)
 
 
 def source(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from fxopt.codegen.attention.backward.config import table_config
+from fxopt.codegen.attention.backward.config import band_config, table_config
 from fxopt.codegen.attention.backward.plan import Flow
+from fxopt.codegen.attention.backward.totals import Total
 from fxopt.codegen.attention.dropout import SEED_MEANING, Dropout
 from fxopt.codegen.attention.portable.config import Config, padded
+from fxopt.codegen.attention.portable.phases import allocate as allocate_phases
+from fxopt.codegen.attention.portable.phases import launch as launch_phases
 from fxopt.codegen.attention.portable.tiles import wide
 from fxopt.codegen.template import listing
 
@@ -38,10 +41,12 @@ def launch(
     $allocate
     if min(batch, heads, rows, keys) == 0:
         $nothing
-    lse = lse.contiguous()
-    delta = torch.empty_like(lse)
+    lse = lse if lse.is_contiguous() else lse.contiguous()
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     with_dlse = dlse is not None
-    dlse = dlse.float().contiguous() if with_dlse else delta
+    if with_dlse and not (dlse.dtype == torch.float32 and dlse.is_contiguous()):
+        dlse = dlse.float().contiguous()
+    dlse = dlse if with_dlse else delta
     $statistics
     # Strides so long that offsets within a block need 64 bits.
     $wide
@@ -83,7 +88,8 @@ def reference(
     $reference_mask
     $reference_drop
     out = $reference_weights @ v[:, served]
-    return $reference_result, torch.logsumexp(x, -1)
+    out = $reference_result
+    return out, torch.logsumexp(x, -1)
 
 
 def main() -> None:
@@ -112,28 +118,22 @@ if __name__ == "__main__":
     main()
 '''
 
-FOLDED: Final = '''
-def folded(x: torch.Tensor, period: int) -> torch.Tensor:
-    """The sums over batches that lie ``period`` apart."""
-    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, -x.shape[0] % period))
-    return x.reshape(-1, period, *x.shape[1:]).sum(0)
-
-'''
-
 _ALLOCATE: Final = {
     "bhsd": "{0} = torch.empty((batch, {1}, {2}, {3}), dtype={4}.dtype, device=q.device)",
     "bshd": "{0} = torch.empty((batch, {2}, {1}, {3}), dtype={4}.dtype, device=q.device).transpose(1, 2)",
 }
-#: Programs that a kernel of few blocks is split into, several for each multiprocessor of the largest devices.
-_PROGRAMS: Final = 512
+
+_PER_ROW: Final = "torch.empty(lse.shape, dtype=torch.float32, device=q.device)"
+#: The gradient of what nothing depends on.
+_ZEROS: Final = "torch.zeros({0}.shape, dtype={0}.dtype, device=q.device)"
 
 
 def launch_holes(text: BackwardText) -> dict[str, str]:
     """The holes of the host side."""
     names = [f"c{n}" for n in range(len(text.spec.captures))]
     wanted = [n for n, want in enumerate(text.wanted) if want]
-    flows = {flow.index: flow for flow in text.flows}
-    results = ["dq", "dk", "dv", *(_result(n, flows.get(n)) for n in wanted)]
+    known = {total.flow.name: total.result for total in totals(text)}
+    results = ["dq", "dk", "dv", *(known.get(f"c{n}", _ZEROS.format(f"c{n}")) for n in wanted)]
     shown = "".join(f"c{n}, " for n in wanted)
     zeros = f"\n    *(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in ({shown.strip()})),"
     empty = zeros if wanted else ""
@@ -147,12 +147,12 @@ def launch_holes(text: BackwardText) -> dict[str, str]:
         "nothing": f"return [\n    *(x.zero_() for x in (dq, dk, dv)),{empty}\n]",
         "statistics": _statistics(text),
         "wide": wide(text.reaches),
-        "tensors": listing(text.pointers),
+        "tensors": listing(text.arguments),
         "strides": listing(text.strides.values()),
         "sizes": ", ".join("1" if size == "parts" else size for size in text.sizes.values()),
         "block_d": str(padded(text.head_dim)),
         "block_e": str(padded(text.value_dim)),
-        "launches": "\n".join(_launches(text)),
+        "launches": "\n".join(line for line in _launches(text) if line),
         "results": f"[{', '.join(results)}]",
     }
 
@@ -171,39 +171,25 @@ def _allocated(text: BackwardText) -> str:
 
 
 def _statistics(text: BackwardText) -> str:
-    lines = ["shift, count = torch.empty_like(lse), torch.empty_like(lse)"] * text.recounted
+    lines = [f"{name} = {_PER_ROW}" for name in ("shift", "count") if text.recounted]
+    blocks = f"batch, heads, -(-rows // {text.config.rows.block_m})"
     if text.spoils:
-        blocks = f"-(-rows // {text.config.rows.block_m})"
-        lines.append(f"spoilt = torch.empty((batch, heads, {blocks}), dtype=torch.float32, device=q.device)")
-    for flow in text.flows:
-        lines += _sums(flow) if flow.side != "table" else _parts(flow, text)
-    return "\n".join(lines)
+        lines.append(f"spoilt = torch.empty(({blocks}), dtype=torch.float32, device=q.device)")
+    if text.averages:
+        width = padded(text.value_dim)
+        lines.append(f"shares = torch.empty(({blocks}, {width}), dtype=torch.float32, device=q.device)")
+    keys = max(text.config.keys.block_n, text.config.rows.block_n)
+    return "\n".join((*lines, *(total.allocate for total in totals(text)), allocate_phases(text.bands, keys))).rstrip()
 
 
-def _sums(flow: Flow) -> list[str]:
-    shape = "(batch, heads, rows, 1)" if flow.side == "rows" else "(batch, heads, 1, keys)"
-    return [f"{flow.name}_grad = torch.empty({shape}, dtype=torch.float32, device=q.device)"]
+def totals(text: BackwardText) -> tuple[Total, ...]:
+    """What becomes of the gradients of the captured tensors."""
+    return tuple(Total(flow, _blocks(flow, text), text.config.rows.block_m) for flow in text.flows)
 
 
-def _parts(flow: Flow, text: BackwardText) -> list[str]:
-    """The table, in parts where its blocks alone would leave the device idle."""
-    name, config = flow.name, _table_config(text)
-    batches = {"b": "batch", "p": f"{name}.shape[0]", "-": "1"}[flow.how.dims[0]]
-    heads = "heads" if flow.how.dims[1] == "h" else "1"
-    blocks = f"-(-rows // {config.block_m}) * -(-keys // {config.block_n})"
-    return [
-        f"{name}_programs = {blocks} * {batches} * {heads}",
-        f"{name}_parts = max(1, min(batch * heads // ({batches} * {heads}), {_PROGRAMS} // {name}_programs))",
-        f"{name}_grad = torch.empty(",
-        f"    ({name}_parts, {batches}, {heads}, rows, keys),",
-        f"    dtype=torch.float32 if {name}_parts > 1 else {name}.dtype,",
-        "    device=q.device,",
-        ")",
-    ]
-
-
-def _table_config(text: BackwardText) -> Config:
-    return table_config(text.config)
+def _blocks(flow: Flow, text: BackwardText) -> Config:
+    """The blocks of the kernel that computes the gradient of one captured tensor."""
+    return band_config(text.config) if flow.side == "band" else table_config(text.config)
 
 
 def _launches(text: BackwardText) -> list[str]:
@@ -213,12 +199,12 @@ def _launches(text: BackwardText) -> list[str]:
         _launch("dkdv", keys, f"-(-keys // {keys.block_n}) * batch * kv_heads", "rows", keys.block_m),
         _launch("dq", rows, f"-(-rows // {rows.block_m}) * batch * heads", "keys", rows.block_n),
     ]
-    config = _table_config(text)
-    for flow in (flow for flow in text.flows if flow.side == "table"):
+    for flow in (flow for flow in text.flows if flow.side in ("table", "band")):
+        config = _blocks(flow, text)
         grid = f"{flow.name}_programs * {flow.name}_parts"
         launch = _launch(flow.name, config, grid, "keys", config.block_n)
         lines.append(launch.replace("*sizes,", f"*sizes[:-1], {flow.name}_parts,"))
-    return lines
+    return [launch_phases(text.bands), *lines, *(total.launch for total in totals(text))]
 
 
 def prepare_text(text: BackwardText) -> str:
@@ -237,17 +223,3 @@ def _launch(kernel: str, config: Config, grid: str, length: str, block: int) -> 
         f"    num_warps={config.num_warps}, num_stages={config.num_stages}{limit},",
         ")",
     ))  # fmt: skip
-
-
-def _result(index: int, flow: Flow | None) -> str:
-    """The gradient of a captured tensor out of the sums: added up over the axes along which it was broadcast."""
-    name = f"c{index}"
-    if flow is None:
-        return f"torch.zeros({name}.shape, dtype={name}.dtype, device=q.device)"
-    if flow.side == "table":
-        return f"{name}_grad.sum(0).to({name}.dtype)"
-    axes = [str(axis) for axis, letter in enumerate(flow.how.dims) if letter == "-"]
-    axes = [axis for axis in axes if axis != ("3" if flow.side == "rows" else "2")]
-    text = f"folded({name}_grad, {name}.shape[0])" if flow.how.dims[0] == "p" else f"{name}_grad"
-    summed = f"{text}.sum(({', '.join(axes)},), keepdim=True)" if axes else text
-    return f"{summed}.to({name}.dtype)"

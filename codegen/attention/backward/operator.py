@@ -6,10 +6,10 @@ On CUDA it runs generated kernels where they can serve; elsewhere the weights ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,9 +20,12 @@ from fxopt.codegen.attention.backward import families, kernel
 from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.portable.config import widened
-from fxopt.codegen.building import launcher
+from fxopt.codegen.attention.replay import Replay, layouts, precision, record, remember
+from fxopt.codegen.building import launcher, only_compiles
 from fxopt.ir.attention import AttentionSpec
 
+#: Launches to repeat, by specification, configuration and layouts of the operands.
+_REPLAYS: Final[dict[tuple[object, ...], Replay]] = {}
 _NO_LSE: Final = "the forward did not return the log-sum-exp"
 
 
@@ -101,20 +104,57 @@ def _cuda(
     config: str,
     seed: Tensor | None = None,
 ) -> list[Tensor]:
+    # A gradient that was broadcast, as that of a sum, would be read without coalescing.
+    grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
+    further = [x for x in (grad_lse, seed) if x is not None]
+    operands = (q, k, v, *captures, out, lse, grad_out, *further)
+    constants = (spec, config, tuple(wanted), grad_lse is None, precision(q.dtype))
+    key = (*constants, *layouts(operands))
+    replay = None if only_compiles() else _REPLAYS.get(key)
+    # A replay runs on the current device.
+    if replay is not None and q.get_device() == torch.cuda.current_device():
+        return list(replay(operands))
+    return _recorded(key, q, k, v, captures, out, lse, grad_out, grad_lse, wanted, spec, config, seed)
+
+
+def _recorded(
+    key: tuple[object, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: Sequence[bool],
+    spec: str,
+    config: str,
+    seed: Tensor | None,
+) -> list[Tensor]:
     meaning = reference.specification(spec)
     chosen = chosen_config(meaning, q, v, lse, config, wanted)
     if chosen == RECOMPUTE:
         return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None, seed)
     width = v.shape[3]
     v, out, grad_out = (widened(x, q.shape[3]) for x in (v, out, grad_out))
-    # A gradient that was broadcast, as that of a sum, would be read without coalescing.
-    grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
     launched = module(spec, q.shape[3], v.shape[3], q.dtype, chosen, tuple(wanted))
     seeded = {} if seed is None else {"seed": seed}
-    found: list[Tensor] = launcher(launched)(q, k, v, captures, out, lse, grad_out, grad_lse, **seeded)
-    if v.shape[3] != width:
-        found[2] = _laid_out(meaning, found[2][..., :width], q.dtype)
-    return found
+    given = (q, k, v, captures, out, lse, grad_out, grad_lse)
+    launch = launcher(launched)
+    if only_compiles() or v.shape[3] != width:
+        found: list[Tensor] = launch(*given, **seeded)
+        return found if v.shape[3] == width else _narrowed(meaning, found, width)
+    operands = [x for x in (q, k, v, *captures, out, lse, grad_out, grad_lse, seed) if x is not None]
+    gradients, replay = record(launched, lambda: tuple(launch(*given, **seeded)), operands)
+    remember(_REPLAYS, key, replay)
+    return list(gradients)
+
+
+def _narrowed(spec: AttentionSpec, found: Sequence[Tensor], width: int) -> list[Tensor]:
+    """The gradients of an attention whose values were widened."""
+    dq, dk, dv, *rest = found
+    return [dq, dk, _laid_out(spec, dv[..., :width], dv.dtype), *rest]
 
 
 def chosen_config(
@@ -178,3 +218,19 @@ def _empty(spec: AttentionSpec, x: Tensor) -> Tensor:
     if spec.out_layout == "bhsd":
         return x.new_empty((batch, heads, length, width))
     return x.new_empty((batch, length, heads, width)).transpose(1, 2)
+
+
+#: The same without PyTorch's layers of Python around an operator of its own: for graphs that autograd is done with.
+_LIBRARY: Final = torch.library.Library("fxopt", "FRAGMENT")
+_LIBRARY.define(
+    "attention_backward_launch" + str(torch.ops.fxopt.attention_backward.default._schema).partition("backward")[2],
+    tags=torch.ops.fxopt.attention_backward.default.tags,
+)
+_LIBRARY.impl("attention_backward_launch", _cuda, "CUDA")
+_LIBRARY.impl("attention_backward_launch", attention_backward._init_fn, "CPU")
+torch.library.register_fake("fxopt::attention_backward_launch", _fake, lib=_LIBRARY)
+
+#: What base compilers replace after autograd.
+DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
+    torch.ops.fxopt.attention_backward.default: torch.ops.fxopt.attention_backward_launch.default
+}

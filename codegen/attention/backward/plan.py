@@ -22,7 +22,7 @@ from fxopt.ir.expression import Expr, S, capture
 
 #: From this size on, float32 holds the log-sum-exp of equal logits too coarsely to tell how many they are.
 _FAR: Final = 1024.0
-Side = Literal["rows", "keys", "table"]
+Side = Literal["rows", "keys", "table", "band"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,17 @@ class Flow:
 
     @property
     def side(self) -> Side:
-        """Which sums hold it: per row, per key, or an element for each row and key, in a kernel of its own."""
+        """Which sums hold it: per row, per key, or, in kernels of their own, per row and key or by their distance."""
+        if self.how.is_band:
+            return "band"
         if {"i", "j"} <= set(self.how.dims):
             return "table"
         return "keys" if "j" in self.how.dims else "rows"
+
+    @property
+    def sums_rows(self) -> bool:
+        """Whether all rows of a head add up to one element."""
+        return self.how.dims[2:] == "--"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,11 @@ def flows(spec: AttentionSpec, wanted: Sequence[bool]) -> tuple[Flow, ...]:
     return tuple(flow for flow in found if flow.slope.op != "const" or flow.slope.value != 0)
 
 
-def empties_to_zero(spec: AttentionSpec) -> bool:
-    """Whether rows may have no key, and then give 0."""
-    return spec.empty_rows == "zero" and reference.may_be_empty(spec)
+def empties_without_weights(spec: AttentionSpec) -> bool:
+    """Whether rows may have no key, and their weights then count as 0: those of a mean have gradients of their own."""
+    return spec.empty_rows != "nan" and reference.may_be_empty(spec)
+
+
+def averages(spec: AttentionSpec) -> bool:
+    """Whether rows may have no key, and then give the mean of the values."""
+    return spec.empty_rows == "uniform" and reference.may_be_empty(spec)

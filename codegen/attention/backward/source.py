@@ -9,15 +9,17 @@ from typing import Final
 
 import torch
 
-from fxopt.codegen.attention.backward import plan, template
+from fxopt.codegen.attention.backward import empty_rows, plan, template
 from fxopt.codegen.attention.backward.config import BackwardConfig
+from fxopt.codegen.attention.backward.diagonals import BAND
 from fxopt.codegen.attention.backward.folds import Folds
-from fxopt.codegen.attention.backward.launcher import FOLDED, LAUNCH, MAIN, launch_holes
+from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes, totals
 from fxopt.codegen.attention.backward.plan import Flow, Weights
 from fxopt.codegen.attention.backward.row_range import row_range_text
 from fxopt.codegen.attention.dropout import Dropout
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.loops import key_range_text
+from fxopt.codegen.attention.portable.phases import PHASES, PhasedBand
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.softmax import LOG2E
 from fxopt.codegen.printing import emit, helpers
@@ -54,8 +56,10 @@ class BackwardText:
             kernels.insert(0, template.RECOUNTED)
         texts = [fill(text, holes) for text in kernels]
         texts += [fill(template.TABLE, {**holes, **self._folds.table_holes(flow)}) for flow in self._tables]
-        texts.insert(0, self.dropout.function)
-        texts += [FOLDED] * any(flow.how.dims[0] == "p" and flow.side != "table" for flow in self.flows)
+        bands = [flow for flow in self.flows if flow.side == "band"]
+        texts += [fill(BAND, {**holes, **self._folds.band_holes(flow, holes)}) for flow in bands]
+        texts += dict.fromkeys(text for total in totals(self) for text in total.kernels)
+        texts = [self.dropout.function, PHASES if self.bands else "", *texts]
         body = "".join(texts) + fill(LAUNCH, {**holes, **launch_holes(self)})
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         script = {**holes, **self._script}
@@ -70,6 +74,17 @@ class BackwardText:
     def flows(self) -> tuple[Flow, ...]:
         """The gradients of captured tensors that the kernels compute."""
         return plan.flows(self.spec, self.wanted)
+
+    @property
+    def bands(self) -> tuple[PhasedBand, ...]:
+        """The captured bands, which the kernels read from their phases."""
+        return tuple(c for c in self._folds.captures if isinstance(c, PhasedBand))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What the launcher passes for `pointers`."""
+        given = {c.name: c.argument for c in self._folds.captures}
+        return tuple(given.get(name, name) for name in self.pointers)
 
     @property
     def _tables(self) -> list[Flow]:
@@ -97,10 +112,16 @@ class BackwardText:
         return bool(self._folds.range.bounds)
 
     @property
+    def averages(self) -> bool:
+        """Whether rows without keys share their gradients among all values."""
+        return plan.averages(self.spec)
+
+    @property
     def pointers(self) -> tuple[str, ...]:
         """The tensors that every kernel takes, by the names that the launcher gives them."""
         captures = tuple(c.name for c in self._folds.captures)
         statistics = ("delta", *(("shift", "count") if self.recounted else ()), *(("spoilt",) if self.spoils else ()))
+        statistics += ("shares",) if self.averages else ()
         results = ("dq", "dk", "dv", *(f"{flow.name}_grad" for flow in self.flows))
         return ("q", "k", "v", *captures, *self.dropout.tensors, "out", "lse", "dout", "dlse", *statistics, *results)
 
@@ -116,7 +137,7 @@ class BackwardText:
     def sizes(self) -> dict[str, str]:
         """The sizes that every kernel takes, and what the launcher calls them."""
         periods = {name: f"{c.name}.shape[0]" for c in self._folds.captures for name in c.period}
-        parts = {"parts": "parts"} if self._tables else {}
+        parts = {"parts": "parts"} if any(flow.side in ("table", "band") for flow in self.flows) else {}
         return (
             {"batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "Sq": "rows", "Sk": "keys"} | periods | parts
         )
@@ -129,12 +150,17 @@ class BackwardText:
         extents = {"i": rows, "j": keys, "d": padded(self.head_dim), "e": padded(self.value_dim)}
         tiles = [(extents[a], f"{t}.stride({2 if a in 'ij' else 3})")
                  for t, letters in _STRIDES.items() for a in letters[2:]]  # fmt: skip
-        return tiles + [reach for c in self._folds.captures for reach in _reaches(c.axes, c.name, rows, keys)]
+        plain = [c for c in self._folds.captures if not c.capture.is_band]
+        tiles += [reach for c in plain for reach in _reaches(c.axes, c.name, rows, keys)]
+        return tiles + [reach for c in self.bands for reach in c.reaches(rows, keys)]
 
     @property
     def _description(self) -> dict[str, str]:
         spec = self.spec
-        names = " and ".join(flow.name for flow in self._tables)
+        tables = " and ".join(flow.name for flow in self._tables)
+        bands = " and ".join(flow.name for flow in self.flows if flow.side == "band")
+        further = [f"One more for {tables}, an element for each row and key."] * bool(tables)
+        further += [f"One more for {bands}, block by block along the diagonals of rows and keys."] * bool(bands)
         return {
             "version": version("fxopt"),
             "spec": "\n".join(f"    {field}" for field in str(spec).split("; ")),
@@ -149,7 +175,7 @@ class BackwardText:
             "dropped_maths": ("M·" if self.dropout else "")
             + f"Σ_e dout[b,h,i,e]·v[b,{_KV_HEAD_MATHS[spec.kv_map]},j,e]",
             "kept": "" if spec.mask is None else f" with {spec.mask}",
-            "tables": f"One more for {names}, an element for each row and key." if names else "",
+            "tables": "\n".join(further),
         }
 
     def _wish(self, index: int) -> str:
@@ -165,6 +191,7 @@ class BackwardText:
         parameters = (*(f"{name}_ptr" for name in self.pointers), *self.strides, *self.sizes, *_CONSTANTS)
         also = ["Also the largest logit of rows, and how many keys share it, where lse is too coarse."] * self.recounted
         also += ["Also whether all weights of the block are finite."] * self.spoils
+        also += ["Also what its rows without keys give to every dv."] * self.averages
         return {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in self.sizes) + "]",
             "kernel_parameters": listing(parameters, annotate=True),
@@ -198,14 +225,16 @@ class BackwardText:
 
     def _filled(self, holes: dict[str, str]) -> dict[str, str]:
         """The holes that hold holes themselves."""
-        empties = plan.empties_to_zero(self.spec)
+        empties = plan.empties_without_weights(self.spec)
         parts = {
             "indices": template.INDICES,
             "rows": template.ROWS,
             "load_q": template.LOAD_Q,
             "kv_bases": template.KV_BASES,
             "correction": template.CORRECTION if any(f.side == "rows" for f in self.flows) else "",
-            "spoil_dv": template.SPOIL_DV if self.spoils else "",
+            "spoil_dv": empty_rows.SPOIL_DV if self.spoils else "",
+            "share": empty_rows.SHARE if self.averages else "",
+            "share_dv": empty_rows.SHARE_DV if self.averages else "",
         }
         found = {name: fill(text, holes).rstrip("\n") for name, text in parts.items()}
         empty = '{0} = tl.where({0} == float("-inf"), 0.0, {0})' if empties else ""
@@ -213,14 +242,16 @@ class BackwardText:
         load = f"{self.dropout.load}\n" if self.dropout else ""
         later = {
             "recount": load + template.RECOUNT if self.recounted else "",
-            "spoil": template.SPOIL if self.spoils else "",
+            "spoil": empty_rows.SPOIL if self.spoils else "",
         }
         return found | {name: fill(text, holes | found).rstrip("\n") for name, text in later.items()}
 
     @staticmethod
     def _stored_by_key(flow: Flow) -> str:
-        place = "(b_wide * heads + h_wide) * Sk + columns"
-        return f"tl.store({flow.name}_grad_ptr + {place}, {flow.name}_sum[:, None], mask=columns < Sk)"
+        target, total = f"{flow.name}_target", f"{flow.name}_sum[:, None]"
+        return f"""\
+{target} = {flow.name}_grad_ptr + (b_wide * heads + h_wide) * Sk + columns
+tl.store({target}, {total}.to({flow.name}_grad_ptr.dtype.element_ty), mask=columns < Sk)"""
 
     @property
     def _script(self) -> dict[str, str]:
@@ -240,11 +271,17 @@ def _reaches(axes: tuple[str, ...], name: str, rows: int, keys: int) -> list[tup
 
 def _stored_by_row(flow: Flow) -> str:
     name = flow.name
+    pointer = f"{name}_grad_ptr"
+    stored = f"tl.store({pointer} + row, {name}_sum.to({pointer}.dtype.element_ty), mask=rows < Sq)"
+    if flow.sums_rows:
+        stored = f"""\
+{name}_target = {pointer} + (b_wide * heads + h_wide) * blocks + first // BLOCK_M
+tl.store({name}_target, tl.sum(tl.where(rows < Sq, {name}_sum, 0.0), 0))"""
     # A row without keys has weights of NaN and nothing to correct.
     return f"""\
 {name}_off = off * {name}_mean
 {name}_sum -= tl.where({name}_off == {name}_off, {name}_off, 0.0)
-tl.store({name}_grad_ptr + row, {name}_sum, mask=rows < Sq)"""
+{stored}"""
 
 
 def _both(first: str, second: str) -> str:

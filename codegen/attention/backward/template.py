@@ -92,6 +92,7 @@ def prepare_kernel(
     $recount
     tl.store(delta_ptr + row, delta, mask=rows < Sq)
     $spoil
+    $share
 
 '''
 
@@ -160,15 +161,6 @@ CORRECTION: Final = """\
 off = dx_sum
 if WITH_DLSE:
     off -= tl.load(dlse_ptr + row)
-"""
-
-#: A row without a finite log-sum-exp has weights of NaN, also where its keys are never visited.
-SPOIL: Final = """\
-# A row whose weights are NaN spoils every dv, also of keys whose loops leave it out.
-peaks = tl.load(lse_ptr + row)
-$empty_peaks
-spoilt = tl.sum(tl.where(rows < Sq, peaks - peaks, 0.0), 0)
-tl.store(spoilt_ptr + (b_wide * heads + h_wide) * blocks + program % blocks, spoilt)
 """
 
 #: What a block of keys does to a block of rows, up to ``dx``.
@@ -315,6 +307,7 @@ def dkdv_kernel(
         $row_range
         $loops_over_rows
         $spoil_dv
+        $share_dv
         $store_key_sums
 
     dk_base = dk_ptr + b_wide * dk_stride_b + g_wide * dk_stride_h
@@ -325,14 +318,6 @@ def dkdv_kernel(
     tl.store(dv_tile, $dv_result.to(dv_ptr.dtype.element_ty), mask=$dv_mask)
 
 '''
-
-SPOIL_DV: Final = """\
-spoilt_blocks = tl.cdiv(Sq, $prepared_rows)
-spoilt_base = spoilt_ptr + (b_wide * heads + h_wide) * spoilt_blocks
-for start in range(0, spoilt_blocks, 128):
-    block = start + tl.arange(0, 128)
-    dv += tl.sum(tl.load(spoilt_base + block, mask=block < spoilt_blocks, other=0.0), 0)
-"""
 
 TABLE: Final = '''
 @triton.jit

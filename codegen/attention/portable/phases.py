@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from fxopt.codegen.attention.captured import CapturedTensor
+from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.ir.attention import AttentionSpec
 
 #: Elements that one program of the small kernel copies.
 _STEP: Final = 1024
@@ -45,11 +46,11 @@ def phases_kernel(
 '''
 _ALLOCATE: Final = """\
 # Rows of whole vectors, which blocks of keys may read beyond the last key.
-reach = triton.cdiv(rows + keys + {keys}, 16) * 16
+reach = -(-(rows + keys + {keys}) // 16) * 16
 {allocations}"""
 _SCRATCH: Final = "{0}_phases = torch.empty(({0}.shape[0], {0}.shape[1], {1}, reach), dtype={0}.dtype, device=q.device)"
 _LAUNCH: Final = """\
-phases_kernel[({0}.shape[0] * {0}.shape[1] * {2}, triton.cdiv(reach, {1}))](
+phases_kernel[({0}.shape[0] * {0}.shape[1] * {2}, -(-reach // {1}))](
     {0},
     {0}_phases,
     {0}.stride(0),
@@ -109,6 +110,11 @@ class PhasedBand(CapturedTensor):
     def reaches(self, rows: int, keys: int) -> list[tuple[int, str]]:
         """How far the axes of a block of it reach: the phases, each as long as the band."""
         return [(9, f"{self.argument}.stride(2)")]
+
+
+def phased(spec: AttentionSpec) -> tuple[CapturedTensor, ...]:
+    """The captured tensors of ``spec`` in order, bands by their phases."""
+    return tuple(PhasedBand(c.index, c.capture) if c.capture.is_band else c for c in captured_tensors(spec))
 
 
 def allocate(bands: Sequence[PhasedBand], keys: int) -> str:

@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 
 import torch
 
-from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.dropout import Dropout
 from fxopt.codegen.attention.frame import (
     AXIS,
@@ -75,8 +75,7 @@ class KernelText(LogitsText):
     @cached_property
     def captures(self) -> tuple[CapturedTensor, ...]:
         """The captured tensors, bands by their phases."""
-        plain = captured_tensors(self.spec)
-        return tuple(phases.PhasedBand(c.index, c.capture) if c.capture.is_band else c for c in plain)
+        return phases.phased(self.spec)
 
     @property
     def _bands(self) -> tuple[phases.PhasedBand, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention.backward.kernel import KIND, read_backward, source
-from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
-from tests.codegen.cases import SHAPES, WITHOUT_BANDS, Shape, captured, operands, specification
+from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget, autograd
 from tests.codegen.interpreted.test_kernel import launch as forward
 
@@ -58,9 +59,8 @@ def check(
 
 
 #: Every expression with every shape, and every dtype with each of both.
-CROSS = [
-    (name, shape, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(WITHOUT_BANDS) for m, shape in enumerate(SHAPES)
-]
+NAMES = sorted(EXPRESSIONS, key=lambda name: "band" in name)
+CROSS = [(name, shape, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(NAMES) for m, shape in enumerate(SHAPES)]
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), CROSS)
@@ -76,7 +76,7 @@ def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: 
 def test_gradients_of_captured_tensors(name: str, dtype: str) -> None:
     score, mask, dims = FLOWS[name]
     batch, rows, keys = 3, 35, 37
-    sizes = {"b": batch, "h": 2, "i": rows, "j": keys, "-": 1, "p": 2}
+    sizes = {"b": batch, "h": 2, "i": rows, "j": keys, "-": 1, "p": 2, "d": rows + keys - 1}
     shape = Shape(16, 24, rows, keys, 1, "group", "bshd", batch=batch)
     how = (Capture(dims, DTYPES[dtype]),)
     spec = AttentionSpec(parse(score), None if mask is None else parse(mask), how, empty_rows="zero",
@@ -91,10 +91,13 @@ def test_gradient_of_the_log_sum_exp(name: str) -> None:
     check(spec, operands(sizes, torch.float32), captured(name, sizes, spec), dlse=torch.randn(2, 2, 35))
 
 
-@pytest.mark.parametrize("empty_rows", ["nan", "zero"])
+@pytest.mark.parametrize("empty_rows", get_args(EmptyRows))
 @pytest.mark.parametrize("mask", ["j <= i - 5", "(j > i - 5) & (j < 12)", "c0", "(j <= i) & c0"])
 def test_rows_without_keys_are_as_in_the_reference(mask: str, empty_rows: str) -> None:
-    """NaN in dv wherever the reference has it, also at keys that no loop visits with such a row; 0 in dq and dk."""
+    """In dv NaN, or shares of a mean, where the reference has them, also at keys that no loop visits with such a row.
+
+    0 in dq and dk.
+    """
     captures = [torch.rand(2, 1, 1, 37) < 0.5] if "c0" in mask else []
     for kept in captures:
         kept[1] = False
@@ -107,7 +110,7 @@ def test_rows_without_keys_are_as_in_the_reference(mask: str, empty_rows: str) -
     assert expected[2].isnan().any() == (empty_rows == "nan") and not expected[0].isnan().any()
 
 
-@pytest.mark.parametrize("empty_rows", ["nan", "zero"])
+@pytest.mark.parametrize("empty_rows", get_args(EmptyRows))
 def test_rows_of_infinite_bias(empty_rows: str) -> None:
     spec = AttentionSpec(parse("s * 0.25 + c0"), parse("j <= i"), (Capture("b-i-", torch.float32),),
                          empty_rows=empty_rows)  # type: ignore[arg-type]  # fmt: skip

@@ -131,7 +131,8 @@ def test_philox_gives_the_published_numbers() -> None:
 
 
 #: Every expression, with shapes and dtypes in turn.
-TURNS = [(name, list(SHAPES)[n % len(SHAPES)], list(DTYPES)[n % len(DTYPES)]) for n, name in enumerate(WITHOUT_BANDS)]
+NAMES = (*WITHOUT_BANDS, "causal-band", "band")
+TURNS = [(name, list(SHAPES)[n % len(SHAPES)], list(DTYPES)[n % len(DTYPES)]) for n, name in enumerate(NAMES)]
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), TURNS)
@@ -163,10 +164,11 @@ def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: 
 
 @pytest.mark.parametrize(("name", "dtype"), [
     ("slopes", "f32"), ("rows", "bf16"), ("keys", "bf16"), ("table", "f32"), ("batch-table", "bf16"),
+    ("band", "f32"), ("batch-band", "bf16"),
 ])  # fmt: skip
 def test_gradients_of_captured_tensors(name: str, dtype: str) -> None:
     score, mask, dims = FLOWS[name]
-    sizes = {"b": 3, "h": 2, "i": 35, "j": 37, "-": 1, "p": 2}
+    sizes = {"b": 3, "h": 2, "i": 35, "j": 37, "-": 1, "p": 2, "d": 71}
     shape = Shape(16, 24, 35, 37, 1, "group", "bshd", batch=3)
     spec = AttentionSpec(parse(score), None if mask is None else parse(mask), (Capture(dims, DTYPES[dtype]),),
                          empty_rows="zero", dropout=0.2, out_dtype=DTYPES[dtype], out_layout="bshd")  # fmt: skip

@@ -1,13 +1,15 @@
 """The meaning of a sum followed by its norm, in plain PyTorch.
 
-``x + residual [..., C]`` is rounded to the dtype that both promote to, as eager does, and that rounded sum is normalised
-over its last axis as the canonical norms define it. Both are results: the residual stream goes on with the sum.
+``x + residual [..., C]`` is rounded to the dtype that both promote to, as eager does, and that rounded sum is
+normalised over its last axis as the canonical norms define it. Both are results: the residual stream goes on with the
+sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -41,7 +43,11 @@ def residual_layer_norm(
         The norm, of the dtype that ``fxopt::layer_norm`` gives it, and the sum.
     """
     total = x + residual
-    if dtype == torch.promote_types(total.dtype, torch.float32) and _alike(total, weight, bias) and not scale_after_cast:
+    if (
+        dtype == torch.promote_types(total.dtype, torch.float32)
+        and _alike(total, weight, bias)
+        and not scale_after_cast
+    ):
         return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
     return reference.layer_norm(total, 1, weight, bias, eps, dtype, scale_after_cast), total
 
@@ -70,21 +76,19 @@ def _alike(total: Tensor, *weights: Tensor | None) -> bool:
     return all(weight is None or weight.dtype == total.dtype for weight in weights)
 
 
-def norm_dtype(total: torch.dtype, weights: tuple[Tensor | None, ...], scale_after_cast: bool) -> torch.dtype:
-    """The dtype of the norm of a sum in the dtype ``total``."""
-    if scale_after_cast:
-        for weight in weights:
-            total = total if weight is None else torch.promote_types(total, weight.dtype)
-    return total
+def norm_dtype(total: torch.dtype, weights: Iterable[torch.dtype], scale_after_cast: bool) -> torch.dtype:
+    """The dtype of the norm of a sum of dtype ``total``, scaled and shifted by ``weights``."""
+    return reduce(torch.promote_types, weights, total) if scale_after_cast else total
 
 
 def _result(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     total = x + residual
-    weights = tuple(value for value in rest if isinstance(value, Tensor))
+    weights = [value.dtype for value in rest if isinstance(value, Tensor)]
     return torch.empty_like(total, dtype=norm_dtype(total.dtype, weights, bool(rest[-1]))), total
 
 
-MEANINGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+#: By kind of norm.
+MEANINGS: Final[dict[str, Callable[..., tuple[Tensor, Tensor]]]] = {
     "layer_norm": residual_layer_norm,
     "rms_norm": residual_rms_norm,
 }

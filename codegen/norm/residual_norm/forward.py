@@ -106,9 +106,7 @@ class ForwardText(RowsText):
         load = "tl.load({}_ptr + c, mask=c < " + str(problem.width) + ", other=0.0)"
         found = [name for name in ("weight", "bias") if getattr(problem, name) is not None]
         normal = "(s - mean) * scale" if self.centred else "s * scale"
-        store = (
-            f"tl.store(normal_ptr + row * {problem.width} + c, {self._affine(normal, '')}, mask=c < {problem.width})"
-        )
+        store = f"tl.store(normal_ptr + row * {problem.width} + c, y, mask=c < {problem.width})"
         return {
             "mean_zero": "mean = 0.0" if self.centred else "",
             "accumulate": fill(template.MERGE, self.holes).rstrip() if self.centred else "squares += tl.sum(s * s, 0)",

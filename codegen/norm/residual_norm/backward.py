@@ -52,8 +52,8 @@ class BackwardText(RowsText):
         normal = f"({total} - mean) * scale" if self.centred else f"{total} * scale"
         dnormal = widened("tl.load(dnormal_row + c{n}, mask={mask}, other=0.0)", problem.out)
         g = "g{n} = dnormal{n} * weight{n}" if problem.weight is not None else "g{n} = dnormal{n}"
-        means = [f"correlation = {self.total('g{n} * n{n}')} / {width}"]
-        means += [f"average = {self.total('g{n}')} / {width}"] if self.centred else []
+        means = [self.row_sum("products", "g{n} * n{n}"), f"correlation = products / {width}"]
+        means += [self.row_sum("slopes", "g{n}"), f"average = slopes / {width}"] if self.centred else []
         gradient = "dx{n} = (g{n} - average - n{n} * correlation) * scale"
         dsum = widened("tl.load(dsum_row + c{n}, mask={mask}, other=0.0)", problem.total)
         return {

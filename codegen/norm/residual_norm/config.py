@@ -8,8 +8,8 @@ from typing import Final
 
 from fxopt.errors import LoweringError
 
-#: Elements that a thread loads of a row at a time: 16 bytes in half precision.
-VECTOR: Final = 8
+#: Bytes that a thread loads at a time.
+_VECTOR: Final = 16
 #: The longest rows that stay in registers, forward and backward.
 LONGEST: Final = 16384
 LONGEST_BACKWARD: Final = 8192
@@ -30,7 +30,7 @@ _LONG: Final = ("1w16", "1w8")
 _BACKWARD: Final[dict[int, tuple[str, ...]]] = {
     128: ("16w4p4", "8w4p8"),
     256: ("8w4p4", "4w4p8"),
-    768: ("4w4p4", "4w8p2"),
+    768: ("4w4p4", "8w8p2"),
     1024: ("4w8p2", "4w4p3"),
     2048: ("1w4p4", "2w8p2"),
     4096: ("1w8p2", "1w16p1"),
@@ -52,9 +52,10 @@ class Config:
     def __str__(self) -> str:
         return f"{self.rows}w{self.warps}" + (f"p{self.programs}" if self.programs else "")
 
-    def chunk(self, width: int) -> int:
-        """Elements of a row that the program's threads take at a time."""
-        return min(32 * VECTOR * max(self.warps // self.rows, 1), 1 << (width - 1).bit_length())
+    def chunk(self, width: int, itemsize: int) -> int:
+        """Elements of a row of ``width`` that the program's threads take at a time, of at most ``itemsize`` bytes."""
+        threads = 32 * max(self.warps // self.rows, 1)
+        return min(threads * _VECTOR // itemsize, 1 << (width - 1).bit_length())
 
 
 def read_config(text: str) -> Config:

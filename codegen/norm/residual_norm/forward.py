@@ -75,7 +75,7 @@ class ForwardText(RowsText):
     def _statistics(self, width: int) -> str:
         lines = []
         if self.centred:
-            lines.append(f"mean = {self.total('s{n}')} / {width}")
+            lines += [self.row_sum("total", "s{n}"), f"mean = total / {width}"]
             inside = (self.inside(n) for n in self.chunks)
             differences = (
                 f"tl.where({mask}, s{n} - mean, 0.0)" if mask else f"s{n} - mean" for n, mask in enumerate(inside)
@@ -83,7 +83,8 @@ class ForwardText(RowsText):
             lines += [f"d{n} = {difference}" for n, difference in enumerate(differences)]
         else:
             lines += [f"d{n} = s{n}" for n in self.chunks]
-        lines.append(f"scale = tl.rsqrt({self.total('d{n} * d{n}')} / {width} + {float(self.problem.eps)!r})")
+        lines.append(self.row_sum("squares", "d{n} * d{n}"))
+        lines.append(f"scale = tl.rsqrt(squares / {width} + {float(self.problem.eps)!r})")
         return "\n".join(lines)
 
     def _affine(self, normal: str, number: str) -> list[str]:

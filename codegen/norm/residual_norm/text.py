@@ -54,7 +54,9 @@ class RowsText:
     @cached_property
     def chunk(self) -> int:
         """Elements of a row that are handled by one statement."""
-        return self.config.chunk(self.problem.width)
+        problem = self.problem
+        widest = max(dtype.itemsize for dtype in (problem.x, problem.residual, problem.total, problem.out))
+        return self.config.chunk(problem.width, widest)
 
     @property
     def chunks(self) -> range:
@@ -74,9 +76,10 @@ class RowsText:
         """``statement`` for every chunk, with its number for ``{n}``, its mask, and that of its columns."""
         return "\n".join(statement.format(n=n, mask=self.mask(n), of_columns=self._of_columns(n)) for n in self.chunks)
 
-    def total(self, term: str) -> str:
-        """The sum of ``term`` over a row, kept as a column: added up over the chunks first, then once over threads."""
-        return f"tl.sum({' + '.join(term.format(n=n) for n in self.chunks)}, 1, keep_dims=True)"
+    def row_sum(self, name: str, term: str) -> str:
+        """Statements that make ``name`` the sum of ``term`` over each row: over the chunks first, then over threads."""
+        terms = [f"{name}_terms {'+=' if n else '='} {term.format(n=n)}" for n in self.chunks]
+        return "\n".join((*terms, f"{name} = tl.sum({name}_terms, 1, keep_dims=True)"))
 
     def _of_columns(self, n: int) -> str:
         inside = self.inside(n)
@@ -89,11 +92,17 @@ class RowsText:
         return "\n".join(f"c{n} = {start}tl.arange(0, {self.chunk})[None, :]" for n, start in starts)
 
     def load_weights(self, *names: str) -> str:
-        """Chunks of those of ``weight`` and ``bias`` that there are, in float32."""
+        """Chunks of those of ``weight`` and ``bias`` that there are, in float32.
+
+        Every row loads its own, so that they lie in registers as the rows do; of one row alone Triton would spread them
+        over all warps, and move the rows there and back through shared memory.
+        """
         found = [name for name in names if getattr(self.problem, name) is not None]
+        many, shape = self.config.rows > 1, f"[{self.config.rows}, {self.chunk}]"
         texts = []
         for name in found:
-            load = "tl.load(" + name + "_ptr + c{n}{of_columns})"
+            place = f"tl.broadcast_to({name}_ptr + c{{n}}, {shape})" if many else f"{name}_ptr + c{{n}}"
+            load = f"tl.load({place}{{of_columns}})"
             texts.append(self.each(f"{name}{{n}} = {widened(load, getattr(self.problem, name))}"))
         return "\n".join(texts)
 

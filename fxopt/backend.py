@@ -15,8 +15,8 @@ from torch import fx
 from fxopt import driver
 from fxopt.errors import FxoptError, FxoptWarning, OptionError, UnsupportedTorchError
 from fxopt.frontend.dynamo import from_dynamo, hand_over
-from fxopt.lowering.attention import MEASUREMENT_SECONDS
 from fxopt.lowering.base import compile_base
+from fxopt.lowering.measure import MEASUREMENT_SECONDS
 from fxopt.lowering.options import Options, read_options
 
 _OLDEST_TORCH: Final = (2, 11)

@@ -19,7 +19,7 @@ from fxopt.lowering.measure import hint
 def forced(
     site: Node, found: Sequence[Candidate], refused: Mapping[str, str], lower: str, strict: bool
 ) -> tuple[Candidate, Decision]:
-    """The candidate of the family ``lower``; where there is none the last one, with a warning, or an error if strict."""
+    """The candidate of the family ``lower``; where there is none the last one, with a warning (an error if strict)."""
     for candidate in found:
         if candidate.family == lower:
             return candidate, Decision((site.name,), candidate.name, f"forced by lower={lower!r}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
+from fxopt.codegen.norm.residual_norm import plain
 from fxopt.codegen.norm.residual_norm.kernel import KIND, backward_source
 from fxopt.codegen.norm.residual_norm.launching import as_rows, bare, launched
 from fxopt.codegen.norm.residual_norm.problem import Problem, problem_of
@@ -52,19 +53,8 @@ def residual_norm_backward(
     Returns:
         The gradient of ``x`` and ``residual``, contiguous and in the dtype of the sum; then those that are wanted.
     """
-    wide = torch.promote_types(total.dtype, torch.float32)
-    s, d = total.to(wide), dnormal.to(wide)
-    n = (s if kind == "rms_norm" else s - mean[..., None]) * scale[..., None]
-    g = d if weight is None else d * weight
-    dx = g - n * (g * n).mean(-1, keepdim=True)
-    dx = (dx if kind == "rms_norm" else dx - g.mean(-1, keepdim=True)) * scale[..., None]
-    dx = dx if dsum is None else dx + dsum
-    multiplied = n.to(total.dtype) if scale_after_cast else n
-    columns = tuple(range(total.dim() - 1))
-    terms = ((weight, d * multiplied), (bias, d))
-    kept = [(w, term) for want, (w, term) in zip(wanted, terms, strict=True) if want and w is not None]
-    sums = [(term.sum(columns) if columns else term.clone()).to(w.dtype) for w, term in kept]
-    return [dx.to(total.dtype).contiguous(), *sums]
+    dx, *sums = plain.backward(dnormal, dsum, total, mean, scale, weight, bias, wanted, kind, scale_after_cast)
+    return [dx.contiguous(), *sums]
 
 
 @residual_norm_backward.register_kernel("cuda")

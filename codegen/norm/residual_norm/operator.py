@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxopt.cache import import_source
 from fxopt.codegen.norm import reference
+from fxopt.codegen.norm.residual_norm import plain
 from fxopt.codegen.norm.residual_norm.backward_operator import residual_norm_backward
 from fxopt.codegen.norm.residual_norm.config import split_config
 from fxopt.codegen.norm.residual_norm.kernel import KIND, source
@@ -60,14 +61,9 @@ def residual_norm_forward(
         LoweringError: the kernel can't serve the operands.
     """
     problem = _checked(x, residual, weight, bias, kind, eps, scale_after_cast)
-    total = x + residual
-    wide = total if total.dtype == torch.float64 else total.float()
-    mean = wide.mean(-1) if kind == "layer_norm" else None
-    centred = wide if mean is None else wide - mean[..., None]
-    scale = torch.rsqrt(centred.square().mean(-1) + eps)
-    normal = reference.scaled(centred * scale[..., None], weight, bias, total.dtype, scale_after_cast)
     empty = _empty(problem, x, with_sum, with_statistics)
-    for result, value in zip(empty, (normal, total, mean, scale), strict=True):
+    values = plain.forward(x, residual, weight, bias, kind, eps, scale_after_cast)
+    for result, value in zip(empty, values, strict=True):
         if value is not None and result.numel():
             result.copy_(value)
     return empty

@@ -15,7 +15,7 @@ from torch import Tensor
 from fxopt.cache import import_source
 from fxopt.codegen.norm.residual_norm import plain
 from fxopt.codegen.norm.residual_norm.kernel import KIND, backward_source
-from fxopt.codegen.norm.residual_norm.launching import as_rows, bare, launched
+from fxopt.codegen.norm.residual_norm.launching import bare, key_of, launched, remembered
 from fxopt.codegen.norm.residual_norm.problem import Problem, problem_of
 
 
@@ -72,12 +72,15 @@ def _cuda(
     scale_after_cast: bool,
     config: str,
 ) -> list[Tensor]:
-    problem = problem_of(total, total, weight, bias, kind, eps, scale_after_cast)
     asked = [want and w is not None for want, w in zip(wanted, (weight, bias), strict=True)]
-    names = tuple(name for name, ask in zip(("weight", "bias"), asked, strict=True) if ask)
-    kernel = module(problem, config, names)
-    rows = [as_rows(dnormal), None if dsum is None else as_rows(dsum), total.contiguous(), mean, scale]
-    dx, *sums = launched(kernel, [*rows, None if weight is None else weight.contiguous()])
+    operands = (dnormal, dsum, total, mean, scale, weight)
+    key = key_of((kind, eps, scale_after_cast, config, *asked, None if bias is None else bias.dtype), operands)
+    found = remembered(key, operands)
+    if found is None:
+        problem = problem_of(total, total, weight, bias, kind, eps, scale_after_cast)
+        names = tuple(name for name, ask in zip(("weight", "bias"), asked, strict=True) if ask)
+        found = launched(key, module(problem, config, names), operands)
+    dx, *sums = found
     return [dx, *(x for x, ask in zip(sums, asked, strict=True) if ask)]
 
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fxopt.codegen.attention.replay import Replay, layouts, record
 from fxopt.codegen.building import launcher, only_compiles
 
-#: Launches to repeat, by module and layouts of the operands.
+#: Launches to repeat, by what they depend on.
 _REPLAYS: Final[dict[tuple[object, ...], Replay]] = {}
 _MOST_REPLAYS: Final = 4096
 _LIBRARY: Final = torch.library.Library("fxopt", "FRAGMENT")
@@ -41,19 +41,33 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or rows_objection(x) is None else x.contiguous()
 
 
-def launched(kernel: ModuleType, operands: Sequence[Tensor | None], *options: bool) -> tuple[Tensor, ...]:
-    """What the module's launcher gives, repeated from memory where its operands lie as they did before."""
-    launch = partial(launcher(kernel), *operands, *options)
+def key_of(facts: tuple[object, ...], operands: Sequence[Tensor | None]) -> tuple[object, ...]:
+    """What a launch depends on: ``facts``, which operands there are, which are the same tensor, and layouts."""
+    given = [x for x in operands if x is not None]
+    same = tuple(next(n for n, y in enumerate(operands) if y is x) for x in operands)
+    return (facts, same, *(x is None for x in operands), *layouts(given))
+
+
+def remembered(key: tuple[object, ...], operands: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
+    """The results of the launch under ``key``, repeated on ``operands``; ``None`` where there was none yet."""
+    replay = None if only_compiles() else _REPLAYS.get(key)
+    # A replay runs on the current device.
+    if replay is None or operands[0] is None or operands[0].get_device() != torch.cuda.current_device():
+        return None
+    return replay([x for x in operands if x is not None])
+
+
+def launched(
+    key: tuple[object, ...], kernel: ModuleType, operands: Sequence[Tensor | None], *options: bool
+) -> tuple[Tensor, ...]:
+    """What the module's launcher gives, for operands that are read as rows; remembered under ``key``."""
+    rows = [None if x is None else as_rows(x) for x in operands]
+    launch = partial(launcher(kernel), *rows, *options)
     if only_compiles():
         return tuple(launch())
-    given = [x for x in operands if x is not None]
-    key = (kernel.__name__, options, *(x is None for x in operands), *layouts(given))
-    replay = _REPLAYS.get(key)
-    # A replay runs on the current device.
-    if replay is not None and given[0].get_device() == torch.cuda.current_device():
-        return replay(given)
-    results, replay = record(kernel, launch, given)
-    if replay is not None:
+    results, replay = record(kernel, launch, [x for x in rows if x is not None])
+    # What was copied is another tensor the next time.
+    if replay is not None and all(x is y for x, y in zip(rows, operands, strict=True)):
         # Lengths that grow by one would add entries for ever.
         if len(_REPLAYS) >= _MOST_REPLAYS:
             _REPLAYS.clear()

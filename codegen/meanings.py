@@ -7,5 +7,6 @@ from fxopt.codegen.attention.weights import reference as weights
 from fxopt.codegen.heads import reference as heads
 from fxopt.codegen.mlp import reference as mlp
 from fxopt.codegen.norm import reference as norm
+from fxopt.codegen.norm.residual_norm import reference as residual_norm
 
-__all__ = ["attention", "heads", "mlp", "norm", "weights"]
+__all__ = ["attention", "heads", "mlp", "norm", "residual_norm", "weights"]

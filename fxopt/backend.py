@@ -15,8 +15,8 @@ from torch import fx
 from fxopt import driver
 from fxopt.errors import FxoptError, FxoptWarning, OptionError, UnsupportedTorchError
 from fxopt.frontend.dynamo import from_dynamo, hand_over
-from fxopt.lowering.attention import MEASUREMENT_SECONDS
 from fxopt.lowering.base import compile_base
+from fxopt.lowering.measure import MEASUREMENT_SECONDS
 from fxopt.lowering.options import Options, read_options
 
 _OLDEST_TORCH: Final = (2, 11)
@@ -56,19 +56,20 @@ def compile(  # noqa: A001 - the name under which torch.compile's entry point fi
     if mode is not None and mode not in _MODES:
         raise OptionError(f"mode={mode!r} is not possible; choose one of {', '.join(_MODES)}")
     start, measured = time.perf_counter(), MEASUREMENT_SECONDS["total"]
-    rewritten = _rewrite(module, inputs, chosen)
+    mode = None if mode == "default" else mode
+    rewritten = _rewrite(module, inputs, chosen, mode)
     before_base = time.perf_counter()
-    compiled = compile_base(rewritten, inputs, chosen, None if mode == "default" else mode)
+    compiled = compile_base(rewritten, inputs, chosen, mode)
     COMPILE_SECONDS["measurement"] += MEASUREMENT_SECONDS["total"] - measured
     COMPILE_SECONDS["inductor"] += time.perf_counter() - before_base
     COMPILE_SECONDS["total"] += time.perf_counter() - start
     return compiled
 
 
-def _rewrite(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> fx.GraphModule:
+def _rewrite(module: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: str | None) -> fx.GraphModule:
     training = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
     try:
-        outcome = driver.run(from_dynamo(module, inputs), options, training=training)
+        outcome = driver.run(from_dynamo(module, inputs), options, training=training, mode=mode)
     except Exception as error:
         if options.strict or isinstance(error, OptionError):
             raise

@@ -9,6 +9,7 @@ from fxopt.ir.decision import Decision
 from fxopt.ir.program import Program
 from fxopt.lowering.lower import lower
 from fxopt.lowering.options import Options
+from fxopt.lowering.probe import Base
 from fxopt.passes import exact_pipeline
 from fxopt.report.report import Report
 from fxopt.rewriter.passes import Pass
@@ -68,9 +69,12 @@ def rewrite(program: Program, options: Options, observe: Observer | None = None)
     return run_pipeline(program, selected_passes(options), strict=options.strict, observe=observe, check=check)
 
 
-def run(program: Program, options: Options, *, training: bool) -> Outcome:
-    """Run the pipeline on ``program`` and lower the result."""
+def run(program: Program, options: Options, *, training: bool, mode: str | None = None) -> Outcome:
+    """Run the pipeline on ``program`` and lower the result; ``mode`` is torch.compile's."""
     steps: list[tuple[PassRecord, Program]] = []
     result = rewrite(program, options, lambda before, after, record: steps.append((record, after)))
-    lowered, decisions = lower(result.program, training=training, option=options.lower, strict=options.strict)
+    base = Base(options, mode)
+    lowered, decisions = lower(
+        result.program, training=training, option=options.lower, strict=options.strict, base=base
+    )
     return Outcome(program, result, lowered, decisions, steps)

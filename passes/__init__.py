@@ -20,6 +20,7 @@ from fxopt.passes.linear.patch_embedding import PatchEmbedding
 from fxopt.passes.norm.centre_residual import CentreResidual
 from fxopt.passes.norm.fold_channel_affine import FoldChannelAffine
 from fxopt.passes.norm.fold_norm_affine import FoldNormAffine
+from fxopt.passes.norm.fuse_residual_norm import FuseResidualNorm
 from fxopt.passes.norm.rep_batch_norm import RepBatchNorm
 from fxopt.passes.norm.unified_norm import UnifiedNorm
 from fxopt.rewriter.passes import Pass
@@ -31,6 +32,7 @@ __all__ = [
     "FoldConstants",
     "FoldNormAffine",
     "FuseAttention",
+    "FuseResidualNorm",
     "FuseSdpa",
     "Gelu",
     "Glu",
@@ -69,4 +71,5 @@ def exact_pipeline() -> tuple[Pass, ...]:
         FuseAttention(),
         FoldNormAffine(),
         FoldChannelAffine(),
+        FuseResidualNorm(),
     )

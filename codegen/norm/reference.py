@@ -41,7 +41,7 @@ def layer_norm(
     wide = x.to(dtype)
     centred = wide - wide.mean(dims, keepdim=True)
     normal = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-    return _scaled(normal, weight, bias, x.dtype, scale_after_cast)
+    return scaled(normal, weight, bias, x.dtype, scale_after_cast)
 
 
 def rms_norm(
@@ -63,12 +63,13 @@ def rms_norm(
     dims = tuple(range(-axes, 0))
     wide = x.to(dtype)
     normal = wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
-    return _scaled(normal, weight, None, x.dtype, scale_after_cast)
+    return scaled(normal, weight, None, x.dtype, scale_after_cast)
 
 
-def _scaled(
+def scaled(
     normal: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, scale_after_cast: bool
 ) -> Tensor:
+    """A normalised value times weight plus bias, rounded to ``dtype`` before or after that."""
     result = normal.to(dtype) if scale_after_cast else normal
     result = result if weight is None else result * weight
     result = result if bias is None else result + bias

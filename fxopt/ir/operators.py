@@ -25,6 +25,10 @@ SCHEMAS: Final[dict[str, str]] = {
     "layer_norm": "(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, "
     "bool scale_after_cast) -> Tensor",
     "rms_norm": "(Tensor x, int axes, Tensor? weight, float eps, ScalarType dtype, bool scale_after_cast) -> Tensor",
+    "residual_layer_norm": "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, "
+    "bool scale_after_cast) -> (Tensor, Tensor)",
+    "residual_rms_norm": "(Tensor x, Tensor residual, Tensor? weight, float eps, ScalarType dtype, "
+    "bool scale_after_cast) -> (Tensor, Tensor)",
     "glu": "(Tensor gate, Tensor up, str activation) -> Tensor",
     "rotary": "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     "repeat_heads": "(Tensor x, SymInt count, str order) -> Tensor",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,21 +19,17 @@ from fxopt.codegen.attention import kernels, operator, sdpa
 from fxopt.codegen.attention.backward import families as backward
 from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.problem import Problem
-from fxopt.errors import FxoptWarning, LoweringError
 from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.decision import Decision
-from fxopt.ir.nodes import source
 from fxopt.ir.operators import overload
 from fxopt.lowering import weights
 from fxopt.lowering.building import build
 from fxopt.lowering.candidate import Candidate, triton_objection
-from fxopt.lowering.measure import hint, layout, materialise, median_seconds
+from fxopt.lowering.decisions import bucket, forced, has_hint, read_seconds
+from fxopt.lowering.measure import MEASUREMENT_SECONDS, hint, layout, materialise, median_seconds
 from fxopt.lowering.versions import fingerprint
 
-__all__ = ["Candidate", "candidates", "choose", "operator"]
-
-#: Seconds this process spent building and timing candidates.
-MEASUREMENT_SECONDS = {"total": 0.0}
+__all__ = ["MEASUREMENT_SECONDS", "Candidate", "candidates", "choose", "operator"]
 
 
 def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, str]]:
@@ -110,8 +105,8 @@ def _with_backward(
 
 
 def _problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Problem:
-    batch, heads, rows = (hint(size) if _has_hint(size) else None for size in q.shape[:3])
-    kv_heads, keys = (hint(size) if _has_hint(size) else None for size in k.shape[1:3])
+    batch, heads, rows = (hint(size) if has_hint(size) else None for size in q.shape[:3])
+    kv_heads, keys = (hint(size) if has_hint(size) else None for size in k.shape[1:3])
     capability = torch.cuda.get_device_capability(q.device)
     sizes = (batch, heads, kv_heads, rows, keys)
     dynamic = not isinstance(k.shape[2], int)
@@ -126,7 +121,7 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
     """
     found, refused = candidates(site, training)
     if lower != "auto":
-        return _forced(site, found, refused, lower, strict)
+        return forced(site, found, refused, lower, strict)
     if len(found) == 1:
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         return found[0], Decision((site.name,), found[0].name, f"the only one that can serve ({why})")
@@ -134,7 +129,7 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
         guess = f"best guess: the sizes are not known{_left_out(site, training, found)}"
         return found[0], Decision((site.name,), found[0].name, guess)
     key = _key(site, training, found)
-    seconds = _read_seconds(key, found)
+    seconds = read_seconds(key, found)
     source = "measured, from the cache"
     if seconds is None:
         start = time.perf_counter()
@@ -166,24 +161,10 @@ def prepare(sites: Sequence[Node], training: bool) -> None:
         found, _ = candidates(site, training)
         if len(found) > 1 and _has_hints(site):
             asked.setdefault(_key(site, training, found), (site, found))
-    undecided = [pair for key, pair in asked.items() if _read_seconds(key, pair[1]) is None]
+    undecided = [pair for key, pair in asked.items() if read_seconds(key, pair[1]) is None]
     others = [(site, c) for site, found in undecided for c in found if c.family != "triton"]
     build(undecided, training, [partial(_first_run, site, candidate, training) for site, candidate in others])
     MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
-
-
-def _forced(
-    site: Node, found: list[Candidate], refused: dict[str, str], lower: str, strict: bool
-) -> tuple[Candidate, Decision]:
-    for candidate in found:
-        if candidate.family == lower:
-            return candidate, Decision((site.name,), candidate.name, f"forced by lower={lower!r}")
-    why = "; ".join(f"{name}: {reason}" for name, reason in refused.items() if name.startswith(lower))
-    reason = f"lower={lower!r} can't serve this site: {why}"
-    if strict:
-        raise LoweringError(f"{reason} ({source(site)}); use lower='auto'")
-    warnings.warn(f"{reason}; it runs as {found[-1].name} ({source(site)})", FxoptWarning, stacklevel=4)
-    return found[-1], Decision((site.name,), found[-1].name, reason)
 
 
 def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
@@ -251,11 +232,7 @@ def _capture_nodes(site: Node) -> list[Node]:
 
 
 def _has_hints(site: Node) -> bool:
-    return all(_has_hint(size) for x in _flat(site) for size in (*x.shape, *x.stride()))
-
-
-def _has_hint(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) or bool(size.node.has_hint())
+    return all(has_hint(size) for x in _flat(site) for size in (*x.shape, *x.stride()))
 
 
 def _flat(site: Node) -> list[Tensor]:
@@ -271,24 +248,10 @@ def _tensor_nodes(arguments: Any) -> list[Node]:
 
 def _key(site: Node, training: bool, found: list[Candidate]) -> str:
     operands = [
-        f"{x.dtype}{[_bucket(n) for n in x.shape]}{[hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
+        f"{x.dtype}{[bucket(n) for n in x.shape]}{[hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
         for x in _flat(site)
     ]
     mode = "training" if training else "inference"
     names = [candidate.name for candidate in found]
     constants = [str(value) for value in site.args if isinstance(value, str)]
     return "\n".join([str(site.target), *constants, *operands, mode, *names, fingerprint(_flat(site)[0].device)])
-
-
-def _bucket(size: int | torch.SymInt) -> str:
-    """A static size as it is, a dynamic one rounded up to a power of two."""
-    return str(size) if isinstance(size, int) else f"<={1 << max(hint(size) - 1, 0).bit_length()}"
-
-
-def _read_seconds(key: str, found: list[Candidate]) -> dict[str, float] | None:
-    entry = cache.read_json("decisions", key)
-    seconds = entry.get("seconds") if isinstance(entry, Mapping) else None
-    names = {candidate.name for candidate in found}
-    if not isinstance(seconds, Mapping) or not seconds or not set(seconds) <= names:
-        return None
-    return {str(name): float(value) for name, value in seconds.items()}

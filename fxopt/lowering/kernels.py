@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
@@ -12,6 +13,9 @@ from fxopt.codegen.attention.backward.config import RECOMPUTE, split_config
 from fxopt.codegen.attention.backward.operator import source_of as backward_source_of
 from fxopt.codegen.attention.operator import source_of
 from fxopt.codegen.attention.weights import operator as weights
+from fxopt.codegen.norm.residual_norm import kernel as residual_norm
+from fxopt.codegen.norm.residual_norm.config import split_config as residual_norm_configs
+from fxopt.codegen.norm.residual_norm.problem import problem_of
 from fxopt.ir.nodes import tensor
 from fxopt.ir.program import Program
 
@@ -31,7 +35,24 @@ def kernel_sources(program: Program) -> dict[str, str]:
         text = weights.source_of(str(spec), int(tensor(q).shape[3]), tensor(q).dtype, str(kind), str(config))
         if text not in sources.values():
             sources[node.name] = text
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.fxopt.residual_norm_forward.default):
+        for name, text in _norm_sources(node):
+            if text not in sources.values():
+                sources[name] = text
     return sources
+
+
+def _norm_sources(node: Node) -> Iterator[tuple[str, str]]:
+    x, residual, weight, bias, kind, eps, scale_after_cast, config = node.args[:8]
+    values = [None if operand is None else tensor(operand) for operand in (x, residual, weight, bias)]
+    problem = problem_of(*values, kind, eps, scale_after_cast)  # type: ignore[arg-type]
+    forward, backward = residual_norm_configs(str(config))
+    yield node.name, residual_norm.source(problem, forward)
+    if backward:
+        learning = {"weight": weight, "bias": bias}
+        wanted = [name for name, w in learning.items() if isinstance(w, Node) and may_need_gradient(w)]
+        total = replace(problem, x=problem.total, residual=problem.total)
+        yield f"{node.name}_backward", residual_norm.backward_source(total, backward, wanted)
 
 
 def _sources(node: Node) -> Iterator[tuple[str, str]]:

@@ -13,8 +13,10 @@ from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import source, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
+from fxopt.lowering import residual_norm
 from fxopt.lowering.attention import choose, prepare
 from fxopt.lowering.candidate import DRAW_SEED, SEED_RANGE, Candidate, seed_options
+from fxopt.lowering.probe import Base
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
 
@@ -22,29 +24,37 @@ _LOWERED: Final = ("attention", "attention_weights", "attention_statistics")
 
 
 def lower(
-    program: Program, *, training: bool, option: str = "auto", strict: bool = False
+    program: Program, *, training: bool, option: str = "auto", strict: bool = False, base: Base | None = None
 ) -> tuple[Program, tuple[Decision, ...]]:
     """A copy of ``program`` in which every site runs as decided, and the decisions.
 
-    Canonical operators other than attention and its weights decompose into their reference, which the base compiler
-    fuses.
+    Canonical operators other than attention, its weights and residual norms decompose into their reference, which the
+    base compiler fuses; ``base`` says how it will compile the rest of the graph.
     """
     lowered = program.copy()
     # Outputs first: one may be computed from weights that another node computes anyway.
-    sites = [s for name in _LOWERED for s in lowered.graph.find_nodes(op="call_function", target=overload(name))]
-    devices = {tensor(site.args[0]).device for site in sites}
+    sites = [site for name in _LOWERED for site in _calls(lowered, name)]
+    norms = [site for name in residual_norm.NAMES for site in _calls(lowered, name)]
+    devices = {tensor(site.args[0]).device for site in (*sites, *norms)}
     # Candidates that draw random numbers do so when they are measured; the program's own must not depend on that.
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         if option == "auto":
             prepare(sites, training)
-        decisions = tuple(_lower_site(lowered, site, training, option, strict) for site in sites)
+        decisions = [_lower_site(lowered, site, choose(site, training, option, strict)) for site in sites]
+        for site in norms:
+            chosen = residual_norm.choose(site, training, option, strict, base)
+            decisions.append(_lower_site(lowered, site, chosen))
     lowered.graph.lint()
     lowered.module.recompile()
-    return lowered, decisions
+    return lowered, tuple(decisions)
 
 
-def _lower_site(program: Program, site: Node, training: bool, option: str, strict: bool) -> Decision:
-    candidate, decision = choose(site, training, option, strict)
+def _calls(program: Program, name: str) -> list[Node]:
+    return list(program.graph.find_nodes(op="call_function", target=overload(name)))
+
+
+def _lower_site(program: Program, site: Node, choice: tuple[Candidate, Decision]) -> Decision:
+    candidate, decision = choice
     if candidate.target is site.target:
         return decision
     new = _write(Builder(program, site, f"lower-{candidate.family}"), site, candidate)

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import torch
 
+#: Seconds this process spent building and timing candidates.
+MEASUREMENT_SECONDS: Final = {"total": 0.0}
 _BUDGET_SECONDS: Final = 0.05
 _MAX_REPEATS: Final = 20
 #: How much slower than the best so far a first time must be to be the last one.

@@ -16,12 +16,16 @@ import torch
 from fxopt.codegen.attention import operator as forward
 from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.weights import operator as weights
+from fxopt.codegen.norm.residual_norm import backward_operator as norm_backward
+from fxopt.codegen.norm.residual_norm import operator as norm
 
 #: The operators that launch kernels, and what does.
 LAUNCHING = (
     (forward.attention_forward, forward._cuda),
     (backward.attention_backward, backward._cuda),
     (weights.attention_weights_forward, weights._cuda),
+    (norm.residual_norm_forward, norm._cuda),
+    (norm_backward.residual_norm_backward, norm_backward._cuda),
 )
 
 
@@ -57,7 +61,7 @@ class Device:
 def compiler(cache: Path, architecture: int = 90, launches: bool = False) -> Iterator[list[Compiled]]:
     """Triton's compiler for a device of the architecture, with its cache; the kernels that were compiled, so far.
 
-    Attention operators take CPU tensors where they take those of a GPU: to what launches kernels. That does nothing,
+    Operators take CPU tensors where they take those of a GPU: to what launches kernels. That does nothing,
     where ``launches``, and fails otherwise.
     """
     from triton import knobs

@@ -1,0 +1,85 @@
+"""Launching the kernels of a residual norm: as rows at one distance, and from memory where that was done before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxopt.codegen.attention.replay import Replay, layouts, record
+from fxopt.codegen.building import launcher, only_compiles
+
+#: Launches to repeat, by what they depend on.
+_REPLAYS: Final[dict[tuple[object, ...], Replay]] = {}
+_MOST_REPLAYS: Final = 4096
+_LIBRARY: Final = torch.library.Library("fxopt", "FRAGMENT")
+#: What base compilers replace after autograd: operators by the same without PyTorch's layers of Python for autograd.
+DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {}
+
+
+def rows_objection(x: Tensor) -> str | None:
+    """Why ``x [..., C]`` can't be read as rows at one distance, as a sentence, or ``None`` when it can."""
+    if not statically_known_true(x.stride(-1) == 1) and not statically_known_true(x.shape[-1] == 1):
+        return "the elements of a row do not lie side by side"
+    return None if _one_distance(x) else "its rows do not lie at one distance"
+
+
+def _one_distance(x: Tensor) -> bool:
+    axes = [axis for axis in range(x.dim() - 1) if not statically_known_true(x.shape[axis] == 1)]
+    pairs = pairwise(axes)
+    return all(statically_known_true(x.stride(a) == x.stride(b) * x.shape[b]) for a, b in pairs)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` itself where it is rows at one distance, else a contiguous copy."""
+    return x if x.is_contiguous() or rows_objection(x) is None else x.contiguous()
+
+
+def key_of(facts: tuple[object, ...], operands: Sequence[Tensor | None]) -> tuple[object, ...]:
+    """What a launch depends on: ``facts``, which operands there are, which are the same tensor, and layouts."""
+    given = [x for x in operands if x is not None]
+    same = tuple(next(n for n, y in enumerate(operands) if y is x) for x in operands)
+    return (facts, same, *(x is None for x in operands), *layouts(given))
+
+
+def remembered(key: tuple[object, ...], operands: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
+    """The results of the launch under ``key``, repeated on ``operands``; ``None`` where there was none yet."""
+    replay = None if only_compiles() else _REPLAYS.get(key)
+    # A replay runs on the current device.
+    if replay is None or operands[0] is None or operands[0].get_device() != torch.cuda.current_device():
+        return None
+    return replay([x for x in operands if x is not None])
+
+
+def launched(
+    key: tuple[object, ...], kernel: ModuleType, operands: Sequence[Tensor | None], *options: bool
+) -> tuple[Tensor, ...]:
+    """What the module's launcher gives, for operands that are read as rows; remembered under ``key``."""
+    rows = [None if x is None else as_rows(x) for x in operands]
+    launch = partial(launcher(kernel), *rows, *options)
+    if only_compiles():
+        return tuple(launch())
+    results, replay = record(kernel, launch, [x for x in rows if x is not None])
+    # What was copied is another tensor the next time.
+    if replay is not None and all(x is y for x, y in zip(rows, operands, strict=True)):
+        # Lengths that grow by one would add entries for ever.
+        if len(_REPLAYS) >= _MOST_REPLAYS:
+            _REPLAYS.clear()
+        _REPLAYS[key] = replay
+    return results
+
+
+def bare(name: str, on_cuda: Callable[..., Any], fake: Callable[..., Any], operator: Any) -> None:
+    """``fxopt::<name>_launch``: the custom operator ``fxopt::<name>`` without its layers."""
+    whole = getattr(torch.ops.fxopt, name).default
+    _LIBRARY.define(f"{name}_launch{str(whole._schema).partition(name)[2]}", tags=whole.tags)
+    _LIBRARY.impl(f"{name}_launch", on_cuda, "CUDA")
+    _LIBRARY.impl(f"{name}_launch", operator._init_fn, "CPU")
+    torch.library.register_fake(f"fxopt::{name}_launch", fake, lib=_LIBRARY)
+    DECOMPOSITIONS[whole] = getattr(torch.ops.fxopt, f"{name}_launch").default

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fxopt.codegen.attention import reference as attention
 from fxopt.codegen.attention.weights import reference as weights
 from fxopt.codegen.heads import reference as heads
+from fxopt.codegen.linear_attention import reference as linear_attention
 from fxopt.codegen.mlp import reference as mlp
 from fxopt.codegen.norm import reference as norm
 
-__all__ = ["attention", "heads", "mlp", "norm", "weights"]
+__all__ = ["attention", "heads", "linear_attention", "mlp", "norm", "weights"]

@@ -20,8 +20,8 @@ _TEXT: Final = re.compile(r"(linear|quadratic)-(\d+)x(\d+)w(\d+)s(\d+)g(\d+)")
 class LinearConfig:
     """``block`` tokens by ``columns`` channels at a time, by ``num_warps`` warps, ``num_stages`` loads deep.
 
-    ``association`` says whether ``Kᵀv`` or ``QKᵀ`` is computed first; the latter holds all tokens in one block, so it is
-    for short sequences. A program works on ``group`` sequences one after the other. Prints as ``linear-64x32w4s2g1``;
+    ``association`` says whether ``Kᵀv`` or ``QKᵀ`` is computed first; the latter holds all tokens in one block, so it
+    is for short sequences. A program works on ``group`` sequences one after the other. Prints as ``linear-64x32w4s2g1``;
     `read_linear_config` is the inverse.
     """
 

@@ -1,7 +1,8 @@
 """Gradients of linear attention in plain PyTorch, from all pairs of tokens.
 
     w = Q Kᵀ, d = Σ_j w + eps, out = w v / d + local
-    n = g / d,  m = −Σ_e g out₀ / d,  dw = n vᵀ + m,  dQ = dw K,  dK = dwᵀ Q,  dv = wᵀ n + the transposed convolution of g
+    n = g / d,  m = −Σ_e g out₀ / d,  dw = n vᵀ + m
+    dQ = dw K,  dK = dwᵀ Q,  dv = wᵀ n + the transposed convolution of g
 
 with ``out₀`` the result without ``local``, and ``w`` and ``dw`` without later keys where the attention is causal.
 """

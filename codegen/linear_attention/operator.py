@@ -6,7 +6,7 @@ they stand in graphs like any other operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, Final

@@ -21,8 +21,8 @@ class LinearConfig:
     """``block`` tokens by ``columns`` channels at a time, by ``num_warps`` warps, ``num_stages`` loads deep.
 
     ``association`` says whether ``Kᵀv`` or ``QKᵀ`` is computed first; the latter holds all tokens in one block, so it
-    is for short sequences. A program works on ``group`` sequences one after the other. Prints as ``linear-64x32w4s2g1``;
-    `read_linear_config` is the inverse.
+    is for short sequences. A program works on ``group`` sequences one after the other. Prints as
+    ``linear-64x32w4s2g1``; `read_linear_config` is the inverse.
     """
 
     association: Association
@@ -53,24 +53,44 @@ def read_linear_config(text: str) -> LinearConfig:
     return LinearConfig(match[1], *map(int, match.groups()[1:]))  # type: ignore[arg-type]  # the pattern names both
 
 
-#: Blocks of tokens and columns, and warps, that need no local memory, by the width that the wider of the two head
-#: dimensions is padded to: of the forward, and of the gradients.
-_HALF: Final[dict[int, tuple[tuple[int, int, int], tuple[int, int, int]]]] = {
+_Cut = tuple[int, int, int]
+#: Blocks of tokens and columns, and warps, of the forward and of the gradients, that need no local memory on any
+#: architecture, by the width that the wider of the two head dimensions is padded to. Wider ones don't fit the registers.
+_HALF: Final[dict[int, tuple[_Cut, _Cut]]] = {
     32: ((64, 32, 4), (64, 32, 4)),
-    64: ((64, 64, 4), (64, 64, 8)),
+    64: ((64, 64, 8), (64, 64, 8)),
     128: ((64, 64, 8), (32, 64, 8)),
     256: ((32, 64, 8), (32, 32, 8)),
 }
-_SINGLE: Final[dict[int, tuple[tuple[int, int, int], tuple[int, int, int]]]] = {
+_SINGLE: Final[dict[int, tuple[_Cut, _Cut]]] = {
     32: ((32, 32, 4), (32, 32, 8)),
-    64: ((32, 32, 4), (32, 32, 8)),
+    64: ((32, 32, 8), (32, 32, 8)),
     128: ((16, 32, 8), (16, 32, 8)),
-    256: ((16, 16, 8), (16, 16, 8)),
+}
+_HALF_CAUSAL: Final[dict[int, tuple[_Cut, _Cut]]] = {
+    32: ((64, 32, 4), (64, 32, 4)),
+    64: ((64, 64, 8), (32, 64, 8)),
+    128: ((32, 32, 8), (32, 32, 8)),
+}
+_SINGLE_CAUSAL: Final[dict[int, tuple[_Cut, _Cut]]] = {
+    32: ((32, 32, 8), (32, 32, 8)),
+    64: ((16, 32, 8), (32, 32, 8)),
 }
 
 
-def blocks(head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Tokens, columns and warps of the forward, and of the gradients."""
-    table = _SINGLE if dtype is torch.float32 else _HALF
+def cut(head_dim: int, value_dim: int, dtype: torch.dtype, *, causal: bool) -> tuple[_Cut, _Cut]:
+    """Tokens, columns and warps of the forward, and of the gradients; heads are no wider than `largest_head`."""
+    table = _table(dtype, causal)
     width = max(padded(head_dim), padded(value_dim))
     return table[min(size for size in table if size >= width)]
+
+
+def largest_head(dtype: torch.dtype, *, causal: bool) -> int:
+    """The widest head that kernels are generated for."""
+    return max(_table(dtype, causal))
+
+
+def _table(dtype: torch.dtype, causal: bool) -> dict[int, tuple[_Cut, _Cut]]:
+    if dtype is torch.float32:
+        return _SINGLE_CAUSAL if causal else _SINGLE
+    return _HALF_CAUSAL if causal else _HALF

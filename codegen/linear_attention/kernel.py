@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from fxopt.codegen.attention.portable.config import padded
-from fxopt.codegen.linear_attention.config import LinearConfig, blocks, read_linear_config
+from fxopt.codegen.linear_attention.config import LinearConfig, cut, largest_head, read_linear_config
 from fxopt.codegen.linear_attention.operands import Operands
 from fxopt.codegen.linear_attention.reference import is_linear
 from fxopt.codegen.linear_attention.source import LinearText
@@ -16,7 +16,6 @@ from fxopt.ir.linear_attention import LinearSpec
 
 #: The kind under which their sources are kept in the cache.
 KIND: Final = "linear_attention_triton"
-_LARGEST_HEAD: Final = 256
 #: Tokens that a program of the other association holds at most.
 _LARGEST_BLOCK: Final = 64
 #: Sequences that a program works on one after the other, where they fit one block.
@@ -25,10 +24,12 @@ _GROUP: Final = 4
 
 def objection(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtype, operands: Operands) -> str | None:
     """Why no kernel can be generated, as a sentence, or ``None`` when one can."""
-    if max(head_dim, value_dim) > _LARGEST_HEAD or min(head_dim, value_dim) < 1:
-        return f"head dimensions must be 1 to {_LARGEST_HEAD}, not {head_dim} and {value_dim}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"inputs must be bfloat16, float16 or float32, not {dtype}"
+    largest = largest_head(dtype, causal=spec.causal)
+    if max(head_dim, value_dim) > largest or min(head_dim, value_dim) < 1:
+        kind = f"{'causal ' if spec.causal else ''}heads of {dtype}"
+        return f"{kind} must be 1 to {largest} wide to fit the registers, not {head_dim} and {value_dim}"
     if spec.out_dtype is torch.float64:
         return "float64 results need float64 arithmetic, which the kernel does not have"
     if bool(operands.taps) != bool(spec.side) or (operands.taps and operands.taps % 2 == 0):
@@ -54,7 +55,7 @@ def candidates(
     """
     if objection(spec, *dims, dtype, operands) is not None:
         return ()
-    (block, columns, warps), (gradients, _, _) = blocks(*dims, dtype)
+    (block, columns, warps), (gradients, _, _) = cut(*dims, dtype, causal=spec.causal)
     longest = max((size for size in sizes if size is not None), default=0) if None not in sizes else 0
     if longest and not is_linear(*sizes, *dims) and longest <= min(_LARGEST_BLOCK, block, gradients):
         whole = max(padded(longest), 16)

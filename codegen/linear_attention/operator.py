@@ -127,6 +127,12 @@ def source_of(spec: str, head_dim: int, value_dim: int, dtype: torch.dtype, oper
     return source(reference.specification(spec), head_dim, value_dim, dtype, operands, config)
 
 
+def source_of_call(*arguments: Any) -> str:
+    """The source that a call of ``linear_attention_forward`` with these (fake) arguments runs."""
+    q, _, v, *optional, spec, config, _ = arguments
+    return source_of(spec, int(q.shape[3]), int(v.shape[3]), q.dtype, operands_of(*optional), config)
+
+
 @linear_attention_forward.register_fake
 def _fake(
     q: Tensor,

@@ -17,7 +17,7 @@ import torch
 
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.linear_attention import template, template_backward
-from fxopt.codegen.linear_attention.config import LinearConfig, blocks
+from fxopt.codegen.linear_attention.config import LinearConfig, cut
 from fxopt.codegen.linear_attention.kernels_text import KernelText, text
 from fxopt.codegen.linear_attention.operands import Operands
 from fxopt.codegen.linear_attention.script import HostText
@@ -42,9 +42,9 @@ class LinearText:
     config: LinearConfig
 
     def __str__(self) -> str:
-        kernels = self._kernels
+        kernels = self.kernels
         body = "".join(kernel.text for kernel in kernels.values())
-        return fill(template.HEADER, self._holes) + body + str(HostText(self._holes, self._blocks, kernels, self))
+        return fill(template.HEADER, self._holes) + body + str(HostText(self._holes, self.blocks, kernels, self))
 
     @property
     def is_quadratic(self) -> bool:
@@ -57,10 +57,10 @@ class LinearText:
         return self.is_quadratic or self.spec.causal
 
     @cached_property
-    def _blocks(self) -> dict[str, tuple[int, ...]]:
+    def blocks(self) -> dict[str, tuple[int, ...]]:
         """Block of tokens, of channels of keys, of values, number of blocks of columns, warps: by kind of kernel."""
         keys, values = padded(self.head_dim), padded(self.value_dim)
-        _, (block, columns, warps) = blocks(self.head_dim, self.value_dim, self.dtype)
+        _, (block, columns, warps) = cut(self.head_dim, self.value_dim, self.dtype, causal=self.spec.causal)
         block = self.config.block if self.is_quadratic else block
         cut_d, cut_e, own = min(columns, keys), min(columns, values), min(self.config.columns, values)
         return {
@@ -104,7 +104,8 @@ class LinearText:
         return _ASSOCIATION[self.config.association]
 
     @cached_property
-    def _kernels(self) -> dict[str, KernelText]:
+    def kernels(self) -> dict[str, KernelText]:
+        """Every kernel by name."""
         found = [self._forward(), self._queries(), self._keys(), self._values()]
         if not self.is_quadratic:
             found = [self._keys_state("forward"), self._keys_state("backward"), self._rows_state(), *found]
@@ -173,7 +174,7 @@ class LinearText:
         """The convolution of the values, or its transpose."""
         if not self.operands.taps:
             return ""
-        even = self.value_dim % self._blocks["forward" if sign == "+" else "by_value_channel"][2] == 0
+        even = self.value_dim % self.blocks["forward" if sign == "+" else "by_value_channel"][2] == 0
         mask, tap = (
             ("", "") if even else (f" & (e < {self.value_dim})[None, :]", f", mask=e < {self.value_dim}, other=0.0")
         )
@@ -241,7 +242,7 @@ class LinearText:
 
     def _filters(self) -> KernelText:
         taps, width = self.operands.taps, self.value_dim
-        even = width % self._blocks["by_value_channel"][2] == 0
+        even = width % self.blocks["by_value_channel"][2] == 0
         masks = {"e_mask": "" if even else f" & (e < {width})[None, :]"}
         moved = [{"tap": str(tap), "shift": str(tap - taps // 2), **self._holes, **masks} for tap in range(taps)]
         holes = {

@@ -215,7 +215,8 @@ LOCAL: Final = """\
 y = (n - $first) // $side
 x = (n - $first) % $side
 local = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)$bias
-for row in tl.static_range($taps):
+# One row of taps at a time: all of them at once would not fit the registers.
+for row in tl.range(0, $taps, num_stages=1):
     for col in tl.static_range($taps):
         moved_y = y $sign (row - $margin)
         moved_x = x $sign (col - $margin)

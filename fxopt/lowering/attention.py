@@ -25,7 +25,7 @@ from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import source
 from fxopt.ir.operators import overload
-from fxopt.lowering import weights
+from fxopt.lowering import linear_attention, weights
 from fxopt.lowering.building import build
 from fxopt.lowering.candidate import Candidate, triton_objection
 from fxopt.lowering.measure import hint, layout, materialise, median_seconds
@@ -39,6 +39,8 @@ MEASUREMENT_SECONDS = {"total": 0.0}
 
 def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, str]]:
     """The ways to run ``site``, best guess first, and why others can't, by family or backend."""
+    if site.target is overload("linear_attention"):
+        return linear_attention.candidates(site, training)
     if site.target is not overload("attention"):
         return weights.candidates(site)
     q, k, v, _ = _operands(site)
@@ -217,7 +219,8 @@ def _timed_call(candidate: Candidate, site: Node, real: dict[Node, Tensor], trai
 
     if not training:
         return lambda: forward(real)
-    leaves = [node for node in _tensor_nodes(given) if node in given or may_need_gradient(node)]
+    floating = [node for node in _tensor_nodes(given) if real[node].is_floating_point()]
+    leaves = [node for node in floating if node in given or may_need_gradient(node)]
     cotangent = torch.randn_like(forward({node: x.detach() for node, x in real.items()}))
 
     def forward_and_backward() -> None:

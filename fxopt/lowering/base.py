@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxopt.codegen.attention.operator import DECOMPOSITIONS
+from fxopt.codegen.linear_attention import operator as linear_attention
 from fxopt.codegen.mlp import gelu
 from fxopt.lowering.options import Options
 
@@ -36,7 +37,7 @@ def compile_base(
     patches = {**(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
         usual = select_decomp_table()
-        table = {**usual, **DECOMPOSITIONS, **gelu.decompositions(usual)}
+        table = {**usual, **DECOMPOSITIONS, **linear_attention.DECOMPOSITIONS, **gelu.decompositions(usual)}
         compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=table)
         return compiled  # type: ignore[no-any-return]
 

@@ -12,6 +12,7 @@ from fxopt.codegen.attention.backward.config import RECOMPUTE, split_config
 from fxopt.codegen.attention.backward.operator import source_of as backward_source_of
 from fxopt.codegen.attention.operator import source_of
 from fxopt.codegen.attention.weights import operator as weights
+from fxopt.codegen.linear_attention import operator as linear_attention
 from fxopt.ir.nodes import tensor
 from fxopt.ir.program import Program
 
@@ -31,7 +32,16 @@ def kernel_sources(program: Program) -> dict[str, str]:
         text = weights.source_of(str(spec), int(tensor(q).shape[3]), tensor(q).dtype, str(kind), str(config))
         if text not in sources.values():
             sources[node.name] = text
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.fxopt.linear_attention_forward.default):
+        text = linear_attention.source_of_call(*map(_value, node.args))
+        if text not in sources.values():
+            sources[node.name] = text
     return sources
+
+
+def _value(argument: object) -> object:
+    """The fake tensor that an argument of a call computes; constants are what they are."""
+    return tensor(argument) if isinstance(argument, Node) else argument
 
 
 def _sources(node: Node) -> Iterator[tuple[str, str]]:

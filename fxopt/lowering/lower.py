@@ -18,7 +18,7 @@ from fxopt.lowering.candidate import DRAW_SEED, SEED_RANGE, Candidate, seed_opti
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
 
-_LOWERED: Final = ("attention", "attention_weights", "attention_statistics")
+_LOWERED: Final = ("attention", "attention_weights", "attention_statistics", "linear_attention")
 
 
 def lower(
@@ -26,7 +26,7 @@ def lower(
 ) -> tuple[Program, tuple[Decision, ...]]:
     """A copy of ``program`` in which every site runs as decided, and the decisions.
 
-    Canonical operators other than attention and its weights decompose into their reference, which the base compiler
+    Canonical operators other than attention, its weights and linear attention decompose into their reference, which the base compiler
     fuses.
     """
     lowered = program.copy()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
-from fxopt.passes.linear_attention.replace import SHARE, Captured
+from fxopt.passes.linear_attention.replace import Captured
 from fxopt.rewriter.progressive import Progressive
 
 

@@ -25,9 +25,9 @@ from fxopt.rewriter.registry import register_pass
 @register_pass
 @dataclass(frozen=True)
 class SimplifiedLinearAttention:
-    """``softmax(q·kᵀ)·v -> Q_i (Σ_j K_jᵀ v_j) / (Q_i·Σ_j K_j + eps) + conv(v)_i``, ``Q = relu(q)``, ``K = relu(k + p)``.
+    """``softmax(q·kᵀ)·v -> Q_i (Σ_j K_jᵀ v_j) / (Q_i·Σ_j K_j + eps) + conv(v)_i``.
 
-    That is SLAB's attention: linear in the number of tokens, without softmax and scale. ``p [heads, tokens, D]`` are
+    ``Q = relu(q)`` and ``K = relu(k + p)``: that is SLAB's attention: linear in the number of tokens, without softmax and scale. ``p [heads, tokens, D]`` are
     learned positions, which start at 0; ``conv`` is a depthwise convolution of the values over the square grid that the
     tokens form, one ``kernel x kernel`` filter a channel, the same for all heads. Windows, as Swin has them, are grids
     of their own.

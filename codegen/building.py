@@ -108,7 +108,7 @@ def _processors() -> int:
 
 
 def _compiling(module: ModuleType, wanted: str) -> Callable[..., Any]:
-    """The module's function ``wanted`` in a namespace whose kernels only compile, as are the functions that it calls."""
+    """The module's function ``wanted`` in a namespace whose kernels only compile; so are functions it calls."""
     from triton.runtime.jit import JITFunction
 
     names = dict(vars(module))

@@ -55,7 +55,7 @@ def read_linear_config(text: str) -> LinearConfig:
 
 _Cut = tuple[int, int, int]
 #: Blocks of tokens and columns, and warps, of the forward and of the gradients, that need no local memory on any
-#: architecture, by the width that the wider of the two head dimensions is padded to. Wider ones don't fit the registers.
+#: architecture, by the width that the wider of the two head dimensions is padded to. Wider ones don't fit registers.
 _HALF: Final[dict[int, tuple[_Cut, _Cut]]] = {
     32: ((64, 32, 4), (64, 32, 4)),
     64: ((64, 64, 8), (64, 64, 8)),

@@ -58,16 +58,17 @@ def candidates(
     (block, columns, warps), (gradients, _, _) = cut(*dims, dtype, causal=spec.causal)
     longest = max((size for size in sizes if size is not None), default=0) if None not in sizes else 0
     if longest and not is_linear(*sizes, *dims) and longest <= min(_LARGEST_BLOCK, block, gradients):
-        whole = max(padded(longest), 16)
+        whole = padded(longest)
         return (
             LinearConfig("quadratic", whole, columns, warps, 1),
             LinearConfig("quadratic", whole, columns, warps, 1, _GROUP),
         )
     found = [LinearConfig("linear", block, columns, warps, 2)]
     if 0 < longest <= block and not spec.causal:
-        # Windows: few products a program, so fewer warps, and several sequences one after the other.
-        whole = max(padded(longest), 16)
-        found = [LinearConfig("linear", whole, columns, max(warps // 2, 1), 1, group) for group in (1, _GROUP)] + found
+        # Windows: few products a program, so fewer warps, or several sequences one after the other.
+        whole = padded(longest)
+        few = LinearConfig("linear", whole, columns, max(warps // 2, 1), 1)
+        found = [few, LinearConfig("linear", whole, columns, warps, 1, _GROUP), *found]
     return tuple(found)
 
 

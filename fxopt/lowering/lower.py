@@ -26,8 +26,8 @@ def lower(
 ) -> tuple[Program, tuple[Decision, ...]]:
     """A copy of ``program`` in which every site runs as decided, and the decisions.
 
-    Canonical operators other than attention, its weights and linear attention decompose into their reference, which the base compiler
-    fuses.
+    Canonical operators other than attention, its weights and linear attention decompose into their reference, which
+    the base compiler fuses.
     """
     lowered = program.copy()
     # Outputs first: one may be computed from weights that another node computes anyway.

@@ -27,10 +27,10 @@ from fxopt.rewriter.registry import register_pass
 class SimplifiedLinearAttention:
     """``softmax(q·kᵀ)·v -> Q_i (Σ_j K_jᵀ v_j) / (Q_i·Σ_j K_j + eps) + conv(v)_i``.
 
-    ``Q = relu(q)`` and ``K = relu(k + p)``: that is SLAB's attention: linear in the number of tokens, without softmax and scale. ``p [heads, tokens, D]`` are
-    learned positions, which start at 0; ``conv`` is a depthwise convolution of the values over the square grid that the
-    tokens form, one ``kernel x kernel`` filter a channel, the same for all heads. Windows, as Swin has them, are grids
-    of their own.
+    ``Q = relu(q)`` and ``K = relu(k + p)``: SLAB's attention, linear in the number of tokens, without softmax and
+    scale. ``p [heads, tokens, D]`` are learned positions, which start at 0; ``conv`` is a depthwise convolution of the
+    values over the square grid that the tokens form, one ``kernel x kernel`` filter a channel, the same for all heads.
+    Windows, as Swin has them, are grids of their own.
 
     An attention is found by what it computes, however it is spelled, and exchanged together with the smallest module
     around it: that module runs as one captured graph then, for any batch. Its parameters keep their names; new in the

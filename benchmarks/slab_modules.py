@@ -1,4 +1,4 @@
-"""A Swin block as it is published, and SLAB's, written from the formulas as plain PyTorch: what fxopt is measured against.
+"""A Swin block as it is published, and SLAB's, written from the formulas as plain PyTorch: the peers of fxopt.
 
 Legend: B images, V windows of all images, N tokens of a window, C channels, D channels of a head, H heads.
 """

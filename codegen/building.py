@@ -26,12 +26,12 @@ def only_compiles() -> bool:
     return _only_compiled.get()
 
 
-def launcher(module: ModuleType) -> Callable[..., Any]:
-    """The ``launch`` of a generated module, which within `compile_together` compiles its kernels instead of running
-    them: results are then allocated as ever, and hold anything.
+def launcher(module: ModuleType, name: str = "launch") -> Callable[..., Any]:
+    """The function ``name`` of a generated module, which within `compile_together` compiles its kernels instead of
+    running them: results are then allocated as ever, and hold anything.
     """
-    launch: Callable[..., Any] = module.launch
-    return _compiling(module) if only_compiles() else launch
+    launch: Callable[..., Any] = getattr(module, name)
+    return _compiling(module, name) if only_compiles() else launch
 
 
 def compile_together(calls: Iterable[Callable[[], object]]) -> None:
@@ -107,8 +107,8 @@ def _processors() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _compiling(module: ModuleType) -> Callable[..., Any]:
-    """The module's ``launch`` in a namespace whose kernels only compile; so are the functions that it calls."""
+def _compiling(module: ModuleType, wanted: str) -> Callable[..., Any]:
+    """The module's function ``wanted`` in a namespace whose kernels only compile; so are functions it calls."""
     from triton.runtime.jit import JITFunction
 
     names = dict(vars(module))
@@ -118,7 +118,7 @@ def _compiling(module: ModuleType) -> Callable[..., Any]:
         elif isinstance(value, FunctionType) and value.__module__ == module.__name__:
             names[name] = FunctionType(value.__code__, names, name, value.__defaults__)
             names[name].__kwdefaults__ = value.__kwdefaults__
-    launch: Callable[..., Any] = names["launch"]
+    launch: Callable[..., Any] = names[wanted]
     return launch
 
 

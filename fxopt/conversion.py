@@ -74,7 +74,12 @@ def convert(
         _recalibrate(trained, data)
     example = _as_now(record, trained)
     converted = _rewritten(_plain(trained), example, options)
-    converted.report = _report(_plain(trained), example, options, list(progressive_modules(trained)))
+    converted.report = _report(
+        _plain(trained),
+        example,
+        options,
+        [name for name, module in progressive_modules(trained).items() if module.folds],
+    )
     if verify:
         _verify(trained, example, options)
     return converted

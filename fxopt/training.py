@@ -88,7 +88,7 @@ def prepare(
         raise OptionError("passes is empty; give trainable passes such as fxopt.passes.RepBatchNorm(steps=20_000)")
     copied = copy.deepcopy(model)
     program, calls = _captured(copied, args, kwargs, dynamic_shapes)
-    student = Student(copied, calls)
+    student = Student(copied, calls, program)
     done = [(current, current.prepare(student)) for current in chosen]
     report = _report(program, done)
     if not any(site.status == "rewritten" for site in report.sites):
@@ -165,7 +165,7 @@ def _captured(
         def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not name:
                 calls.clear()
-            calls.setdefault(name, []).append(Call(args, bool(kwargs)))
+            calls.setdefault(name, []).append(Call(args, kwargs))
 
         return remember
 

@@ -17,6 +17,8 @@ from fxopt.passes.canonical.rotary import Rotary
 from fxopt.passes.canonical.silu import Silu
 from fxopt.passes.canonical.softmax import Softmax
 from fxopt.passes.linear.patch_embedding import PatchEmbedding
+from fxopt.passes.linear_attention.linear_attention import LinearAttention
+from fxopt.passes.linear_attention.simplified_linear_attention import SimplifiedLinearAttention
 from fxopt.passes.norm.centre_residual import CentreResidual
 from fxopt.passes.norm.fold_channel_affine import FoldChannelAffine
 from fxopt.passes.norm.fold_norm_affine import FoldNormAffine
@@ -38,6 +40,7 @@ __all__ = [
     "Glu",
     "InactiveDropout",
     "LayerNorm",
+    "LinearAttention",
     "NoOps",
     "PatchEmbedding",
     "RepBatchNorm",
@@ -45,6 +48,7 @@ __all__ = [
     "RmsNorm",
     "Rotary",
     "Silu",
+    "SimplifiedLinearAttention",
     "Softmax",
     "UnifiedNorm",
     "exact_pipeline",

@@ -22,6 +22,8 @@ SCHEMAS: Final[dict[str, str]] = {
     "attention_weights": "(Tensor q, Tensor k, Tensor[] captures, str spec) -> Tensor",
     "attention_statistics": "(Tensor q, Tensor k, Tensor[] captures, str spec, str kind) -> Tensor",
     "attention_values": "(Tensor weights, Tensor v, str spec) -> Tensor",
+    "linear_attention": "(Tensor q, Tensor k, Tensor v, Tensor? positions, Tensor? keep, Tensor? weight, Tensor? bias, "
+    "str spec) -> Tensor",
     "layer_norm": "(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, "
     "bool scale_after_cast) -> Tensor",
     "rms_norm": "(Tensor x, int axes, Tensor? weight, float eps, ScalarType dtype, bool scale_after_cast) -> Tensor",

@@ -22,7 +22,7 @@ from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.decision import Decision
 from fxopt.ir.operators import overload
-from fxopt.lowering import weights
+from fxopt.lowering import linear_attention, weights
 from fxopt.lowering.building import build
 from fxopt.lowering.candidate import Candidate, triton_objection
 from fxopt.lowering.decisions import bucket, forced, has_hint, read_seconds
@@ -34,6 +34,8 @@ __all__ = ["MEASUREMENT_SECONDS", "Candidate", "candidates", "choose", "operator
 
 def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, str]]:
     """The ways to run ``site``, best guess first, and why others can't, by family or backend."""
+    if site.target is overload("linear_attention"):
+        return linear_attention.candidates(site, training)
     if site.target is not overload("attention"):
         return weights.candidates(site)
     q, k, v, _ = _operands(site)
@@ -207,7 +209,8 @@ def _timed_call(candidate: Candidate, site: Node, real: dict[Node, Tensor], trai
 
     if not training:
         return lambda: forward(real)
-    leaves = [node for node in _tensor_nodes(given) if node in given or may_need_gradient(node)]
+    floating = [node for node in _tensor_nodes(given) if real[node].is_floating_point()]
+    leaves = [node for node in floating if node in given or may_need_gradient(node)]
     cotangent = torch.randn_like(forward({node: x.detach() for node, x in real.items()}))
 
     def forward_and_backward() -> None:

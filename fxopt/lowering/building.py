@@ -33,11 +33,16 @@ def build(
 
 
 def _compile(site: Node, candidate: Candidate, training: bool) -> None:
-    operands = _stand_ins(site)
-    arguments = map_arg(site.args, lambda node: operands[node])
+    stand_ins = _stand_ins(site)
+    arguments = map_arg(site.args, lambda node: stand_ins[node])
     with torch.no_grad():
         seeds = candidate.seeds(tensor(site.args[0]).device)
         result = candidate.target(*arguments, *candidate.extra, *seeds)
+        if candidate.target is torch.ops.fxopt.linear_attention_forward.default and training:
+            (*operands, spec), (out, attended, sums) = arguments, result
+            whole = out if operands[-1] is None else attended
+            grad = torch.empty_like(out)
+            torch.ops.fxopt.linear_attention_backward(*operands, whole, sums, grad, spec, candidate.extra[0])
         config = _backward_config(candidate) if training else ""
         if not config:
             return

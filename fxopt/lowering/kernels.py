@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Final
 
 import torch
 from torch.fx import Node
@@ -13,6 +14,7 @@ from fxopt.codegen.attention.backward.config import RECOMPUTE, split_config
 from fxopt.codegen.attention.backward.operator import source_of as backward_source_of
 from fxopt.codegen.attention.operator import source_of
 from fxopt.codegen.attention.weights import operator as weights
+from fxopt.codegen.linear_attention import operator as linear_attention
 from fxopt.codegen.norm.residual_norm import kernel as residual_norm
 from fxopt.codegen.norm.residual_norm.config import split_config as residual_norm_configs
 from fxopt.codegen.norm.residual_norm.problem import problem_of
@@ -24,28 +26,43 @@ def kernel_sources(program: Program) -> dict[str, str]:
     """The source of every generated kernel that ``program`` runs, by the name of the node that calls it; that of its
     backward by the same name with ``_backward``.
     """
-    calls = program.graph.find_nodes(op="call_function", target=torch.ops.fxopt.attention_forward.default)
     sources: dict[str, str] = {}
-    for node in calls:
-        for name, text in _sources(node):
-            if text not in sources.values():
-                sources[name] = text
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.fxopt.attention_weights_forward.default):
-        q, _, _, spec, kind, config = node.args
-        text = weights.source_of(str(spec), int(tensor(q).shape[3]), tensor(q).dtype, str(kind), str(config))
-        if text not in sources.values():
-            sources[node.name] = text
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.fxopt.residual_norm_forward.default):
-        for name, text in _norm_sources(node):
-            if text not in sources.values():
-                sources[name] = text
+    for operator, sources_of in _GENERATED.items():
+        target = getattr(torch.ops.fxopt, operator).default
+        for node in program.graph.find_nodes(op="call_function", target=target):
+            sources |= {name: text for name, text in sources_of(node) if text not in sources.values()}
     return sources
 
 
-def _norm_sources(node: Node) -> Iterator[tuple[str, str]]:
+def _attention(node: Node) -> Iterator[tuple[str, str]]:
+    q, _, v, captures, spec, config = node.args[:6]
+    sizes = (str(spec), int(tensor(q).shape[3]), int(tensor(v).shape[3]), tensor(q).dtype)
+    yield node.name, source_of(*sizes, str(config))
+    backward = split_config(str(config))[1]
+    if backward and backward != RECOMPUTE:
+        assert isinstance(captures, list | tuple)
+        wanted = [isinstance(c, Node) and may_need_gradient(c) for c in captures]
+        yield f"{node.name}_backward", backward_source_of(*sizes, backward, wanted)
+
+
+def _weights(node: Node) -> Iterator[tuple[str, str]]:
+    q, _, _, spec, kind, config = node.args
+    yield node.name, weights.source_of(str(spec), int(tensor(q).shape[3]), tensor(q).dtype, str(kind), str(config))
+
+
+def _linear_attention(node: Node) -> Iterator[tuple[str, str]]:
+    yield node.name, linear_attention.source_of_call(*map(_value, node.args))
+
+
+def _value(argument: object) -> object:
+    """The fake tensor that an argument of a call computes; constants are what they are."""
+    return tensor(argument) if isinstance(argument, Node) else argument
+
+
+def _residual_norm(node: Node) -> Iterator[tuple[str, str]]:
     x, residual, weight, bias, kind, eps, scale_after_cast, config = node.args[:8]
-    values = [None if operand is None else tensor(operand) for operand in (x, residual, weight, bias)]
-    problem = problem_of(*values, kind, eps, scale_after_cast)  # type: ignore[arg-type]
+    w, b = (None if operand is None else tensor(operand) for operand in (weight, bias))
+    problem = problem_of(tensor(x), tensor(residual), w, b, str(kind), float(str(eps)), bool(scale_after_cast))
     forward, backward = residual_norm_configs(str(config))
     yield node.name, residual_norm.source(problem, forward)
     if backward:
@@ -55,12 +72,10 @@ def _norm_sources(node: Node) -> Iterator[tuple[str, str]]:
         yield f"{node.name}_backward", residual_norm.backward_source(total, backward, wanted)
 
 
-def _sources(node: Node) -> Iterator[tuple[str, str]]:
-    q, _, v, captures, spec, config = node.args[:6]
-    sizes = (str(spec), int(tensor(q).shape[3]), int(tensor(v).shape[3]), tensor(q).dtype)
-    yield node.name, source_of(*sizes, str(config))
-    backward = split_config(str(config))[1]
-    if backward and backward != RECOMPUTE:
-        assert isinstance(captures, list | tuple)
-        wanted = [isinstance(c, Node) and may_need_gradient(c) for c in captures]
-        yield f"{node.name}_backward", backward_source_of(*sizes, backward, wanted)
+#: How the operators that launch generated kernels are called, and what that generates.
+_GENERATED: Final[Mapping[str, Callable[[Node], Iterator[tuple[str, str]]]]] = {
+    "attention_forward": _attention,
+    "attention_weights_forward": _weights,
+    "linear_attention_forward": _linear_attention,
+    "residual_norm_forward": _residual_norm,
+}

@@ -20,7 +20,7 @@ from fxopt.lowering.probe import Base
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
 
-_LOWERED: Final = ("attention", "attention_weights", "attention_statistics")
+_LOWERED: Final = ("attention", "attention_weights", "attention_statistics", "linear_attention")
 
 
 def lower(
@@ -28,8 +28,8 @@ def lower(
 ) -> tuple[Program, tuple[Decision, ...]]:
     """A copy of ``program`` in which every site runs as decided, and the decisions.
 
-    Canonical operators other than attention, its weights and residual norms decompose into their reference, which the
-    base compiler fuses; ``base`` says how it will compile the rest of the graph.
+    Canonical operators other than attention, its weights, linear attention and residual norms decompose into their
+    reference, which the base compiler fuses; ``base`` says how it will compile the rest of the graph.
     """
     lowered = program.copy()
     # Outputs first: one may be computed from weights that another node computes anyway.

@@ -25,7 +25,7 @@ from fxopt.rewriter.pipeline import PipelineResult
 #: The kind of site that a canonical operator stands for.
 _CANONICAL = {
     "attention": "attention", "attention_weights": "attention", "attention_statistics": "attention",
-    "layer_norm": "norm", "rms_norm": "norm",
+    "linear_attention": "attention", "layer_norm": "norm", "rms_norm": "norm",
     "residual_layer_norm": "norm", "residual_rms_norm": "norm", "glu": "mlp",
 }  # fmt: skip
 

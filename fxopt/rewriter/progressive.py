@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from fxopt.ir.program import Program
 from fxopt.ir.site import Site
 from fxopt.rewriter.passes import Pass
 
@@ -34,7 +35,14 @@ class Progressive(nn.Module):
     """A module between the original and what will be left of it after training.
 
     Subclasses keep in buffers all that `advance` moves, so that a checkpoint holds it.
+
+    Attributes:
+        folds: whether what it ends in can be folded into its neighbours, so that a report says where something stays.
+        inlined: whether it runs its submodules as one captured graph, so that nothing can be exchanged inside.
     """
+
+    folds: ClassVar[bool] = True
+    inlined: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,10 +87,10 @@ class StudentHook:
 
 @dataclass
 class Call:
-    """One call of a submodule while the model was captured: its positional arguments, and whether it had others."""
+    """One call of a submodule while the model was captured: its positional arguments, and those by name."""
 
     args: tuple[Any, ...]
-    has_kwargs: bool
+    kwargs: Mapping[str, Any]
 
 
 @dataclass
@@ -92,10 +100,12 @@ class Student:
     Attributes:
         model: the copy; passes exchange its submodules in place.
         calls: every call of a submodule during the capture, by the module's name.
+        program: what was captured, of the model as it was given, in evaluation.
     """
 
     model: nn.Module
     calls: Mapping[str, tuple[Call, ...]]
+    program: Program
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,14 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+
+
+def inlining(model: nn.Module, name: str) -> str | None:
+    """The name of the module around ``name`` that runs it as a part of one captured graph, if there is one."""
+    parts = name.split(".")
+    above = (".".join(parts[:count]) for count in range(1, len(parts)))
+    modules = ((path, model.get_submodule(path)) for path in above)
+    return next((path for path, m in modules if isinstance(m, Progressive) and m.inlined), None)
 
 
 def progressive_modules(model: nn.Module) -> dict[str, Progressive]:

@@ -90,7 +90,7 @@ def _objection(module: nn.Module, calls: tuple[Call, ...]) -> str:
             f"it is called {len(calls)} times in one forward, and inputs of several places don't have the same "
             "statistics; give each place a norm of its own"
         )
-    if len(calls[0].args) != 1 or calls[0].has_kwargs:
+    if len(calls[0].args) != 1 or calls[0].kwargs:
         return "it is called with more than one positional argument"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks, which would be lost"

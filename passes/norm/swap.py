@@ -14,7 +14,7 @@ from fxopt.errors import OptionError
 from fxopt.ir.site import Site, Source
 from fxopt.passes.norm.recognise import NormModule, may_be_norm, recognise
 from fxopt.passes.norm.token_mask import MaskReader, TokenMask
-from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange
+from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange, inlining
 
 #: The argument that a mask of tokens usually is.
 USUAL_MASK = "attention_mask"
@@ -79,6 +79,10 @@ def _treat(student: Student, name: str, meaning: NormModule | str, swap: Swap, m
     place = Source(meaning.where, module=name)
     if not name:
         return Site("norm", "kept", swap.rule, "the model itself is the norm; prepare what holds it", place)
+    around = inlining(student.model, name)
+    if around is not None:
+        reason = f"it is a part of the graph that runs in the place of {around}; give this pass before the other one"
+        return Site("norm", "kept", swap.rule, reason, place)
     if not any(fnmatchcase(name, pattern) for pattern in swap.select):
         return Site("norm", "kept", swap.rule, f"select={list(swap.select)} leaves it out", place)
     old = student.model.get_submodule(name)

@@ -1,0 +1,129 @@
+"""What of a softmax attention a linear one can keep: nothing between its scores and its softmax but masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from torch.fx import Node
+
+from fxopt.errors import OptionError
+from fxopt.ir.attention import AttentionSpec, read_spec
+from fxopt.ir.expression import Expr, S, conjuncts
+from fxopt.ir.nodes import same_size, shape
+from fxopt.ir.operators import overload
+
+#: What the user may give up: terms added to the scores that are the same for all sequences, and whatever depends on
+#: the sequence or hides keys.
+DROPPABLE: Final = ("bias", "mask")
+_CAUSAL: Final = frozenset({"(j <= i)", "(i >= j)", "(j <= (i + (Sk - Sq)))", "(j <= ((Sk - Sq) + i))"})
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of an attention stays.
+
+    Attributes:
+        causal: whether a query reads earlier keys only.
+        keep: the captured boolean ``[B, 1, 1, T]`` that says which keys count.
+        dropped: what does not stay, for reports.
+    """
+
+    causal: bool = False
+    keep: Node | None = None
+    dropped: tuple[str, ...] = ()
+
+
+def read_drop(drop: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The option ``drop`` as a tuple.
+
+    Raises:
+        OptionError: it names something else.
+    """
+    names = (drop,) if isinstance(drop, str) else tuple(drop)
+    for name in names:
+        if name not in DROPPABLE:
+            raise OptionError(f"drop={name!r} is not possible; what can be given up: {', '.join(DROPPABLE)}")
+    return names
+
+
+def read_attention(site: Node, drop: tuple[str, ...]) -> Kept | str:
+    """What of the canonical attention ``site`` a linear one keeps, or why it can't stand in its place."""
+    spec, captures = read_spec(str(site.args[4])), site.args[3]
+    assert isinstance(captures, list | tuple)
+    objection = _readers_objection(site) or _score_objection(spec, drop)
+    if objection:
+        return objection
+    causal, keep, lost = False, None, [f"its {name}" for name in _lost_terms(spec)]
+    for term in conjuncts(spec.mask):
+        if str(term) in _CAUSAL and same_size(shape(site.args[0])[2], shape(site.args[1])[2]):
+            causal = True
+        elif _is_padding(term, spec) and keep is None:
+            keep = captures[int(term.value or 0)]
+        elif "mask" in drop:
+            lost.append(f"its mask {term}")
+        else:
+            return f"its mask {term} is neither causal nor one of keys; drop='mask' leaves it out"
+    lost += ["its dropout of weights"] if spec.dropout else []
+    return Kept(causal, keep, tuple(lost))  # type: ignore[arg-type]  # captures of a node are nodes
+
+
+def _readers_objection(site: Node) -> str:
+    """Whether somebody reads the weights, which a linear attention does not have."""
+    q, k = site.args[:2]
+    assert isinstance(q, Node)
+    readers = (overload("attention_weights"), overload("attention_statistics"))
+    read = any(user.target in readers and user.args[1] is k for user in q.users)
+    return "its weights are returned or read elsewhere, and a linear attention has none" if read else ""
+
+
+def _score_objection(spec: AttentionSpec, drop: tuple[str, ...]) -> str:
+    for term in _terms(spec.score):
+        if term.reads(S) and not _is_scaled(term):
+            return f"its scores are {spec.score}, not a positive multiple of q·k"
+    for name in _lost_terms(spec):
+        if name not in drop:
+            what = "a bias that is added to its scores" if name == "bias" else "a mask that is added to its scores"
+            return f"it has {what} ({spec.score}), which a linear attention can't keep; drop={name!r} leaves it out"
+    return ""
+
+
+def _terms(score: Expr) -> Iterator[Expr]:
+    if score.op == "add":
+        yield from _terms(score.args[0])
+        yield from _terms(score.args[1])
+    elif score.op == "float":
+        yield from _terms(score.args[0])
+    else:
+        yield score
+
+
+def _is_scaled(term: Expr) -> bool:
+    """Whether it is the product ``q·k``, or that times a positive number."""
+    if term == S:
+        return True
+    if term.op not in ("mul", "div"):
+        return False
+    numbers = [arg for arg in term.args if arg.op == "const" and float(arg.value or 0) > 0]
+    scores = [arg for arg in term.args if arg.op != "const" and _is_scaled(arg)]
+    return len(numbers) == len(scores) == 1 and (term.op == "mul" or term.args[1].op == "const")
+
+
+def _lost_terms(spec: AttentionSpec) -> list[str]:
+    """``"bias"`` or ``"mask"`` for each term that is added to the scores, besides numbers."""
+    names = []
+    for term in _terms(spec.score):
+        if term.reads(S) or term.op == "const":
+            continue
+        read = [spec.captures[int(node.value or 0)] for node in term.walk() if node.op == "capture"]
+        of_sequence = any(capture.dims[0] != "-" for capture in read) or term.reads(Expr("symbol", value="b"))
+        names.append("mask" if of_sequence else "bias")
+    return names
+
+
+def _is_padding(term: Expr, spec: AttentionSpec) -> bool:
+    if term.op != "capture":
+        return False
+    capture = spec.captures[int(term.value or 0)]
+    return capture.kind == "bool" and capture.dims in ("b--j", "---j")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ def meaning(spec: AttentionSpec, q: Tensor, k: Tensor, captures: list[Tensor], k
     return (weights if kind == "weights" else reduction(kind)(weights)).to(spec.out_dtype)
 
 
+#: Calls of a site whose errors are taken together.
+_DRAWS = 4
 #: Every expression with every shape, and every dtype and kind with each of both.
 CROSS = [
     (name, shape, list(DTYPES)[(n + m) % 3], list(KINDS)[(n + 2 * m + m // 3) % 3])
@@ -82,8 +85,16 @@ def test_two_runs_agree_to_the_last_bit(kind: str) -> None:
 def test_sites_run_end_to_end(case: Case, lower: str) -> None:
     torch._dynamo.reset()
     module, args = case.build(Sizes(B=2, H=4, G=2, S=130, T=150, D=64, E=32), torch.float32)
-    args = tuple(x.cuda() for x in args)
+    torch.manual_seed(0)
+    calls = [tuple(torch.randn(x.shape, device="cuda") for x in args) for _ in range(_DRAWS)]
     with torch.no_grad():
-        assert fxopt.explain(module, *args).count("attention") == 1
+        assert fxopt.explain(module, *calls[0]).count("attention") == 1
         compiled = torch.compile(module, backend="fxopt", options={"lower": lower, "strict": True})
-        assert_within_budget(compiled(*args), module(*args), oracle_gradients(module, *args).outputs, floor=1.0)
+        results = [(compiled(*args), module(*args), oracle_gradients(module, *args).outputs) for args in calls]
+    # Together: the largest error of one small result is a matter of luck, eager's too.
+    assert_within_budget(*(together(side) for side in zip(*results, strict=True)), floor=1.0)
+
+
+def together(outputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """The outputs of several calls, each beside those of the others."""
+    return tuple(torch.stack(tensors) for tensors in zip(*outputs, strict=True))

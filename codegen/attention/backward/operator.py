@@ -174,7 +174,7 @@ def objection(spec: AttentionSpec, q: Tensor, v: Tensor, lse: Tensor) -> str | N
     """Why the generated kernels can't serve, as a sentence, or ``None`` when they can."""
     if lse.dim() != 3:
         return _NO_LSE
-    return kernel.objection(spec, q.shape[3], v.shape[3], q.dtype)
+    return kernel.objection(spec, q.shape[3], v.shape[3], q.dtype, averages=True)
 
 
 @lru_cache(maxsize=1024)

@@ -138,7 +138,7 @@ def test_objections(change: dict[str, Any], reason: str) -> None:
 
 def test_means_are_for_kernels_that_say_so() -> None:
     for mask, reason in (("j <= i", True), (None, False)):
-        spec = AttentionSpec(parse("s"), mask and parse(mask), empty_rows="uniform")
+        spec = AttentionSpec(parse("s"), None if mask is None else parse(mask), empty_rows="uniform")
         assert ("mean" in (objection(spec, 64, 64, torch.float32) or "")) == reason
         assert objection(spec, 64, 64, torch.float32, averages=True) is None
         assert candidates(spec, 64, 64, torch.float32, (9, 0))

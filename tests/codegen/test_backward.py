@@ -136,6 +136,15 @@ def test_objections(change: dict[str, Any], reason: str) -> None:
         source(spec, 64, 64, torch.float32, CONFIG, ())
 
 
+def test_means_are_for_kernels_that_say_so() -> None:
+    for mask, reason in (("j <= i", True), (None, False)):
+        spec = AttentionSpec(parse("s"), None if mask is None else parse(mask), empty_rows="uniform")
+        assert ("mean" in (objection(spec, 64, 64, torch.float32) or "")) == reason
+        assert objection(spec, 64, 64, torch.float32, averages=True) is None
+        assert candidates(spec, 64, 64, torch.float32, (9, 0))
+        assert chosen_config(spec, torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4), "A") == "A"
+
+
 def test_without_a_log_sum_exp_the_weights_are_recomputed() -> None:
     spec, q = AttentionSpec(parse("s")), torch.zeros(1, 1, 4, 16)
     assert chosen_config(spec, q, q, torch.empty(0), "64x128w8s2-128x64w8s2") == RECOMPUTE

@@ -168,3 +168,13 @@ def test_broadcast_gradients_of_the_result_are_made_dense_first(launched: list[l
     for _ in range(2):
         call(spec, (*tensors, lse, torch.ones((), dtype=HALF).expand(3, 4, 70, 16), dlse))
     assert len(backward._REPLAYS) == 1
+
+
+def test_deterministic_mode_is_another_layout(launched: list[list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that were remembered before it was switched on may sum in any order."""
+    spec = specification("plain", SHAPE, HALF)
+    tensors = draw(spec, [], False)
+    for mode in (False, True):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda mode=mode: mode)
+        call(spec, tensors)
+    assert launched and len(backward._REPLAYS) == 2

@@ -50,7 +50,7 @@ def forwards(shape: Shape, spec: AttentionSpec, dtype: torch.dtype) -> Iterator[
 def backwards(shape: Shape, spec: AttentionSpec, dtype: torch.dtype) -> Iterator[str]:
     """With the gradients of all captured tensors, and of none."""
     sizes = (spec, shape.head_dim, shape.value_dim, dtype)
-    if backward.objection(*sizes) is not None:
+    if backward.objection(*sizes, averages=True) is not None:
         return
     config = backward.candidates(*sizes, HOPPER)[0]
     for wanted in {tuple(c.kind == "float" for c in spec.captures), (False,) * len(spec.captures)}:

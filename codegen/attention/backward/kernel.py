@@ -20,11 +20,19 @@ __all__ = ["KIND", "candidates", "objection", "read_backward", "source"]
 KIND: Final = "attention_backward"
 
 
-def objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
-    """Why no kernels can be generated, as a sentence, or ``None`` when they can."""
+def objection(
+    spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, averages: bool = False
+) -> str | None:
+    """Why no kernels can be generated, as a sentence, or ``None`` when they can.
+
+    ``averages`` tells that the kernels in question share the gradients of rows without keys, which give the mean of the
+    values, among these: the portable ones do.
+    """
     reason = forward_objection(spec, head_dim, value_dim, dtype)
     if reason is not None:
         return reason
+    if plan.averages(spec) and not averages:
+        return "rows without keys give the mean of the values, whose gradient it does not compute"
     if spec.out_dtype.itemsize < dtype.itemsize:
         return f"the result is {spec.out_dtype}, too coarse to be summed in place of the weights of {dtype} inputs"
     return None
@@ -34,7 +42,7 @@ def candidates(
     spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> tuple[BackwardConfig, ...]:
     """The configurations worth measuring, best guess first, at most two; none where no kernels can be generated."""
-    if objection(spec, head_dim, value_dim, dtype) is not None:
+    if objection(spec, head_dim, value_dim, dtype, averages=True) is not None:
         return ()
     heavy = plan.slope(spec)[0] is not None or any(c.is_tile for c in spec.captures)
     bands = any(c.is_band for c in spec.captures)
@@ -58,7 +66,7 @@ def source(
     Raises:
         LoweringError: no kernels can be generated; `objection` says why.
     """
-    reason = objection(spec, head_dim, value_dim, dtype)
+    reason = objection(spec, head_dim, value_dim, dtype, averages=True)
     if reason is not None:
         raise LoweringError(f"no Triton kernels for the backward of this attention: {reason} ({spec})")
     return str(BackwardText(spec, head_dim, value_dim, dtype, config, tuple(wanted)))

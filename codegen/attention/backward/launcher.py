@@ -178,7 +178,8 @@ def _statistics(text: BackwardText) -> str:
     if text.averages:
         width = padded(text.value_dim)
         lines.append(f"shares = torch.empty(({blocks}, {width}), dtype=torch.float32, device=q.device)")
-    keys = max(text.config.keys.block_n, text.config.rows.block_n)
+    config = text.config
+    keys = max(cut.block_n for cut in (config.keys, config.rows, band_config(config)))
     return "\n".join((*lines, *(total.allocate for total in totals(text)), allocate_phases(text.bands, keys))).rstrip()
 
 

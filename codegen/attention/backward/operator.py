@@ -108,7 +108,9 @@ def _cuda(
     grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
     further = [x for x in (grad_lse, seed) if x is not None]
     operands = (q, k, v, *captures, out, lse, grad_out, *further)
-    constants = (spec, config, tuple(wanted), grad_lse is None, precision(q.dtype))
+    # Kernels may serve only where sums in any order are allowed.
+    ordered = torch.are_deterministic_algorithms_enabled()
+    constants = (spec, config, tuple(wanted), grad_lse is None, precision(q.dtype), ordered)
     key = (*constants, *layouts(operands))
     replay = None if only_compiles() else _REPLAYS.get(key)
     # A replay runs on the current device.
@@ -177,7 +179,7 @@ def objection(spec: AttentionSpec, q: Tensor, v: Tensor, lse: Tensor) -> str | N
     """Why the generated kernels can't serve, as a sentence, or ``None`` when they can."""
     if lse.dim() != 3:
         return _NO_LSE
-    return kernel.objection(spec, q.shape[3], v.shape[3], q.dtype)
+    return kernel.objection(spec, q.shape[3], v.shape[3], q.dtype, averages=True)
 
 
 @lru_cache(maxsize=1024)

@@ -25,9 +25,9 @@ MASKS: dict[str, tuple[str | None, str | None]] = {
     "late": ("j <= i - 5", None),
     "window": ("(j <= i) & (j > i - 9)", None),
     "both sides": ("((i - j) < 5) & ((j - i) <= 3)", None),
-    "first keys": ("j < 21", None),
-    "last keys": ("(j >= 18) & (j <= i + 30)", None),
-    "chunks": ("(i // 24) == (j // 24)", None),
+    "first keys": ("j < 11", None),
+    "last keys": ("(j >= 9) & (j <= i + 12)", None),
+    "chunks": ("(i // 12) == (j // 12)", None),
     "prefix": ("(j <= i) | (j < 3)", None),
     "padding": ("c0", "b--j:bool"),
     "causal padding": ("(j <= i + 2) & c0", "b--j:bool"),
@@ -35,11 +35,11 @@ MASKS: dict[str, tuple[str | None, str | None]] = {
     "offsets": ("(j <= i + c0) & (j > i - 20)", "b---:i64"),
 }
 SHAPES = {
-    "tails": Shape(16, 16, 35, 37, 1, "group", "bshd", batch=3),
-    "one row": Shape(24, 16, 1, 33, 2, "tile", heads=4),
-    "fewer keys": Shape(16, 32, 67, 19, 2, "tile", "bshd", heads=4),
-    "more keys": Shape(32, 24, 17, 131, 1, batch=3),
-    "whole": Shape(16, 16, 64, 64, 2, heads=4),
+    "tails": Shape(16, 16, 19, 21, 1, "group", "bshd", batch=3),
+    "one row": Shape(24, 16, 1, 18, 1, "tile"),
+    "fewer keys": Shape(16, 32, 35, 10, 2, "tile", "bshd", batch=1, heads=4),
+    "more keys": Shape(32, 24, 9, 41, 1),
+    "whole": Shape(16, 16, 32, 32, 2, batch=1),
 }
 #: Blocks of the kernels: of dk and dv, of dq, and along diagonals, where those are not told by the others.
 BLOCKS = (
@@ -73,14 +73,14 @@ def check(spec: AttentionSpec, shape: Shape, dtype: torch.dtype, blocks: str) ->
     return found
 
 
-def attention(mask: str, score: str, band: tuple[Capture, ...], dtype: torch.dtype, layout: str) -> AttentionSpec:
+def attention(mask: str, score: str, band: tuple[Capture, ...], dtype: torch.dtype, shape: Shape) -> AttentionSpec:
     text, vector = MASKS[mask]
     dims, _, kind = (vector or "").partition(":")
     vectors = (Capture(dims, torch.bool if kind == "bool" else torch.int64),) if vector else ()
     rows = "uniform" if not band or mask in ("late", "padding", "offsets") else "zero"
     return AttentionSpec(
         parse(score.format(f"c{len(vectors)}")), None if text is None else parse(text), (*vectors, *band),
-        kv_map="group", empty_rows=rows, out_dtype=dtype, out_layout=layout,  # type: ignore[arg-type]
+        kv_map=shape.kv_map, empty_rows=rows, out_dtype=dtype, out_layout=shape.layout,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -92,32 +92,32 @@ TURNS = [(mask, dtype, n + 2 * m) for n, mask in enumerate(MASKS) for m, dtype i
 def test_bands_under_every_mask(mask: str, dtype: str, turn: int) -> None:
     shape = list(SHAPES.values())[turn % len(SHAPES)]
     band = (Capture(DIMS[turn % len(DIMS)], DTYPES[dtype]),)
-    spec = attention(mask, "s * 0.125 + {0}", band, DTYPES[dtype], shape.layout)
+    spec = attention(mask, "s * 0.125 + {0}", band, DTYPES[dtype], shape)
     check(spec, shape, DTYPES[dtype], BLOCKS[turn % len(BLOCKS)])
 
 
-@pytest.mark.parametrize(("mask", "dtype", "turn"), [turn for turn in TURNS if turn[0] != "all"])
+@pytest.mark.parametrize(("mask", "dtype", "turn"), TURNS[4::2])
 def test_rows_that_give_the_mean_under_every_mask(mask: str, dtype: str, turn: int) -> None:
     shape = list(SHAPES.values())[turn % len(SHAPES)]
-    spec = attention(mask, "s * 0.125", (), DTYPES[dtype], shape.layout)
+    spec = attention(mask, "s * 0.125", (), DTYPES[dtype], shape)
     check(spec, shape, DTYPES[dtype], BLOCKS[turn % len(BLOCKS)])
 
 
 @pytest.mark.parametrize("empty_rows", get_args(EmptyRows))
 def test_the_gradient_of_a_band_where_rows_have_no_keys(empty_rows: EmptyRows) -> None:
     """Such rows give nothing to it, whatever they give themselves."""
-    spec = AttentionSpec(parse("s * 0.25 + c0"), parse("j <= i - 40"), (Capture("-h-d", torch.float32),),
+    spec = AttentionSpec(parse("s * 0.25 + c0"), parse("j <= i - 20"), (Capture("-h-d", torch.float32),),
                          empty_rows=empty_rows)  # fmt: skip
-    shape = Shape(16, 16, 70, 70)
+    shape = Shape(16, 16, 35, 35)
     band = check(spec, shape, torch.float32, BLOCKS[0])[3]
-    assert (band[..., 69 - 40 + 1 :] == 0).all() and (band[..., : 69 - 40] != 0).any()
+    assert (band[..., 34 - 20 + 1 :] == 0).all() and (band[..., : 34 - 20 + 1] != 0).any()
 
 
 def test_the_score_may_depend_on_a_band_in_any_way() -> None:
     for score in ("s * c0", "tanh(s * 0.1 + c0) * 3.0", "s * 0.1 + c0 * c1", "where(c0 > 0.0, s * c0, s * 0.1)"):
         captures = (Capture("-h-d", torch.float32), Capture("b--d", torch.float32))
         spec = AttentionSpec(parse(score), parse("j <= i + 3"), captures, out_dtype=torch.float32)
-        check(spec, Shape(16, 16, 35, 37), torch.float32, BLOCKS[2])
+        check(spec, Shape(16, 16, 19, 21), torch.float32, BLOCKS[2])
 
 
 @pytest.mark.parametrize("name", ["band", "full"])
@@ -125,7 +125,7 @@ def test_the_same_inputs_give_the_same_bits(name: str) -> None:
     """Though parts of a sum are computed by programs of their own, in any order."""
     dims = {"band": "---d", "full": "bh-d"}[name]
     spec = AttentionSpec(parse("s * 0.25 + c0"), None, (Capture(dims, torch.float32),), out_dtype=torch.float32)
-    shape = Shape(16, 16, 35, 37, batch=3)
+    shape = Shape(16, 16, 19, 21, batch=3)
     found = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -135,7 +135,7 @@ def test_the_same_inputs_give_the_same_bits(name: str) -> None:
 
 def test_a_band_that_needs_no_gradient_is_read_only() -> None:
     spec = AttentionSpec(parse("s * 0.25 + c0"), None, (Capture("-h-d", torch.float32),), out_dtype=torch.float32)
-    shape = Shape(16, 16, 35, 37)
+    shape = Shape(16, 16, 19, 21)
     (q, k, v), band = operands(shape, torch.float32), drawn(spec.captures[0], shape)
     out, lse = forward(spec, q, k, v, [band], with_lse=True)
     dout, found = torch.randn_like(out), []

@@ -1,8 +1,8 @@
 """What a generated stream of blocks does, step by step in plain PyTorch: Gluon has no interpreter.
 
-Every group of warps is a thread. Barriers count arrivals and bytes as the hardware's do; products are computed when they
-are waited for, which is as late as they may read shared memory, and that holds NaN until something is loaded. Layouts mean
-nothing here. Helpers in assembly are replaced by what they stand for.
+Every group of warps is a thread. Barriers count arrivals and bytes as the hardware's do; products are computed when
+they are waited for, which is as late as they may read shared memory, and that holds NaN until something is loaded.
+Layouts mean nothing here. Helpers in assembly are replaced by what they stand for.
 """
 
 from __future__ import annotations
@@ -194,6 +194,18 @@ def _language(program: int, programs: int) -> SimpleNamespace:
     )  # fmt: skip
 
 
+_ASSEMBLY: dict[str, Any] = {
+    "anew": lambda x: x,
+    "unpacked": lambda p, *_: p,
+    "tanh": lambda x, _: torch.tanh(x),
+    "sigmoid": torch.sigmoid,
+}
+
+
+def _rounding(dtype: torch.dtype) -> Callable[[Tensor, int], Tensor]:
+    return lambda weights, _: weights.to(dtype)
+
+
 def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
     """Run the kernel of the module ``text`` in ``grid`` programs, one after the other."""
     body = text[text.index("@gluon.jit\ndef place(") : text.index("#: How blocks of so many rows")]
@@ -219,8 +231,6 @@ def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
             "warpgroup_mma_wait": _wait,
             "fence_async_shared": lambda: None,
         }
-        exec(body, names)  # noqa: S102 - generated source is what is tested
-        dtype = arguments["v_source"].dtype
-        names |= {"anew": lambda x: x, "packed": lambda w, _: w.to(dtype), "unpacked": lambda p, *_: p}
-        names |= {"tanh": lambda x, _: torch.tanh(x), "sigmoid": torch.sigmoid}
+        exec(body, names)
+        names |= _ASSEMBLY | {"packed": _rounding(arguments["v_source"].dtype)}
         names["attention_kernel"](**{k: v for k, v in arguments.items() if k != "num_warps"})

@@ -15,7 +15,6 @@ from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.hopper.kernel import source
 from fxopt.codegen.attention.portable.kernel import KIND
-from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, specification
@@ -30,6 +29,10 @@ SHAPES = {
     "one block": Shape(16, 16, 260, 50, 2, "group", "bshd", heads=2, batch=3),
 }
 HALF = torch.bfloat16
+#: What reads a value for each row and key goes by the portable kernel.
+SERVED = [
+    n for n, (_, _, captures) in EXPRESSIONS.items() if not any(c.partition(":")[0][2:] == "ij" for c in captures)
+]
 
 
 class Emulated:
@@ -77,7 +80,7 @@ def poisoned_outputs() -> Any:
 
 @pytest.mark.parametrize(
     ("name", "shape", "config"),
-    [(n, s, CONFIGS[(a + b) % len(CONFIGS)]) for a, n in enumerate(EXPRESSIONS) for b, s in enumerate(SHAPES)],
+    [(n, s, CONFIGS[(a + b) % len(CONFIGS)]) for a, n in enumerate(SERVED) for b, s in enumerate(SHAPES)],
 )
 def test_streams_are_within_the_budget_of_eager(
     name: str, shape: str, config: str, monkeypatch: pytest.MonkeyPatch
@@ -86,11 +89,7 @@ def test_streams_are_within_the_budget_of_eager(
     spec = specification(name, sizes, HALF, "zero")
     q, k, v = operands(sizes, HALF)
     captures = captured(name, sizes, spec)
-    try:
-        out, lse = launch(spec, q, k, v, captures, config, monkeypatch)
-    except LoweringError as refusal:
-        assert "row and key" in str(refusal)
-        return
+    out, lse = launch(spec, q, k, v, captures, config, monkeypatch)
     assert_within_budget(out, reference.attention(q, k, v, captures, str(spec)), exact(spec, q, k, v, captures))
     wide = [c.double() if c.is_floating_point() else c for c in captures]
     wanted = torch.logsumexp(reference.logits(spec, q.double(), k.double(), wide), -1)

@@ -18,7 +18,7 @@ from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.loops import row_limits
 from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
-from fxopt.ir.expression import Expr, J, S, call, capture, conjunction
+from fxopt.ir.expression import Expr, J, Kind, S, call, capture, conjunction
 
 _PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _STREAM_BARRIERS: Final = ("ready", "free", "q_free")
@@ -110,7 +110,9 @@ class StreamText(HopperText):
         score, aside = apart(score.replace(sloped), moving) if score.reads(S) else (score, None)
         texts = ("column", "start", *slopes)
         names = {str(capture(len(captures) + n)): text for n, text in enumerate(texts)}
-        kinds = (*self.spec.capture_kinds, "float", "int", *("float" for _ in slopes))
+        made: tuple[Kind, ...] = ("float", "int")
+        real: tuple[Kind, ...] = ("float",)
+        kinds = (*self.spec.capture_kinds, *made, *real * len(slopes))
         text = f"aside = of_rows({emit(aside, names, kinds)}, peak, SCORES)" if aside is not None else ""
         return emit(score, names, kinds), text
 

@@ -8,7 +8,8 @@ distance and a block, so neither rounds worse than the left side does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 from fxopt.codegen.attention.interval import is_uniform, linear
 from fxopt.codegen.expression import simplify
@@ -34,6 +35,26 @@ def split_distances(score: Expr, captures: Sequence[Capture], column: Expr, star
         return node
 
     return score.replace(change)
+
+
+def apart(score: Expr, moving: Callable[[Expr], bool]) -> tuple[Expr, Expr | None]:
+    """``score`` as the sum of what has a ``moving`` leaf, and of whole terms that have none (``None`` without any)."""
+    if score.op not in ("add", "sub"):
+        return score, None
+    first, second = score.args
+    if not any(map(moving, second.walk())):
+        kept, aside = apart(first, moving)
+        if aside is None:
+            return kept, second if score.op == "add" else call("neg", second)
+        return kept, call(score.op, aside, second)
+    if score.op == "add" and not any(map(moving, first.walk())):
+        kept, aside = apart(second, moving)
+        return kept, first if aside is None else call("add", first, aside)
+    (kept, aside), (other, more) = (apart(part, moving) for part in (first, second))
+    if more is not None and score.op == "sub":
+        more = call("neg", more)
+    both = [part for part in (aside, more) if part is not None]
+    return call(score.op, kept, other), reduce(lambda a, b: call("add", a, b), both) if both else None
 
 
 def _parts(distance: Expr, captures: Sequence[Capture], column: Expr, start: Expr) -> tuple[Expr, Expr] | None:

@@ -206,6 +206,25 @@ def test_source_is_deterministic_valid_python_or_refused_with_a_reason(name: str
     assert max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.parametrize(("score", "logits", "aside"), [
+    ("s * 0.125", "x = s", ""),
+    ("s * 0.125 + c0 * float(j - i)", "x = (s * 0.125) + whole(c0 * (first - start)", "c0 * (start - i)"),
+    ("s * 0.125 - c0 * float(i - j)", "x = (s * 0.125) - whole(-c0 * (first - start)", "c0 * ((0 - start) + i)"),
+    ("(s + c0 * float(j - i)) + c0 * c0 * float(j + i)", "whole((c0 * c0) * (first - start)", "(start + i)"),
+    ("s * 0.125 + c1", "x = s * 0.125", "of_rows(c1, "),
+    ("c1 + s * 0.125 + c0", "x = s * 0.125", "of_rows(c1 + c0, "),
+    ("(s - c1) * c0", "x = (s - c1) * c0", ""),
+    ("tanh(s + c1) + float(j)", "tanh((s + c1)", ""),
+])  # fmt: skip
+def test_what_all_logits_of_a_row_share_is_kept_aside(score: str, logits: str, aside: str) -> None:
+    captures = (Capture("-h--", torch.float32), Capture("bhi-", torch.float32))
+    text = source(AttentionSpec(parse(score), None, captures, out_dtype=HALF), 64, 64, HALF, "hopper:128x128s4q2a0")
+    body = text[text.index("def attend(") : text.index("def advance(")]
+    assert logits in body
+    assert ("aside = " in body) == ("shift - aside" in body) == bool(aside)
+    assert aside in body
+
+
 def test_objections_say_why() -> None:
     plain = SPECS["plain"]
     assert "9.0" in str(objection(problem(plain, 128, capability=(8, 0))))
@@ -221,7 +240,7 @@ def test_objections_say_why() -> None:
 
 
 @pytest.mark.parametrize("text", ["hopper:128x128", "hopper:100x128s2q2", "hopper:128x32s2q2", "hopper:128x128s1q2",
-                                  "hopper:128x128s2q1a0", "hopper:128x128s2q2a2"])  # fmt: skip
+                                  "hopper:128x128s2q1a0", "hopper:128x128s2q2a1"])  # fmt: skip
 def test_bad_configurations_are_refused(text: str) -> None:
     with pytest.raises(LoweringError):
         read_config(text)
@@ -236,5 +255,5 @@ def test_rows_without_keys_are_filled_afterwards() -> None:
 
 
 def test_configurations_print_what_is_read() -> None:
-    for text in ("hopper:192x128s3q2", "hopper:192x128s3q2a0", "hopper:128x64s4q2a1"):
+    for text in ("hopper:192x128s3q2", "hopper:192x128s3q2a0", "hopper:128x64s4q3a1"):
         assert str(read_config(text)) == text

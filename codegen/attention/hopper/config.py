@@ -21,7 +21,7 @@ class Config:
     ``stages`` blocks of keys and of values are in flight, and ``queries`` tiles of queries (2: the next tile is loaded
     while the result of the last one leaves). ``ahead`` is how many blocks the products of queries and keys run ahead of
     their softmax; the blocks of all tiles of a program are one stream then, while ``None`` begins every tile anew.
-    Prints as ``hopper:128x128s2q2`` or, with one block ahead, ``hopper:128x128s4q2a1``; `read_config` is the inverse.
+    Prints as ``hopper:128x128s2q2`` or, with one block ahead, ``hopper:128x64s4q3a1``; `read_config` is the inverse.
     """
 
     rows: int
@@ -31,14 +31,22 @@ class Config:
     ahead: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rows % 64 or self.groups not in _REGISTERS or self.keys not in (64, 128) or self.queries not in (1, 2):
+        if (
+            self.rows % 64
+            or self.groups not in _REGISTERS
+            or self.keys not in (64, 128)
+            or self.queries not in (1, 2, 3)
+        ):
             raise LoweringError(
-                f"{self} is not a Hopper configuration: 64, 128 or 192 rows, 64 or 128 keys, 1 or 2 tiles"
+                f"{self} is not a Hopper configuration: 64, 128 or 192 rows, 64 or 128 keys, 1 to 3 tiles"
             )
         if self.stages < 2:
             raise LoweringError(f"{self} is not a Hopper configuration: it needs two stages or more")
-        if self.ahead is not None and (self.ahead not in (0, 1) or self.queries != 2):
-            raise LoweringError(f"{self} is not a Hopper configuration: a stream has two tiles and runs 0 or 1 ahead")
+        # Before it leaves a tile, a group waits for what it needs next: with one block ahead, of the tile but one.
+        if self.ahead is not None and (self.ahead not in (0, 1) or self.queries != 2 + self.ahead):
+            raise LoweringError(
+                f"{self} is not a Hopper configuration: a stream runs 0 ahead with 2 tiles, or 1 with 3"
+            )
 
     def __str__(self) -> str:
         ahead = "" if self.ahead is None else f"a{self.ahead}"

@@ -125,6 +125,12 @@ def whole(first, eights, like, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def of_rows(x, peak, SCORES: gl.constexpr):
+    """``x``, one value to a row or to all, as ``peak`` is."""
+    return gl.convert_layout(gl.reshape(x + gl.zeros([64, 1], gl.float32, layout=SCORES), [64]), peak.type.layout)
+
+
+@gluon.jit
 def before(first, eights, limit, like, BLOCK_N: gl.constexpr):
     """Whether the key of each column of ``like`` comes before its row's ``limit``: a comparison with a constant."""
     ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, first.type.layout))
@@ -150,13 +156,15 @@ def attend(
     x = $score
     $widen
     $masks
+    $aside
     block_peak = gl.max(gl.max(by_thread(x, BLOCK_N), 1), 1)
-    highest = gl.maximum(peak, gl.convert_layout(block_peak, peak.type.layout))
+    highest = gl.maximum(peak, gl.convert_layout(block_peak, peak.type.layout)$moved)
     # A row without keys so far has no maximum to subtract.
     shift = gl.where(highest == float("-inf"), 0.0, highest)
     $unit
-    p = gl.exp2($exponent)
     decay = gl.exp2((peak - shift) * $scale)
+    $move
+    p = gl.exp2($exponent)
     parts = gl.sum(by_thread(p, BLOCK_N), 1)
     kept_total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None]
     return p, kept_total + gl.convert_layout(parts, total.type.layout), highest, decay

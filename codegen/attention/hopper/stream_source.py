@@ -9,14 +9,16 @@ from typing import ClassVar, Final
 import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.distance import apart, split_distances
 from fxopt.codegen.attention.hopper import stream
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
-from fxopt.codegen.attention.hopper.source import CONSTANTS, TILES, HopperText, parameters
+from fxopt.codegen.attention.hopper.source import CONSTANTS, TILES, HopperText, as_gluon, parameters
 from fxopt.codegen.attention.hopper.template import PLACE
 from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.loops import row_limits
+from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
-from fxopt.ir.expression import conjunction
+from fxopt.ir.expression import Expr, J, Kind, S, call, capture, conjunction
 
 _PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _STREAM_BARRIERS: Final = ("ready", "free", "q_free")
@@ -70,14 +72,49 @@ class StreamText(HopperText):
     @property
     def _attend(self) -> dict[str, str]:
         found = super()._attend
-        found["score"] = found["score"].replace("n[None, :].to(gl.float32)", "column")
         return {
             **found,
             "query": stream.QUERY,
+            "aside": as_gluon(self._sums[1]),
+            "moved": " + aside" if self._sums[1] else "",
+            "move": "shift = shift - aside" if self._sums[1] else "",
             "pair_type": _PAIR[self.dtype],
             "leave_parameters": parameters(("acc", "total", "peak", "turn", *_LEAVE)),
             "leave_arguments": listing(_LEAVE),
         }
+
+    @property
+    def _score(self) -> str:
+        return self._sums[0]
+
+    @cached_property
+    def _sums(self) -> tuple[str, str]:
+        """The text of the logits, and the lines of what all logits of a row have aside of it, which the shift takes."""
+        captures = self.spec.captures
+        column, start = capture(len(captures)), capture(len(captures) + 1)
+        slopes: list[str] = []
+
+        def sloped(node: Expr) -> Expr:
+            if node.op != "mul" or node.args[1] not in (column, call("neg", column)):
+                return node
+            slopes.append(_sloped(self.emit(node.args[0]), negative=node.args[1] != column))
+            return capture(len(captures) + 1 + len(slopes))
+
+        def moving(leaf: Expr) -> bool:
+            index = int(leaf.value or 0) if leaf.op == "capture" else -1
+            if 0 <= index < len(captures):
+                return captures[index].dims[3] != "-"
+            return leaf in (S, J) or (index >= 0 and leaf != start)
+
+        score = split_distances(self.exponent.inner, captures, column, start)
+        score, aside = apart(score.replace(sloped), moving) if score.reads(S) else (score, None)
+        texts = ("column", "start", *slopes)
+        names = {str(capture(len(captures) + n)): text for n, text in enumerate(texts)}
+        made: tuple[Kind, ...] = ("float", "int")
+        real: tuple[Kind, ...] = ("float",)
+        kinds = (*self.spec.capture_kinds, *made, *real * len(slopes))
+        text = f"aside = of_rows({emit(aside, names, kinds)}, peak, SCORES)" if aside is not None else ""
+        return emit(score, names, kinds), text
 
     @property
     def _masks(self) -> str:
@@ -98,3 +135,10 @@ class StreamText(HopperText):
     @property
     def _constant_values(self) -> dict[str, object]:
         return {**super()._constant_values, "AHEAD": self.config.ahead}
+
+
+def _sloped(slope: str, negative: bool) -> str:
+    """The text of the columns times a slope: of what each is from the first one on a product with a constant."""
+    factor = f"{'-' if negative else ''}{slope if slope.isidentifier() else f'({slope})'}"
+    far, eights = (f"{factor} * {part}.to(tl.float32)" for part in ("(first - start)", "eights"))
+    return f"whole({far}, {eights}, s, BLOCK_N)"

@@ -112,7 +112,7 @@ class Hull:
             "parameters": listing(parameters, annotate=True),
             "whose": "a block of query rows" if self._by_rows else "any row of a batch element",
             "maths": self._maths,
-            "place": _PLACE if self._by_rows else "b = tl.program_id(0)",
+            "place": self._place if self._by_rows else "b = tl.program_id(0)",
             "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._extremes)),
             "keys": self._keys,
             "condition": self._emit(self.possible.condition),
@@ -120,6 +120,13 @@ class Hull:
             **self._sure,
         }
         return fill(_KERNEL, holes)
+
+    @property
+    def _place(self) -> str:
+        power = 1 << (self.block_m - 1).bit_length()
+        if power == self.block_m:
+            return _PLACE
+        return _PLACE.replace("arange(0, BLOCK_M), Sq", f"arange(0, {power}), tl.minimum(first + BLOCK_M, Sq)")
 
     @property
     def _keys(self) -> str:

@@ -31,7 +31,8 @@ class Launched:
     """Stands for the main kernel: keeps its arguments by name, and may write results."""
 
     def __init__(self, names: list[str], main: Main) -> None:
-        self.names, self.main, self.found = names, main, {}
+        self.names, self.main = names, main
+        self.found: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*arguments: Any, **options: Any) -> None:

@@ -1,0 +1,107 @@
+"""A stream of blocks, emulated: numbers of every expression against float64, barriers that are met, slots in time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.cache import import_source
+from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.hopper.kernel import source
+from fxopt.codegen.attention.portable.kernel import KIND
+from fxopt.ir.attention import AttentionSpec, EmptyRows
+from fxopt.testing import assert_within_budget
+from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, specification
+from tests.codegen.interpreted import emulation
+from tests.codegen.vectors import VECTORS
+
+pytest.importorskip("triton.experimental.gluon")
+CONFIGS = ("hopper:128x64s2q2a0", "hopper:64x64s3q3a1", "hopper:192x64s2q3a1", "hopper:64x128s4q2a0")
+SHAPES = {
+    "square": Shape(16, 16, 330, 330, 1, "group", "bshd", heads=2),
+    "cross": Shape(24, 32, 135, 400, 2, "tile", "bhsd", heads=4),
+    "one block": Shape(16, 16, 260, 50, 2, "group", "bshd", heads=2, batch=3),
+}
+HALF = torch.bfloat16
+#: What reads a value for each row and key goes by the portable kernel.
+SERVED = [
+    n for n, (_, _, captures) in EXPRESSIONS.items() if not any(c.partition(":")[0][2:] == "ij" for c in captures)
+]
+
+
+class Emulated:
+    """Stands for the main kernel, with the parameters of the generated one."""
+
+    def __init__(self, text: str, parameters: list[str]) -> None:
+        self.text, self.parameters = text, parameters
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launched(*arguments: Any, **options: Any) -> None:
+            given = dict(zip(self.parameters, arguments, strict=False)) | options
+            pointers = {n: emulation.Pointer(v) for n, v in given.items() if n.endswith("_ptr")}
+            emulation.run(self.text, grid[0], given | pointers)
+
+        return launched
+
+
+def launch(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor], config: str, patch: pytest.MonkeyPatch
+) -> tuple[Tensor, Tensor]:
+    text = source(spec, q.shape[3], v.shape[3], q.dtype, config)
+    module = import_source(KIND, text)
+    width = max(16, 1 << (q.shape[3] - 1).bit_length())
+    patch.setattr(module, "attention_kernel", Emulated(text, module.attention_kernel.arg_names))
+    patch.setattr(module, "described", lambda x, rows: emulation.Descriptor(x, rows, width))
+    patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
+    out, lse = module.launch(q, k, v, captures, True)
+    return out, lse
+
+
+def exact(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor]) -> Tensor:
+    wide = [c.double() if c.is_floating_point() else c for c in captures]
+    spec = dataclasses.replace(spec, out_dtype=torch.float64)
+    return reference.attention(q.double(), k.double(), v.double(), wide, str(spec))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Any:
+    """``torch.empty`` gives NaN, so that an element which is not written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "config"),
+    [(n, s, CONFIGS[(a + b) % len(CONFIGS)]) for a, n in enumerate(SERVED) for b, s in enumerate(SHAPES)],
+)
+def test_streams_are_within_the_budget_of_eager(
+    name: str, shape: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = SHAPES[shape]
+    spec = specification(name, sizes, HALF, "zero")
+    q, k, v = operands(sizes, HALF)
+    captures = captured(name, sizes, spec)
+    out, lse = launch(spec, q, k, v, captures, config, monkeypatch)
+    assert_within_budget(out, reference.attention(q, k, v, captures, str(spec)), exact(spec, q, k, v, captures))
+    wide = [c.double() if c.is_floating_point() else c for c in captures]
+    wanted = torch.logsumexp(reference.logits(spec, q.double(), k.double(), wide), -1)
+    torch.testing.assert_close(lse.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", range(len(VECTORS)))
+def test_vectors_limit_the_blocks_of_streams(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = list(VECTORS)[number]
+    sizes = Shape(16, 16, 200, 600, 1, batch=4, heads=2)
+    spec = VECTORS[name].specification(HALF, get_args(EmptyRows)[1 + number % 2])
+    q, k, v = operands(sizes, HALF)
+    captures = VECTORS[name].draw(sizes)
+    out, _ = launch(spec, q, k, v, captures, CONFIGS[number % len(CONFIGS)], monkeypatch)
+    assert_within_budget(out, reference.attention(q, k, v, captures, str(spec)), exact(spec, q, k, v, captures))

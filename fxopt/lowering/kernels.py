@@ -44,8 +44,8 @@ def kernel_sources(program: Program) -> dict[str, str]:
 
 def _norm_sources(node: Node) -> Iterator[tuple[str, str]]:
     x, residual, weight, bias, kind, eps, scale_after_cast, config = node.args[:8]
-    values = [None if operand is None else tensor(operand) for operand in (x, residual, weight, bias)]
-    problem = problem_of(*values, kind, eps, scale_after_cast)  # type: ignore[arg-type]
+    w, b = (None if operand is None else tensor(operand) for operand in (weight, bias))
+    problem = problem_of(tensor(x), tensor(residual), w, b, str(kind), float(str(eps)), bool(scale_after_cast))
     forward, backward = residual_norm_configs(str(config))
     yield node.name, residual_norm.source(problem, forward)
     if backward:

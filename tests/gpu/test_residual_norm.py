@@ -25,7 +25,8 @@ WIDTHS = (64, 96, 384, 700, 768, 1000, 1024, 1536, 4096, 8192)
 
 def run(case: Case, operands: list[Tensor | None], config: str) -> tuple[Tensor, ...]:
     settings = (case.kind, case.eps, case.scale_after_cast, config, True, True)
-    return residual_norm_forward(*operands, *settings)
+    found: tuple[Tensor, ...] = residual_norm_forward(*operands, *settings)
+    return found
 
 
 @pytest.mark.parametrize("width", [*WIDTHS, 16384, 20000])
@@ -111,7 +112,8 @@ class PreNorm(nn.Module):
         for norm, layer in zip(self.norms[1:], self.layers[1:], strict=True):
             x = x + branch
             branch = layer(norm(x))
-        return x + branch
+        out: Tensor = x + branch
+        return out
 
 
 class PostNorm(PreNorm):
@@ -151,8 +153,7 @@ def test_sites_run_end_to_end(
 def test_row_counts_that_change_compile_nothing_anew() -> None:
     torch._dynamo.reset()
     module = PostNorm(512, nn.LayerNorm).cuda().to(torch.bfloat16).eval()
-    options = {"lower": "triton", "strict": True}
-    compiled = torch.compile(module, backend="fxopt", options=options, dynamic=True)
+    compiled = torch.compile(module, backend="fxopt", options={"lower": "triton", "strict": True}, dynamic=True)
     with torch.no_grad(), fxopt.backend.collecting() as (outcomes, _):
         compiled(torch.randn(4, 100, 512, device="cuda", dtype=torch.bfloat16))
         count = len(outcomes)

@@ -272,11 +272,11 @@ def test_both_ways_of_a_probe_compute_the_same(
         assert len(calls) == 1 + training
         results.append([call() for call in calls])
     (plain, *gradients), (generated, *others) = results
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     index = 0 if not training or kind == "rms_norm" else 1
-    torch.testing.assert_close(plain[index], generated[0], **tolerance)
+    torch.testing.assert_close(plain[index], generated[0], rtol=tolerance, atol=tolerance)
     for expected, found in zip(gradients, others, strict=True):
-        torch.testing.assert_close(list(found), list(expected), **tolerance)
+        torch.testing.assert_close(list(found), list(expected), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.usefixtures("any_device")

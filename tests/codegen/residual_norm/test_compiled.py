@@ -63,7 +63,12 @@ def _type(name: str, case: Case) -> str:
     if plain in ("mean", "scale") or plain.endswith("_partial"):
         return "*fp32"
     problem = case.problem(8)
-    dtypes = {"x": case.x, "residual": case.residual, "normal": problem.out, "dnormal": problem.out}
+    dtypes: dict[str, torch.dtype | None] = {
+        "x": case.x,
+        "residual": case.residual,
+        "normal": problem.out,
+        "dnormal": problem.out,
+    }
     dtypes |= dict.fromkeys(("weight", "dweight"), case.weight) | dict.fromkeys(("bias", "dbias"), case.bias)
     return POINTER[dtypes.get(plain) or torch.promote_types(case.x, case.residual)]
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 import fxopt
-from fxopt import cache, driver
+from fxopt import backend, cache, driver
 from fxopt.errors import FxoptWarning, LoweringError
 from fxopt.frontend.export import from_export
 from fxopt.ir.operators import overload
@@ -287,7 +287,7 @@ def test_measuring_inside_of_a_compilation_leaves_it_alone(monkeypatch: pytest.M
     compiled = torch.compile(model, backend="fxopt", options={"base": "aot_eager", "strict": True})
     torch._dynamo.mark_dynamic(x, 0)
     torch._dynamo.mark_dynamic(x, 1)
-    with torch.no_grad(), fxopt.backend.collecting() as (outcomes, failures):
+    with torch.no_grad(), backend.collecting() as (outcomes, failures):
         torch.testing.assert_close(compiled(x), model(x))
         torch.testing.assert_close(compiled(other), model(other))
     assert not failures

@@ -98,7 +98,7 @@ def test_backward_compiles_without_spills(architecture: int, name: str, width: i
         kernel = compiled(module, "backward_kernel", case, read_config(config).warps, architecture)
         assert_lean(kernel, architecture, tmp_path)
         assert "ld.global.v4.b32" in kernel.asm["ptx"], config
-        assert_lean(compiled(module, "reduce_kernel", case, 4, architecture), architecture, tmp_path)
+        assert_lean(compiled(module, "reduce_kernel", case, 8, architecture), architecture, tmp_path)
 
 
 @pytest.mark.parametrize("width", [384, 768, 1024])

@@ -168,10 +168,10 @@ def test_row_counts_that_change_compile_nothing_anew() -> None:
 def test_what_was_measured_is_kept_and_a_tie_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     cache.clear()
     monkeypatch.setitem(lowering._spent, "seconds", 0.0)
-    x = torch.randn(8192, 768, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(32768, 1024, device="cuda", dtype=torch.bfloat16)
 
     def model(x: Tensor, y: Tensor) -> Tensor:
-        return F.layer_norm(x + y, (768,))
+        return F.layer_norm(x + y, (1024,))
 
     for reason in ("measured", "measured, from the cache"):
         torch._dynamo.reset()

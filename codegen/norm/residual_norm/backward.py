@@ -121,7 +121,7 @@ class BackwardText(RowsText):
         moved = 3 * problem.total.itemsize + problem.out.itemsize
         partial = "d{0}_partial = torch.empty((programs, {1}), dtype=torch.float32, device=total.device)"
         arguments = [f"d{name}_partial" for name in self.wanted] + [f"d{name}" for name in self.wanted]
-        call = f"reduce_kernel[({-(-width // 16)},)](\n    {', '.join(arguments)}, programs, num_warps=8\n)"
+        call = f"reduce_kernel[({-(-width // 16)},)]({', '.join(arguments)}, programs, num_warps=8)"
         return {
             "title": _TITLES[problem.kind],
             "maths": self.maths(),

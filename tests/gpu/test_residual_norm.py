@@ -51,6 +51,9 @@ def test_gradients_are_within_the_budget_of_eager(name: str, width: int) -> None
     cotangents = [torch.randn_like(result) for result in eager]
     before = gradients(case, operands, cotangents)
     exact = gradients(case, wide(operands), [c.double() for c in cotangents])
+    weight = operands[2]
+    # Terms of these sizes are subtracted from one another, or added up.
+    slope = float(cotangents[0].abs().max() * (1 if weight is None else weight.abs().max()))
     for config in backward_candidates(width):
         leaves = [None if x is None else x.detach().requires_grad_() for x in operands]
         present = [x for x in leaves if x is not None]
@@ -58,7 +61,7 @@ def test_gradients_are_within_the_budget_of_eager(name: str, width: int) -> None
         found = torch.autograd.grad([normal, total], present, cotangents)
         for n, (a, b, c) in enumerate(zip(found, before, exact, strict=True)):
             assert a.dtype == b.dtype
-            assert_within_budget(a, b, c, floor=4.0 if n < 2 else float(rows) ** 0.5)
+            assert_within_budget(a, b, c, floor=slope if n < 2 else float(rows))
 
 
 @pytest.mark.parametrize("name", ["layer bf16", "rms llama"])

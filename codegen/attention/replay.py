@@ -77,10 +77,13 @@ class Replay:
 
 
 def layouts(operands: Sequence[Tensor]) -> tuple[object, ...]:
-    """What the launches for ``operands`` depend on: sizes, strides, dtypes, devices and alignment."""
+    """What the launches for ``operands`` depend on: sizes, strides, dtypes, devices, alignment, and which of them are
+    the same tensor, as a launch on one in two places is repeated on one.
+    """
     parts: list[object] = []
+    known = [id(x) for x in operands]
     for x in operands:
-        parts += (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % _ALIGNMENT)
+        parts += (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % _ALIGNMENT, known.index(id(x)))
     return tuple(parts)
 
 

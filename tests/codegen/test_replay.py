@@ -179,3 +179,17 @@ def test_layouts_tell_apart_what_kernels_depend_on() -> None:
     assert layouts([x]) == layouts([same])
     assert all(layouts([x]) != layouts([other]) for other in others)
     assert layouts([x[1:]]) != layouts([torch.zeros(63, dtype=torch.bfloat16)]), "an address that 16 does not divide"
+
+
+def test_one_tensor_twice_is_another_layout_than_two() -> None:
+    kernel = Kernel(("out_ptr", "a_ptr", "b_ptr"))
+
+    def launch(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.empty(2, 3)
+        kernel[(1,)](out, a, b)
+        return out, torch.empty(0)
+
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    _, replay = record(module_of(kernel), lambda: launch(a, a), (a, a))
+    assert replay is not None and torch.equal(replay((b, b))[0], 2 * b)
+    assert layouts((a, a)) == layouts((b, b)) != layouts((a, b)), "what is repeated would add a to itself"

@@ -75,7 +75,9 @@ class Case:
 
         def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
             flags = (self.pre or self.training, self.training)
-            found = residual_norm_forward(x, residual, weight, bias, self.kind, _EPS, False, config, *flags)
+            found: tuple[Tensor, ...] = residual_norm_forward(
+                x, residual, weight, bias, self.kind, _EPS, False, config, *flags
+            )
             return found[:2] if self.pre else found[:1]
 
         return run

@@ -118,13 +118,13 @@ def _readers(site: Node, result: int) -> Iterator[tuple[Node, Node]]:
 
 
 def _is_above(node: Node, other: Node) -> bool:
-    """Whether ``other`` is computed from ``node``."""
+    """Whether ``other`` is computed from ``node``: what stands before it in the graph can't be."""
     pending, seen = [other], {other}
     while pending:
         current = pending.pop()
         if current is node:
             return True
-        fresh = [n for n in current.all_input_nodes if n not in seen]
+        fresh = [n for n in current.all_input_nodes if n not in seen and not n < node]
         seen.update(fresh)
         pending.extend(fresh)
     return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch.fx import Node
@@ -22,7 +22,7 @@ from fxopt.rewriter.rule import Rejection, Rule
 aten = torch.ops.aten
 
 _DROPOUTS: Final = (aten.dropout.default, aten.native_dropout.default)
-_ORIGIN: Final = ("stack_trace", "nn_module_stack", "source_fn_stack")
+_ORIGIN: Final[tuple[str, ...]] = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _settings(norm: Node) -> tuple[float, torch.dtype, bool]:
 
 def _write(builder: Builder, found: Found) -> Node:
     name = "residual_rms_norm" if is_call(found.norm, overload("rms_norm")) else "residual_layer_norm"
-    origin = {key: found.norm.meta[key] for key in _ORIGIN if key in found.norm.meta}
+    origin: dict[str, Any] = {key: found.norm.meta[key] for key in _ORIGIN if key in found.norm.meta}
     with builder.before(found.first):
         both = builder.call(overload(name), *found.addition.args[:2], *found.weights, *found.settings)
         normal = builder.call(operator.getitem, both, 0)
@@ -140,7 +140,8 @@ _ARGUMENTS: Final = {
 
 
 def _norm(target: torch._ops.OpOverload) -> Op:
-    return Op(target, Var("sum"), **dict.fromkeys(_ARGUMENTS[target], Anything()))
+    named: dict[str, Any] = dict.fromkeys(_ARGUMENTS[target], Anything())
+    return Op(target, Var("sum"), **named)
 
 
 RULES = (

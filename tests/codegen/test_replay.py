@@ -186,3 +186,17 @@ def test_a_tensor_given_twice_is_another_layout() -> None:
     x, y = torch.zeros(64), torch.zeros(64)
     assert layouts([x, x]) == layouts([y, y]) != layouts([x, y])
     assert layouts([x, x, y]) != layouts([x, y, x])
+
+
+def test_one_tensor_twice_is_another_layout_than_two() -> None:
+    kernel = Kernel(("out_ptr", "a_ptr", "b_ptr"))
+
+    def launch(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.empty(2, 3)
+        kernel[(1,)](out, a, b)
+        return out, torch.empty(0)
+
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    _, replay = record(module_of(kernel), lambda: launch(a, a), (a, a))
+    assert replay is not None and torch.equal(replay((b, b))[0], 2 * b)
+    assert layouts((a, a)) == layouts((b, b)) != layouts((a, b)), "what is repeated would add a to itself"

@@ -41,7 +41,7 @@ def test_training_with_dropout_is_what_eager_does(zoo: Any) -> None:
     assert not failures
     specs = [str(n.args[4]) for n in outcomes[0].result.program.graph.nodes if "fxopt.attention" in str(n.target)]
     assert len(specs) == 2 and all("dropout=0.1" in spec for spec in specs)
-    assert [d.chosen for d in outcomes[0].decisions] == ["aten"] * 2
+    assert {d.chosen for d in outcomes[0].decisions} == {"aten"}
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert found[-1] < found[0]
 

@@ -106,7 +106,7 @@ class BackwardText(RowsText):
         store = "tl.store(d{0}_ptr + c, d{0}.to(tl.{2}), mask=c < {1})"
         return {
             "reduce_parameters": listing(names),
-            "reduce_zeros": "\n".join(f"d{name} = tl.zeros([32], tl.float32)" for name in self.wanted),
+            "reduce_zeros": "\n".join(f"d{name} = tl.zeros([16], tl.float32)" for name in self.wanted),
             "reduce_add": "\n".join(f"d{name} += {read.format(name, width)}" for name in self.wanted),
             "reduce_store": "\n".join(store.format(name, width, self._dtype(name)) for name in self.wanted),
         }
@@ -121,7 +121,7 @@ class BackwardText(RowsText):
         moved = 3 * problem.total.itemsize + problem.out.itemsize
         partial = "d{0}_partial = torch.empty((programs, {1}), dtype=torch.float32, device=total.device)"
         arguments = [f"d{name}_partial" for name in self.wanted] + [f"d{name}" for name in self.wanted]
-        call = f"reduce_kernel[({-(-width // 32)},)](\n    {', '.join(arguments)}, programs, num_warps=4\n)"
+        call = f"reduce_kernel[({-(-width // 16)},)]({', '.join(arguments)}, programs, num_warps=8)"
         return {
             "title": _TITLES[problem.kind],
             "maths": self.maths(),

@@ -42,10 +42,9 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def key_of(facts: tuple[object, ...], operands: Sequence[Tensor | None]) -> tuple[object, ...]:
-    """What a launch depends on: ``facts``, which operands there are, which are the same tensor, and layouts."""
+    """What a launch depends on: ``facts``, which operands there are, and their layouts."""
     given = [x for x in operands if x is not None]
-    same = tuple(next(n for n, y in enumerate(operands) if y is x) for x in operands)
-    return (facts, same, *(x is None for x in operands), *layouts(given))
+    return (facts, *(x is None for x in operands), *layouts(given))
 
 
 def remembered(key: tuple[object, ...], operands: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:

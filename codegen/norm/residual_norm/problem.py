@@ -71,14 +71,13 @@ def problem_of(
 
 def objection(problem: Problem) -> str | None:
     """Why no kernel can be generated, as a sentence, or ``None`` when one can."""
+    width: object = problem.width
     if problem.kind not in KINDS:
         return f"{problem.kind!r} is none of {', '.join(KINDS)}"
-    if not isinstance(problem.width, int):
+    if not isinstance(width, int):
         return "the size of the last axis is dynamic"
-    if problem.width == 0:
-        return "the last axis is empty"
-    if problem.width >= 2**20:
-        return f"rows of {problem.width} elements are too long"
+    if not 0 < width < 2**20:
+        return f"rows of {width} elements are too long" if width else "the last axis is empty"
     unknown = [dtype for dtype in problem.dtypes if dtype not in _SERVED]
     if unknown:
         return f"{unknown[0]} operands; it computes in float32 and takes bfloat16, float16 and float32"

@@ -218,14 +218,14 @@ def reduce_kernel(
     $reduce_parameters
     programs,
 ):
-    """The gradients of 32 weights: what every program found, added up in order."""
-    c = tl.program_id(0) * 32 + tl.arange(0, 32)[None, :]
+    """The gradients of 16 weights: what every program found, added up in order."""
+    c = tl.program_id(0) * 16 + tl.arange(0, 16)[None, :]
     $reduce_zeros
-    for first in range(0, programs, 64):
-        program = first + tl.arange(0, 64)[:, None]
+    for first in range(0, programs, 256):
+        program = first + tl.arange(0, 256)[:, None]
         known = (program < programs) & (c < $width)
         $reduce_add
-    c = tl.program_id(0) * 32 + tl.arange(0, 32)
+    c = tl.program_id(0) * 16 + tl.arange(0, 16)
     $reduce_store
 
 '''

@@ -63,7 +63,12 @@ def _type(name: str, case: Case) -> str:
     if plain in ("mean", "scale") or plain.endswith("_partial"):
         return "*fp32"
     problem = case.problem(8)
-    dtypes = {"x": case.x, "residual": case.residual, "normal": problem.out, "dnormal": problem.out}
+    dtypes: dict[str, torch.dtype | None] = {
+        "x": case.x,
+        "residual": case.residual,
+        "normal": problem.out,
+        "dnormal": problem.out,
+    }
     dtypes |= dict.fromkeys(("weight", "dweight"), case.weight) | dict.fromkeys(("bias", "dbias"), case.bias)
     return POINTER[dtypes.get(plain) or torch.promote_types(case.x, case.residual)]
 
@@ -93,7 +98,7 @@ def test_backward_compiles_without_spills(architecture: int, name: str, width: i
         kernel = compiled(module, "backward_kernel", case, read_config(config).warps, architecture)
         assert_lean(kernel, architecture, tmp_path)
         assert "ld.global.v4.b32" in kernel.asm["ptx"], config
-        assert_lean(compiled(module, "reduce_kernel", case, 4, architecture), architecture, tmp_path)
+        assert_lean(compiled(module, "reduce_kernel", case, 8, architecture), architecture, tmp_path)
 
 
 @pytest.mark.parametrize("width", [384, 768, 1024])

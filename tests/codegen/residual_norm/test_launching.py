@@ -33,7 +33,8 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[C
 
 def forward(case: Case, operands: list[Tensor | None], with_sum: bool = True) -> tuple[Tensor, ...]:
     settings = (case.kind, case.eps, case.scale_after_cast, "4w4/4w4p4", with_sum, True)
-    return residual_norm_forward(*operands, *settings)
+    found: tuple[Tensor, ...] = residual_norm_forward(*operands, *settings)
+    return found
 
 
 def backward(case: Case, operands: list[Tensor | None], with_dsum: bool = True) -> list[Tensor]:
@@ -41,7 +42,8 @@ def backward(case: Case, operands: list[Tensor | None], with_dsum: bool = True) 
     assert x is not None
     mean = torch.zeros(x.shape[:-1] if case.kind == "layer_norm" else (0,))
     given = (x, residual if with_dsum else None, x, mean, torch.ones(x.shape[:-1]), weight, bias, [True, True])
-    return residual_norm_backward(*given, case.kind, case.eps, case.scale_after_cast, "4w4p4")
+    found: list[Tensor] = residual_norm_backward(*given, case.kind, case.eps, case.scale_after_cast, "4w4p4")
+    return found
 
 
 @pytest.mark.parametrize("name", ["layer bf16", "layer plain", "rms llama"])

@@ -63,7 +63,9 @@ def test_gradients_of_gradients(name: str) -> None:
 
     def both(*operands: Tensor) -> tuple[Tensor, ...]:
         rest = iter(operands)
-        return residual_norm_forward(*(None if x is None else next(rest) for x in given), *settings(case))[:2]
+        found: tuple[Tensor, ...]
+        found = residual_norm_forward(*(None if x is None else next(rest) for x in given), *settings(case))
+        return found[:2]
 
     assert torch.autograd.gradgradcheck(both, [x for x in given if x is not None])
 

@@ -38,7 +38,7 @@ class Sizes:
     heads: int = 4
     length: int = 256
     batch: int = 64
-    dropout: float = 0.1
+    dropout: float = 0.2
 
 
 #: The norms, and RepBatchNorm as LLaMA models are begun with it, which is trained when named.
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="where to write the results as JSON")
     options = parser.parse_args(arguments)
     sizes = TINY if options.tiny else Sizes()
-    steps = options.steps or (300 if options.tiny else 2000)
+    steps = options.steps or (300 if options.tiny else 1200)
     settings = Settings(steps, options.rate, max(1, steps // 20), options.device, compiled=not options.tiny)
     corpus = Corpus(options.text, sizes, options.device)
     task = Task(lambda: Decoder(sizes), corpus.batches, loss, corpus.score, corpus.calibration)

@@ -5,7 +5,8 @@
 A block of Swin-T is prepared with `SimplifiedLinearAttention` and `RepBatchNorm` and converted; beside it run SLAB's
 own block, written from the formulas as plain PyTorch with the same weights (with queries, keys and values in the dtype
 of the model, and in float32 as published), and the softmax block that it came from. Results are compared with float64
-first. bfloat16, 64 images; the half with the attention alone, and the whole block. ``--quick`` shows on a CPU that it runs.
+first. bfloat16, 64 images; the half with the attention alone, and the whole block. ``--quick`` shows on a CPU that it
+runs.
 """
 
 from __future__ import annotations

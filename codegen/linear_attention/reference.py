@@ -61,7 +61,7 @@ def linear_attention(
     out, _ = attended(q, k, v, positions, keep, meaning)
     if weight is not None:
         out = out + local(v, weight, bias, meaning)
-    return lay_out(meaning, out)
+    return lay_out(meaning, out, q.dtype)
 
 
 def attended(
@@ -111,9 +111,9 @@ def is_linear(queries: object, keys: object, head_dim: int, value_dim: int) -> b
     return queries * keys * (head_dim + value_dim) > head_dim * value_dim * (queries + keys)
 
 
-def lay_out(spec: LinearSpec, out: Tensor) -> Tensor:
-    """``out`` in the dtype and memory order of the specification."""
-    return attention.lay_out(_as_attention(spec), out)
+def lay_out(spec: LinearSpec, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """``out`` in the dtype and memory order of the specification, for queries of ``dtype``."""
+    return attention.lay_out(_as_attention(spec, dtype), out)
 
 
 def empty_result(
@@ -127,11 +127,11 @@ def empty_result(
     spec: str,
 ) -> Tensor:
     """An uninitialised tensor of the shape, dtype and strides of the result."""
-    return attention.empty_result(q, k, v, [], str(_as_attention(specification(spec))))
+    return attention.empty_result(q, k, v, [], str(_as_attention(specification(spec), q.dtype)))
 
 
-def _as_attention(spec: LinearSpec) -> AttentionSpec:
-    return AttentionSpec(S, out_dtype=spec.out_dtype, out_layout=spec.out_layout)
+def _as_attention(spec: LinearSpec, dtype: torch.dtype) -> AttentionSpec:
+    return AttentionSpec(S, out_dtype=spec.result(dtype), out_layout=spec.out_layout)
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

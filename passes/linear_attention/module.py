@@ -119,6 +119,10 @@ class _Calling:
     def __init__(self, graph: Captured) -> None:
         self.described = (graph.bound, graph.sizes, graph.in_spec, graph.out_spec)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Calling:
+        """Nothing of it ever changes."""
+        return self
+
     def run(self, owner: nn.Module, graph: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the graph with ``owner``'s state."""
         bound, sizes, in_spec, out_spec = self.described

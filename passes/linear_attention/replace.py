@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fxopt.ir.attention import read_spec
 from fxopt.ir.linear_attention import LinearSpec
-from fxopt.ir.nodes import shape
+from fxopt.ir.nodes import shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.passes.linear_attention.capture import attentions
@@ -141,9 +141,9 @@ def _call(builder: Builder, site: Node, form: Form, inputs: _Inputs) -> Node:
         count = heads // kv_heads
         k, v = (builder.call(repeat, x, count, spec.kv_map) for x in (k, v))
     keep = None if form.kept.keep is None else _mask(builder, form.kept.keep, q)
-    linear = LinearSpec(
-        form.kept.causal, form.side, form.first, form.eps, out_dtype=spec.out_dtype, out_layout=spec.out_layout
-    )
+    # So that a student may be trained in another precision than it was prepared in.
+    dtype = None if spec.out_dtype == tensor(q).dtype else spec.out_dtype
+    linear = LinearSpec(form.kept.causal, form.side, form.first, form.eps, out_dtype=dtype, out_layout=spec.out_layout)
     given = [optional.get(role) for role in ("positions", "weight", "bias")]
     return builder.call(overload("linear_attention"), q, k, v, given[0], keep, *given[1:], str(linear))
 

@@ -146,12 +146,13 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (_in_chunks(x, chunks) for x in (q, k, v))
     sums_BHCDE = (k.transpose(3, 4) @ v).cumsum(2)
     before_BHCDE = F.pad(sums_BHCDE[:, :, :-1], (0, 0, 0, 0, 1, 0))
-    out = q @ before_BHCDE + (q @ k.transpose(3, 4)).tril() @ v
+    out: Tensor = q @ before_BHCDE + (q @ k.transpose(3, 4)).tril() @ v
     return out.flatten(2, 3)[:, :, :length]
 
 
 def _in_chunks(x: Tensor, chunks: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, chunks * _CHUNK - x.shape[2])).unflatten(2, (chunks, _CHUNK))
+    batch, heads, tokens, channels = x.shape
+    return F.pad(x, (0, 0, 0, chunks * _CHUNK - tokens)).reshape(batch, heads, chunks, _CHUNK, channels)
 
 
 define_meaning("linear_attention", linear_attention, empty_result)

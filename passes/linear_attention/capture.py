@@ -76,7 +76,7 @@ def _stand_in(value: Any, fewest: int) -> Any:
 
 def _any_size(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: int) -> dict[str, Any]:
     """The first ``axes`` sizes of every tensor as ones that may change, as torch.export takes it."""
-    auto = torch.export.Dim.AUTO  # type: ignore[attr-defined]
+    auto = torch.export.Dim.AUTO
 
     def free(value: Any) -> Any:
         return dict.fromkeys(range(min(axes, value.dim() - 1)), auto) if isinstance(value, Tensor) else None

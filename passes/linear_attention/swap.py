@@ -126,15 +126,17 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
     objection = _objection(module, owner.name, calls, swap)
     if objection:
         return False, objection
-    like = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if like is None and swap.transition.blends:
+    own = next((p.detach() for p in module.parameters() if p.is_floating_point()), None)
+    if own is None and swap.transition.blends:
         return False, "it holds no parameter whose optimiser could drive a schedule; give steps=0 and warmup=0"
     sites = attentions(owner.program)
-    like = torch.empty(0, dtype=tensor(sites[0]).dtype, device=tensor(sites[0]).device) if like is None else like
-    forms, parameters, titles = [], {}, []
+    like = torch.empty(0, dtype=tensor(sites[0]).dtype, device=tensor(sites[0]).device) if own is None else own
+    forms: list[Form] = []
+    titles: list[str] = []
+    parameters: dict[str, nn.Parameter] = {}
     for place, site in enumerate(sites):
         kept = read_attention(site, swap.drop)
-        plan = kept if isinstance(kept, str) else swap.plan(site, kept, like.detach())
+        plan = kept if isinstance(kept, str) else swap.plan(site, kept, like)
         if isinstance(plan, str) or isinstance(kept, str):
             return False, str(plan)
         names = {role: _new_name(module, role, place, len(sites)) for role in plan.parameters}

@@ -16,12 +16,15 @@ import torch
 from fxopt.codegen.attention import operator as forward
 from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.weights import operator as weights
+from fxopt.codegen.linear_attention import operator as linear
 
 #: The operators that launch kernels, and what does.
 LAUNCHING = (
     (forward.attention_forward, forward._cuda),
     (backward.attention_backward, backward._cuda),
     (weights.attention_weights_forward, weights._cuda),
+    (linear.linear_attention_forward, linear._cuda),
+    (linear.linear_attention_backward, linear._cuda_backward),
 )
 
 

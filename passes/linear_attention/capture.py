@@ -81,7 +81,8 @@ class _OfTensors(nn.Module):
 def isolated(module: nn.Module, call: Call, *, training: bool, lengths: bool) -> Isolated | str:
     """``module`` called as in ``call``, for any first size of its inputs; or why it can't be captured.
 
-    With ``lengths`` the second sizes may be any, too. Where a first size of 1 can be another, it may be.
+    With ``lengths`` all sizes may be any that the module itself does not fix. Where a first size of 1 can be another, it
+    may be.
     """
     modes = {inner: inner.training for inner in module.modules()}
     module.train(training)
@@ -90,19 +91,19 @@ def isolated(module: nn.Module, call: Call, *, training: bool, lengths: bool) ->
     if foreign:
         return f"it is called with a {type(foreign[0]).__name__}, which a graph can't hold"
     try:
-        return _captured(called, 2 if lengths else 1)
+        return _captured(called, lengths)
     finally:
         for inner, mode in modes.items():
             inner.training = mode
 
 
-def _captured(called: _OfTensors, axes: int) -> Isolated | str:
+def _captured(called: _OfTensors, lengths: bool) -> Isolated | str:
     failure = ""
     # Beside a batch of several, a first size of 1 is one for all of them.
     largest = max((int(x.shape[0]) for x in called.given if isinstance(x, Tensor) and x.dim()), default=1)
     for fewest in (2, 1) if largest == 1 else (1,):
         inputs = tuple(_stand_in(value, fewest) for value in called.given if isinstance(value, Tensor))
-        free = tuple(dict.fromkeys(range(min(axes, x.dim() - 1)), torch.export.Dim.AUTO) for x in inputs)
+        free = tuple(_free(x, lengths) for x in inputs)
         try:
             program = from_export(called, inputs, None, {"tensors": free})
         except FxoptError as error:
@@ -113,6 +114,12 @@ def _captured(called: _OfTensors, axes: int) -> Isolated | str:
         program.signature = replace(program.signature, bound=bound)
         return Isolated(program, called.in_spec, called.constants)
     return f"it can't be captured alone: {failure}"
+
+
+def _free(x: Tensor, lengths: bool) -> dict[int, Any]:
+    """Which sizes may change, as torch.export takes it: the first, or all; what the module fixes stays fixed."""
+    axes = range(x.dim()) if lengths else range(min(x.dim() - 1, 1))
+    return {axis: torch.export.Dim.AUTO for axis in axes if x.shape[axis] != 1}
 
 
 def _stand_in(value: Tensor, fewest: int) -> Tensor:

@@ -81,8 +81,8 @@ class _OfTensors(nn.Module):
 def isolated(module: nn.Module, call: Call, *, training: bool, lengths: bool) -> Isolated | str:
     """``module`` called as in ``call``, for any first size of its inputs; or why it can't be captured.
 
-    With ``lengths`` all sizes may be any that the module itself does not fix. Where a first size of 1 can be another, it
-    may be.
+    With ``lengths`` all sizes may be any that the module itself does not fix. Where a first size of 1 can be another,
+    it may be.
     """
     modes = {inner: inner.training for inner in module.modules()}
     module.train(training)

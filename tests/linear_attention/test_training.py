@@ -142,7 +142,7 @@ def test_export_keeps_the_operator_and_copies_are_independent() -> None:
 
 
 def test_norms_are_exchanged_beside_it_in_one_call() -> None:
-    passes = [SimplifiedLinearAttention(kernel=3), RepBatchNorm(steps=2)]
+    passes: list[fxopt.Pass] = [SimplifiedLinearAttention(kernel=3), RepBatchNorm(steps=2)]
     student = fxopt.prepare(mixer(), (inputs(1)[0],), passes=passes).train()
     train(student, optimizer_of(student), inputs(4))
     fast = fxopt.convert(student, inputs(2))

@@ -5,8 +5,9 @@ Legend: B batch, H heads, S queries, T keys, D head dimension of queries and key
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -71,9 +72,17 @@ def attended(
     query, key = rectified(q, k, positions, keep)
     sums = _causal if spec.causal else _whole
     # A column of ones gives the sum of the weights.
-    total = sums(query, key, F.pad(v.to(query.dtype), (0, 1), value=1.0))
+    value = F.pad(v.to(query.dtype), (0, 1), value=1.0)
+    with _without_autocast(q.device.type):
+        total = sums(query, key, value)
     denominators = total[..., -1:] + spec.eps
     return total[..., :-1] / denominators, denominators[..., 0]
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Sums are wide under autocast too, as those of the kernels are."""
+    known = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def rectified(q: Tensor, k: Tensor, positions: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,14 @@ def test_a_query_without_any_key_gives_zero_and_finite_gradients() -> None:
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize("name", ["padded", "causal"])
+def test_sums_are_wide_under_autocast(name: str) -> None:
+    given, spec = CASES[name].draw(HALF), str(CASES[name].spec(HALF))
+    expected = overload("linear_attention")(*given, spec)
+    with torch.autocast("cpu", HALF):
+        assert torch.equal(overload("linear_attention")(*given, spec), expected)
+
+
 def test_padding_is_seen_by_nobody() -> None:
     case = CASES["padded"]
     q, k, v, *rest = case.draw(DOUBLE)

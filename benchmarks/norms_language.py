@@ -41,13 +41,14 @@ class Sizes:
     dropout: float = 0.2
 
 
-#: The norms, and RepBatchNorm as LLaMA models are begun with it, which is trained when named.
+#: The norms, and what is trained when named: RepBatchNorm as LLaMA models are begun with it, and linear attention.
 _FROM_ZERO: Final = "RepBatchNorm from zero"
 _KNOWN: Final[Variants] = {
     **NORMS,
     _FROM_ZERO: lambda steps: [
         fxopt.passes.RepBatchNorm(steps=steps * 7 // 10, warmup=steps // 10, alpha=0.0, start=0.0)
     ],
+    "LinearAttention": lambda steps: [fxopt.passes.LinearAttention()],
 }
 TINY: Final = Sizes(channels=64, layers=2, heads=2, length=64, batch=16, dropout=0.0)
 

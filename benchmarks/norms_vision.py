@@ -1,4 +1,4 @@
-"""LayerNorm, BatchNorm put in its place, RepBatchNorm and UnifiedNorm in a small vision transformer of digits.
+"""LayerNorm, BatchNorm in its place, RepBatchNorm, UnifiedNorm, and linear attention in a small transformer of digits.
 
     python -m benchmarks.norms_vision [--digits digits.csv.gz] [--tiny] [--output results.json]
 
@@ -33,10 +33,11 @@ _CLASSES: Final = 10
 _CALIBRATED: Final = 16
 
 
-#: The norms; UnifiedNorm filters outliers, as is meant for images.
+#: The norms; UnifiedNorm filters outliers, as is meant for images. The last one keeps LayerNorm.
 _KNOWN: Final[Variants] = {
     **NORMS,
     "UnifiedNorm": lambda steps: [fxopt.passes.UnifiedNorm(warmup=steps // 10, filter_outliers=True)],
+    "SimplifiedLinearAttention": lambda steps: [fxopt.passes.SimplifiedLinearAttention()],
 }
 
 

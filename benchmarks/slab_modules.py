@@ -99,9 +99,11 @@ class SlabNorm(nn.Module):
         super().__init__()
         channels = student.running_mean.numel()
         self.batch_norm = nn.BatchNorm1d(channels, eps=student.statistics.eps)
-        self.batch_norm.weight, self.batch_norm.bias = student.batch_weight, student.batch_bias
-        self.batch_norm.running_mean = student.running_mean.clone()
-        self.batch_norm.running_var = student.running_var.clone()
+        # All in float32, as PyTorch has it for inputs of half precision.
+        self.batch_norm.weight = nn.Parameter(student.batch_weight.detach().float())
+        self.batch_norm.bias = nn.Parameter(student.batch_bias.detach().float())
+        self.batch_norm.running_mean = student.running_mean.float()
+        self.batch_norm.running_var = student.running_var.float()
         assert student.alpha is not None
         self.alpha = student.alpha
 

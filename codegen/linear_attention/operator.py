@@ -216,7 +216,7 @@ def linear_attention_backward(
 
 def _laid_out(spec: LinearSpec, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A gradient in the memory order of the result, where models have their queries, keys and values too."""
-    return reference.lay_out(LinearSpec(out_dtype=dtype, out_layout=spec.out_layout), x)
+    return reference.lay_out(LinearSpec(out_layout=spec.out_layout), x, dtype)
 
 
 @linear_attention_backward.register_kernel("cuda")
@@ -259,7 +259,7 @@ def _fake_backward(
     config: str,
 ) -> list[Tensor]:
     meaning = reference.specification(spec)
-    narrow = str(LinearSpec(out_dtype=q.dtype, out_layout=meaning.out_layout))
+    narrow = str(LinearSpec(out_layout=meaning.out_layout))
     own = [reference.empty_result(x, x, x, None, None, None, None, narrow) for x in (q, k, v)]
     return [*own, *(x.new_empty(x.shape) for x in (positions, weight, bias) if x is not None)]
 

@@ -5,8 +5,9 @@ Legend: B batch, H heads, S queries, T keys, D head dimension of queries and key
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def linear_attention(
     out, _ = attended(q, k, v, positions, keep, meaning)
     if weight is not None:
         out = out + local(v, weight, bias, meaning)
-    return lay_out(meaning, out)
+    return lay_out(meaning, out, q.dtype)
 
 
 def attended(
@@ -71,9 +72,17 @@ def attended(
     query, key = rectified(q, k, positions, keep)
     sums = _causal if spec.causal else _whole
     # A column of ones gives the sum of the weights.
-    total = sums(query, key, F.pad(v.to(query.dtype), (0, 1), value=1.0))
+    value = F.pad(v.to(query.dtype), (0, 1), value=1.0)
+    with _without_autocast(q.device.type):
+        total = sums(query, key, value)
     denominators = total[..., -1:] + spec.eps
     return total[..., :-1] / denominators, denominators[..., 0]
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Sums are wide under autocast too, as those of the kernels are."""
+    known = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def rectified(q: Tensor, k: Tensor, positions: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -111,9 +120,9 @@ def is_linear(queries: object, keys: object, head_dim: int, value_dim: int) -> b
     return queries * keys * (head_dim + value_dim) > head_dim * value_dim * (queries + keys)
 
 
-def lay_out(spec: LinearSpec, out: Tensor) -> Tensor:
-    """``out`` in the dtype and memory order of the specification."""
-    return attention.lay_out(_as_attention(spec), out)
+def lay_out(spec: LinearSpec, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """``out`` in the dtype and memory order of the specification, for queries of ``dtype``."""
+    return attention.lay_out(_as_attention(spec, dtype), out)
 
 
 def empty_result(
@@ -127,11 +136,11 @@ def empty_result(
     spec: str,
 ) -> Tensor:
     """An uninitialised tensor of the shape, dtype and strides of the result."""
-    return attention.empty_result(q, k, v, [], str(_as_attention(specification(spec))))
+    return attention.empty_result(q, k, v, [], str(_as_attention(specification(spec), q.dtype)))
 
 
-def _as_attention(spec: LinearSpec) -> AttentionSpec:
-    return AttentionSpec(S, out_dtype=spec.out_dtype, out_layout=spec.out_layout)
+def _as_attention(spec: LinearSpec, dtype: torch.dtype) -> AttentionSpec:
+    return AttentionSpec(S, out_dtype=spec.result(dtype), out_layout=spec.out_layout)
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -146,12 +155,13 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (_in_chunks(x, chunks) for x in (q, k, v))
     sums_BHCDE = (k.transpose(3, 4) @ v).cumsum(2)
     before_BHCDE = F.pad(sums_BHCDE[:, :, :-1], (0, 0, 0, 0, 1, 0))
-    out = q @ before_BHCDE + (q @ k.transpose(3, 4)).tril() @ v
+    out: Tensor = q @ before_BHCDE + (q @ k.transpose(3, 4)).tril() @ v
     return out.flatten(2, 3)[:, :, :length]
 
 
 def _in_chunks(x: Tensor, chunks: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, chunks * _CHUNK - x.shape[2])).unflatten(2, (chunks, _CHUNK))
+    batch, heads, tokens, channels = x.shape
+    return F.pad(x, (0, 0, 0, chunks * _CHUNK - tokens)).reshape(batch, heads, chunks, _CHUNK, channels)
 
 
 define_meaning("linear_attention", linear_attention, empty_result)

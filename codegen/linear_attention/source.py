@@ -80,7 +80,7 @@ class LinearText:
             "causal_maths": " for j <= i, else 0" if spec.causal else "",
             "local_maths": f" + the values' {operands.taps}x{operands.taps} convolution at i" if operands.taps else "",
             "association_maths": "chunks: those before by their sum" if spec.causal else self._association,
-            "out_dtype": str(spec.out_dtype).removeprefix("torch."),
+            "out_dtype": str(spec.result(self.dtype)).removeprefix("torch."),
             "spec": "\n".join(f"    {field}" for field in str(spec).split("; ")),
             "config": str(self.config),
             "head_dim": str(self.head_dim),

@@ -15,6 +15,8 @@ from fxopt.ir.attention import DTYPE_NAMES, NAME_OF, OutLayout
 
 #: What the sum of the weights of a row is increased by, as SLAB has it.
 EPS: Final = 1e-6
+#: How a result of the dtype of the queries is printed.
+_SAME: Final = "same"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class LinearSpec:
         side: the side of the square grid that the tokens form, for the convolution of the values; 0 without one.
         first: how many tokens stand before the grid (class tokens); the convolution leaves them out.
         eps: added to the sum of a row's weights.
-        out_dtype: dtype of the result.
+        out_dtype: dtype of the result; ``None`` for that of the queries, whatever it is.
         out_layout: memory order of the result ``[B,H,S,E]``, as `fxopt.ir.attention.AttentionSpec` has it.
     """
 
@@ -34,7 +36,7 @@ class LinearSpec:
     side: int = 0
     first: int = 0
     eps: float = EPS
-    out_dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype | None = None
     out_layout: OutLayout = "bhsd"
 
     def __post_init__(self) -> None:
@@ -47,13 +49,17 @@ class LinearSpec:
         if self.causal and self.side:
             raise ExpressionError("a convolution over a grid looks ahead, which a causal attention must not")
 
+    def result(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the result for queries of ``dtype``."""
+        return dtype if self.out_dtype is None else self.out_dtype
+
     def __str__(self) -> str:
         """The form carried by graph nodes: ``name=value`` fields joined by ``"; "``; `read_linear_spec` reads it."""
         fields = {
             "causal": str(self.causal),
             "grid": f"{self.first}+{self.side}x{self.side}" if self.side else "None",
             "eps": repr(self.eps),
-            "out": f"{NAME_OF[self.out_dtype]}:{self.out_layout}",
+            "out": f"{_SAME if self.out_dtype is None else NAME_OF[self.out_dtype]}:{self.out_layout}",
         }
         return "; ".join(f"{name}={value}" for name, value in fields.items())
 
@@ -69,7 +75,7 @@ def read_linear_spec(text: str) -> LinearSpec:
             side=int(grid.partition("x")[0]),
             first=int(first),
             eps=float(fields["eps"]),
-            out_dtype=DTYPE_NAMES[dtype],
+            out_dtype=None if dtype == _SAME else DTYPE_NAMES[dtype],
             out_layout=layout,  # type: ignore[arg-type]  # __post_init__ checks the name
         )
     except (KeyError, ValueError) as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ _CANONICAL = (
 )  # fmt: skip
 
 
+#: What an argument may be besides a tensor.
+_CONSTANTS: Final = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
 def canonical(program: Program) -> Program:
     """``program`` with its attentions as canonical operators."""
     return run_pipeline(program, _CANONICAL).program
@@ -42,44 +46,84 @@ def attentions(program: Program) -> list[Node]:
     return program.graph.find_nodes(op="call_function", target=overload("attention"))
 
 
-def isolated(module: nn.Module, call: Call, *, training: bool, lengths: bool) -> Program | str:
-    """The program of ``module`` called as in ``call``, for any first size of its inputs; or why there is none.
+@dataclass(frozen=True)
+class Isolated:
+    """A module captured alone: a program of its tensor arguments.
 
-    With ``lengths`` the second sizes may be any, too. Where a first size of 1 can be another, it may be.
+    Attributes:
+        program: its state stands under the module's names.
+        in_spec: how the arguments of a call are flattened.
+        constants: of the flattened arguments those that are no tensors, by place.
+    """
+
+    program: Program
+    in_spec: pytree.TreeSpec
+    constants: Mapping[int, Any]
+
+
+class _OfTensors(nn.Module):
+    """``inner`` called with its tensor arguments alone; the others are as in one call."""
+
+    def __init__(self, inner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.given, self.in_spec = pytree.tree_flatten((args, dict(kwargs)))
+        self.constants = {n: value for n, value in enumerate(self.given) if not isinstance(value, Tensor)}
+
+    def forward(self, *tensors: Tensor) -> Any:
+        rest = iter(tensors)
+        count = len(self.constants) + len(tensors)
+        flat = [self.constants[n] if n in self.constants else next(rest) for n in range(count)]
+        args, kwargs = pytree.tree_unflatten(flat, self.in_spec)
+        return self.inner(*args, **kwargs)
+
+
+def isolated(module: nn.Module, call: Call, *, training: bool, lengths: bool) -> Isolated | str:
+    """``module`` called as in ``call``, for any first size of its inputs; or why it can't be captured.
+
+    With ``lengths`` all sizes may be any that the module itself does not fix. Where a first size of 1 can be another,
+    it may be.
     """
     modes = {inner: inner.training for inner in module.modules()}
     module.train(training)
+    called = _OfTensors(module, call.args, call.kwargs)
+    foreign = [value for value in called.constants.values() if not isinstance(value, _CONSTANTS)]
+    if foreign:
+        return f"it is called with a {type(foreign[0]).__name__}, which a graph can't hold"
     try:
-        failure = ""
-        for fewest in (2, 1):
-            args, kwargs = (
-                pytree.tree_map(lambda x, n=fewest: _stand_in(x, n), given) for given in (call.args, dict(call.kwargs))
-            )
-            try:
-                return from_export(module, args, kwargs, _any_size(module, args, kwargs, 2 if lengths else 1))
-            except FxoptError as error:
-                failure = failure or str(error).splitlines()[0]
-        return f"it can't be captured alone: {failure}"
+        return _captured(called, lengths)
     finally:
         for inner, mode in modes.items():
             inner.training = mode
 
 
-def _stand_in(value: Any, fewest: int) -> Any:
+def _captured(called: _OfTensors, lengths: bool) -> Isolated | str:
+    failure = ""
+    # Beside a batch of several, a first size of 1 is one for all of them.
+    largest = max((int(x.shape[0]) for x in called.given if isinstance(x, Tensor) and x.dim()), default=1)
+    for fewest in (2, 1) if largest == 1 else (1,):
+        inputs = tuple(_stand_in(value, fewest) for value in called.given if isinstance(value, Tensor))
+        free = tuple(_free(x, lengths) for x in inputs)
+        try:
+            program = from_export(called, inputs, None, {"tensors": free})
+        except FxoptError as error:
+            failure = failure or str(error).splitlines()[0]
+            continue
+        assert program.signature is not None
+        bound = {name: target.removeprefix("inner.") for name, target in program.signature.bound.items()}
+        program.signature = replace(program.signature, bound=bound)
+        return Isolated(program, called.in_spec, called.constants)
+    return f"it can't be captured alone: {failure}"
+
+
+def _free(x: Tensor, lengths: bool) -> dict[int, Any]:
+    """Which sizes may change, as torch.export takes it: the first, or all; what the module fixes stays fixed."""
+    axes = range(x.dim()) if lengths else range(min(x.dim() - 1, 1))
+    return {axis: torch.export.Dim.AUTO for axis in axes if x.shape[axis] != 1}
+
+
+def _stand_in(value: Tensor, fewest: int) -> Tensor:
     """A real tensor for a fake one, whose first size is ``fewest`` at least."""
-    if not isinstance(value, Tensor):
-        return value
     sizes = [int(size) for size in value.shape]
     sizes = [max(sizes[0], fewest), *sizes[1:]] if sizes else sizes
     return torch.zeros(sizes, dtype=value.dtype, device=value.device)
-
-
-def _any_size(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: int) -> dict[str, Any]:
-    """The first ``axes`` sizes of every tensor as ones that may change, as torch.export takes it."""
-    auto = torch.export.Dim.AUTO  # type: ignore[attr-defined]
-
-    def free(value: Any) -> Any:
-        return dict.fromkeys(range(min(axes, value.dim() - 1)), auto) if isinstance(value, Tensor) else None
-
-    named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(free, value) for name, value in named.items()}

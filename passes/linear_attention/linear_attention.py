@@ -26,7 +26,8 @@ class LinearAttention:
     """``softmax(q·kᵀ)·v -> Q_i (Σ_j K_jᵀ v_j) / (Q_i·Σ_j K_j + eps)``, ``Q = relu(q)``, ``K = relu(k)``.
 
     The sums go over the keys that the original sees: all of them, ``j <= i`` where it is causal, without padded ones
-    where it has a mask of keys. Sequences may have any length. No parameter is new. Everything else is as
+    where it has a mask of keys. What a mask is that the model makes elsewhere, the example arguments prove: give some
+    with padding if there is any. Sequences may have any length. No parameter is new. Everything else is as
     `SimplifiedLinearAttention` has it: an attention is found by what it computes and exchanged together with the
     smallest module around it; any other mask or bias is refused unless ``drop`` gives it up; with ``steps`` or
     ``warmup`` training starts as the original.

@@ -26,13 +26,16 @@ class Kept:
 
     Attributes:
         causal: whether a query reads earlier keys only.
-        keep: the captured boolean ``[B, 1, 1, T]`` that says which keys count.
+        keep: the captured tensor ``[B, 1, 1 or S, T]`` whose last row says which keys count: boolean, or a number that
+            is far below 0 for those that don't.
         dropped: what does not stay, for reports.
+        assumed: what its mask is taken as, where only the example arguments tell.
     """
 
     causal: bool = False
     keep: Node | None = None
     dropped: tuple[str, ...] = ()
+    assumed: str = ""
 
 
 def read_drop(drop: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -48,25 +51,42 @@ def read_drop(drop: str | tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def read_attention(site: Node, drop: tuple[str, ...]) -> Kept | str:
-    """What of the canonical attention ``site`` a linear one keeps, or why it can't stand in its place."""
+def read_attention(site: Node, drop: tuple[str, ...], proved: Kept | None = None) -> Kept | str:
+    """What of the canonical attention ``site`` a linear one keeps, or why it can't stand in its place.
+
+    Args:
+        site: of the program of one module, where a mask that the model made elsewhere is a tensor of any contents.
+        drop: what may be given up.
+        proved: what the program of the whole model says of the same attention: its mask is causal, one of keys, both
+            or none.
+    """
     spec, captures = read_spec(str(site.args[4])), site.args[3]
     assert isinstance(captures, list | tuple)
-    objection = _readers_objection(site) or _score_objection(spec, drop)
+    given = [name for name in ("mask",) if proved is not None]
+    objection = _readers_objection(site) or _score_objection(spec, (*drop, *given))
     if objection:
         return objection
-    causal, keep, lost = False, None, [f"its {name}" for name in _lost_terms(spec)]
+    opaque = [term for kind, term in _lost_terms(spec) if kind == "mask" and proved is not None]
+    lost = [f"its {kind}" for kind, term in _lost_terms(spec) if term not in opaque]
+    causal, keep = False, None
     for term in conjuncts(spec.mask):
         if str(term) in _CAUSAL and same_size(shape(site.args[0])[2], shape(site.args[1])[2]):
             causal = True
         elif _is_padding(term, spec) and keep is None:
             keep = captures[int(term.value or 0)]
+        elif term.op == "capture" and proved is not None:
+            opaque.append(term)
         elif "mask" in drop:
             lost.append(f"its mask {term}")
         else:
             return f"its mask {term} is neither causal nor one of keys; drop='mask' leaves it out"
     lost += ["its dropout of weights"] if spec.dropout else []
-    return Kept(causal, keep, tuple(lost))  # type: ignore[arg-type]  # captures of a node are nodes
+    if opaque and proved is not None:
+        causal = causal or proved.causal
+        masks = [captures[int(node.value or 0)] for term in opaque for node in term.walk() if node.op == "capture"]
+        keep = masks[0] if proved.keep is not None and keep is None else keep
+    assumed = "" if not opaque or keep is not None else "causal" if causal else "empty"
+    return Kept(causal, keep, tuple(lost), assumed)  # type: ignore[arg-type]  # captures of a node are nodes
 
 
 def _readers_objection(site: Node) -> str:
@@ -82,7 +102,7 @@ def _score_objection(spec: AttentionSpec, drop: tuple[str, ...]) -> str:
     for term in _terms(spec.score):
         if term.reads(S) and not _is_scaled(term):
             return f"its scores are {spec.score}, not a positive multiple of q·k"
-    for name in _lost_terms(spec):
+    for name, _ in _lost_terms(spec):
         if name not in drop:
             what = "a bias that is added to its scores" if name == "bias" else "a mask that is added to its scores"
             return f"it has {what} ({spec.score}), which a linear attention can't keep; drop={name!r} leaves it out"
@@ -110,15 +130,15 @@ def _is_scaled(term: Expr) -> bool:
     return len(numbers) == len(scores) == 1 and (term.op == "mul" or term.args[1].op == "const")
 
 
-def _lost_terms(spec: AttentionSpec) -> list[str]:
-    """``"bias"`` or ``"mask"`` for each term that is added to the scores, besides numbers."""
+def _lost_terms(spec: AttentionSpec) -> list[tuple[str, Expr]]:
+    """Each term that is added to the scores, besides numbers, and whether it is a ``"bias"`` or a ``"mask"``."""
     names = []
     for term in _terms(spec.score):
         if term.reads(S) or term.op == "const":
             continue
         read = [spec.captures[int(node.value or 0)] for node in term.walk() if node.op == "capture"]
         of_sequence = any(capture.dims[0] != "-" for capture in read) or term.reads(Expr("symbol", value="b"))
-        names.append("mask" if of_sequence else "bias")
+        names.append(("mask" if of_sequence else "bias", term))
     return names
 
 

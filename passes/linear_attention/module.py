@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
-from fxopt.passes.linear_attention.replace import Captured
+from fxopt.passes.linear_attention.replace import Argument, Captured
 from fxopt.rewriter.progressive import Progressive
 
 
@@ -117,37 +117,48 @@ class _Calling:
     """How a captured graph is called."""
 
     def __init__(self, graph: Captured) -> None:
-        self.described = (graph.bound, graph.sizes, graph.in_spec, graph.out_spec)
+        self.described = (graph.bound, graph.arguments, graph.in_spec, graph.out_spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Calling:
+        """Nothing of it ever changes."""
+        return self
 
     def run(self, owner: nn.Module, graph: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the graph with ``owner``'s state."""
-        bound, sizes, in_spec, out_spec = self.described
+        bound, arguments, in_spec, out_spec = self.described
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != in_spec:
             raise CaptureError(
                 f"{type(owner).__name__} was captured for arguments of the structure {in_spec}, called with {spec}; "
                 "prepare the model with example arguments that it is trained with"
             )
-        for value, expected in zip(flat, sizes, strict=True):
-            _check(value, expected)
-        inputs = iter(flat)
+        given = [_checked(value, expected, flat) for value, expected in zip(flat, arguments, strict=True)]
+        inputs = iter([value for value, expected in zip(given, arguments, strict=True) if expected.sizes is not None])
         operands = [next(inputs) if name is None else _state(owner, name) for name in bound]
         return pytree.tree_unflatten(list(graph(*operands)), out_spec)
 
 
-def _check(value: Any, expected: tuple[Any, ...]) -> None:
-    """Whether an argument is such as the graph was captured for."""
-    if expected and expected[0] == "constant":
-        fits = not isinstance(value, Tensor) and value == expected[1]
+def _checked(value: Any, expected: Argument, flat: list[Any]) -> Any:
+    """The argument as the graph reads it, if it is such as the graph was captured for."""
+    if expected.sizes is None:
+        fits = not isinstance(value, Tensor) and value == expected.constant
+    elif not expected.read:
+        return None
+    elif value is None and expected.mask is not None:
+        device = next(x.device for x in flat if isinstance(x, Tensor))
+        # One for all keys: true, or nothing to add.
+        return torch.full((1, 1, 1, 1), expected.mask is torch.bool, dtype=expected.mask, device=device)
     else:
-        fits = isinstance(value, Tensor) and len(value.shape) == len(expected)
-        fits = fits and all(size in (None, own) for own, size in zip(value.shape, expected, strict=True))
+        fits = isinstance(value, Tensor) and len(value.shape) == len(expected.sizes)
+        fits = fits and all(size in (None, own) for own, size in zip(value.shape, expected.sizes, strict=True))
     if not fits:
         found = list(value.shape) if isinstance(value, Tensor) else value
+        wanted = expected.constant if expected.sizes is None else list(expected.sizes)
         raise CaptureError(
-            f"a module with linear attention was captured for {list(expected)} and got {found} (None: any size); "
+            f"a module with linear attention was captured for {wanted} and got {found} (None: any size); "
             "prepare the model with example arguments that it is trained with"
         )
+    return value
 
 
 def _state(owner: nn.Module, path: str) -> Any:

@@ -12,16 +12,22 @@ from torch.fx import Node
 
 from fxopt.ir.attention import read_spec
 from fxopt.ir.linear_attention import LinearSpec
-from fxopt.ir.nodes import shape
+from fxopt.ir.nodes import same_size, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
-from fxopt.passes.linear_attention.capture import attentions
+from fxopt.passes.linear_attention.capture import Isolated, attentions
 from fxopt.passes.linear_attention.meaning import Kept
 from fxopt.rewriter.builder import Builder
 
 aten = torch.ops.aten
 #: The input of the graph that says how much of the original is left.
 SHARE = "share"
+#: What is added to the scores of hidden keys is less.
+_HIDDEN = -1000.0
+#: How a mask of keys is read where it is one number for all keys.
+_OF_MASKS = (
+    aten.select.int, aten.slice.Tensor, aten.expand.default, aten.gt.Scalar, aten.unsqueeze.default, aten.alias.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,55 +50,89 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Argument:
+    """What an argument of a captured call has to be: a tensor of ``sizes`` (``None``: any), or else ``constant``.
+
+    One that is not ``read`` may be anything. A ``mask`` of keys may be ``None``, for all keys; it has this dtype.
+    """
+
+    sizes: tuple[int | None, ...] | None = None
+    constant: Any = None
+    read: bool = True
+    mask: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
 class Captured:
     """A graph that runs: its inputs are ``bound`` to the module's state by name, or are those of a call (``None``).
 
     Attributes:
         module: the graph; it takes flat inputs and gives flat results.
         bound: for each input what it is.
-        sizes: for each input of a call that is a tensor its sizes, ``None`` for those that may be any; other inputs of
-            a call are constants that it was captured with.
+        arguments: what each flattened argument of a call has to be.
         in_spec: how the arguments of a call are flattened.
         out_spec: how results are.
     """
 
     module: fx.GraphModule
     bound: tuple[str | None, ...]
-    sizes: tuple[Any, ...]
+    arguments: tuple[Argument, ...]
     in_spec: Any
     out_spec: Any
 
 
 def replace_attentions(
-    program: Program, read: Callable[[Node, int], Form], parameters: Mapping[str, Tensor], *, blended: bool
+    captured: Isolated, read: Callable[[Node, int], Form], parameters: Mapping[str, Tensor], *, blended: bool
 ) -> Captured:
-    """``program``, which this edits, with every attention replaced; ``blended`` keeps a share of the original.
+    """A module's program, which this edits, with every attention replaced; ``blended`` keeps a share of the original.
 
     Args:
-        program: of one module, canonical.
+        captured: of one module, canonical.
         read: what stands in the place of an attention, the nth of the program.
         parameters: of the module, new ones included, by name.
         blended: whether the graph reads, as a further input, the share of the original in the result.
     """
+    program = captured.program
     assert program.signature is not None
     bound = dict(program.signature.bound)
     inputs = _Inputs(program, parameters, bound)
     for place, site in enumerate(attentions(program)):
         _replace(program, site, read(site, place), inputs, blended)
+    placeholders = program.graph.find_nodes(op="placeholder")
+    tensors = [node for node in placeholders if node.name not in bound]
+    _read_sizes_early(program, tensors)
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.module.recompile()
-    placeholders = program.graph.find_nodes(op="placeholder")
-    called = [node for node in placeholders if node.name not in bound]
     names = tuple(bound.get(node.name) for node in placeholders)
-    sizes = tuple(_sizes(node.meta.get("val")) for node in called)
-    return Captured(program.generated(), names, sizes, program.signature.in_spec, program.signature.out_spec)
+    rest, constants = iter(tensors), captured.constants
+    places = range(len(tensors) + len(constants))
+    arguments = tuple(Argument(constant=constants[n]) if n in constants else _argument(next(rest)) for n in places)
+    return Captured(program.generated(), names, arguments, captured.in_spec, program.signature.out_spec)
 
 
-def _sizes(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return ("constant", value)
-    return tuple(size if isinstance(size, int) else None for size in value.shape)
+def _read_sizes_early(program: Program, tensors: list[Node]) -> None:
+    """Read every size of the first argument that has it: a mask behind it may be missing in other calls."""
+    for node in program.graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        places = ((x, axis) for x in tensors for axis, size in enumerate(shape(x)) if not isinstance(size, int))
+        node.args = next((p for p in places if same_size(shape(p[0])[p[1]], node.meta["val"])), node.args)
+
+
+def _argument(node: Node) -> Argument:
+    sizes = tuple(size if isinstance(size, int) else None for size in shape(node))
+    mask = tensor(node).dtype if node.users and _is_mask(node) and len(sizes) == 4 else None
+    return Argument(sizes, read=bool(node.users), mask=mask)
+
+
+def _is_mask(node: Node) -> bool:
+    """Whether ``node`` is read as a mask of keys, and in no other way."""
+
+    def reads(user: Node, operand: Node) -> bool:
+        if user.target is overload("linear_attention"):
+            return user.args[4] is operand and operand not in user.args[:4]
+        return user.target in _OF_MASKS and user.args[0] is operand and _is_mask(user)
+
+    return all(reads(user, node) for user in node.users)
 
 
 class _Inputs:
@@ -140,17 +180,17 @@ def _call(builder: Builder, site: Node, form: Form, inputs: _Inputs) -> Node:
         repeat = overload("repeat_heads")
         count = heads // kv_heads
         k, v = (builder.call(repeat, x, count, spec.kv_map) for x in (k, v))
-    keep = None if form.kept.keep is None else _mask(builder, form.kept.keep, q)
-    linear = LinearSpec(
-        form.kept.causal, form.side, form.first, form.eps, out_dtype=spec.out_dtype, out_layout=spec.out_layout
-    )
+    keep = None if form.kept.keep is None else _mask(builder, form.kept.keep, q, k)
+    # So that a student may be trained in another precision than it was prepared in.
+    dtype = None if spec.out_dtype == tensor(q).dtype else spec.out_dtype
+    linear = LinearSpec(form.kept.causal, form.side, form.first, form.eps, out_dtype=dtype, out_layout=spec.out_layout)
     given = [optional.get(role) for role in ("positions", "weight", "bias")]
     return builder.call(overload("linear_attention"), q, k, v, given[0], keep, *given[1:], str(linear))
 
 
-def _mask(builder: Builder, captured: Node, q: Node) -> Node:
-    """``[B, 1, 1, T]``, or ``[1, 1, 1, T]`` for all sequences, as ``[B, T]``."""
-    flat = builder.call(aten.select.int, builder.call(aten.select.int, captured, 1, 0), 1, 0)
-    if shape(captured)[0] == 1:
-        return builder.call(aten.expand.default, flat, [builder.size(q, 0), -1])
-    return flat
+def _mask(builder: Builder, captured: Node, q: Node, k: Node) -> Node:
+    """``[B or 1, 1, 1 or S, T]`` as ``[B, T]``: the last query sees all keys that count, causal or not."""
+    flat = builder.call(aten.select.int, builder.call(aten.select.int, captured, 2, -1), 1, 0)
+    if tensor(flat).dtype.is_floating_point:
+        flat = builder.call(aten.gt.Scalar, flat, _HIDDEN)
+    return builder.call(aten.expand.default, flat, [builder.size(q, 0), builder.size(k, 2)])

@@ -12,9 +12,8 @@ from torch.fx import Node
 
 from fxopt.errors import OptionError
 from fxopt.ir.nodes import source, tensor
-from fxopt.ir.program import Program
 from fxopt.ir.site import Site
-from fxopt.passes.linear_attention.capture import attentions, canonical, isolated
+from fxopt.passes.linear_attention.capture import Isolated, attentions, canonical, isolated
 from fxopt.passes.linear_attention.meaning import Kept, read_attention
 from fxopt.passes.linear_attention.module import LinearisedModule, Transition
 from fxopt.passes.linear_attention.replace import SHARE, Captured, Form, replace_attentions
@@ -57,10 +56,19 @@ class Swap:
 
 @dataclass(frozen=True)
 class _Owner:
-    """The smallest module that computes an attention, and its program alone."""
+    """The smallest module that computes an attention, and its program alone; ``proved`` is what the
+    model's program says of each of its attentions.
+    """
 
     name: str
-    program: Program
+    captured: Isolated
+    proved: tuple[Kept | None, ...] = ()
+
+    def proof(self, place: int) -> Kept | None:
+        """What is proved of one of its attentions; a module that is called several times has them all again."""
+        count = len(attentions(self.captured.program))
+        same = set(self.proved[place::count])
+        return same.pop() if len(same) == 1 else None
 
 
 def swap_attentions(student: Student, swap: Swap) -> Preparation:
@@ -73,6 +81,7 @@ def swap_attentions(student: Student, swap: Swap) -> Preparation:
     known: dict[str, _Owner | str | None] = {}
     found = [(site, _owner(student, site, swap, known)) for site in attentions(program)]
     names = list(dict.fromkeys(owner.name for _, owner in found if isinstance(owner, _Owner)))
+    proved = _proved(found)
     for pattern in swap.select:
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
             raise OptionError(f"select={pattern!r} fits no attention; they are in: {', '.join(names) or 'none'}")
@@ -80,13 +89,23 @@ def swap_attentions(student: Student, swap: Swap) -> Preparation:
     sites = []
     for site, owner in found:
         if isinstance(owner, _Owner) and owner.name not in done:
-            done[owner.name] = _treat(student, owner, swap)
+            done[owner.name] = _treat(student, replace(owner, proved=proved[owner.name]), swap)
         exchanged, reason = done[owner.name] if isinstance(owner, _Owner) else (False, owner)
         status = "rewritten" if exchanged else "kept"
         place = source(site)
         place = replace(place, module=place.module.partition("@")[0])
         sites.append(Site("attention", status, swap.rule, reason, place, (site.name,)))  # type: ignore[arg-type]
     return Preparation(tuple(sites))
+
+
+def _proved(found: list[tuple[Node, _Owner | str]]) -> dict[str, tuple[Kept | None, ...]]:
+    """What the model's program says of the masks of each module's attentions, which one module alone can't tell."""
+    proved: dict[str, tuple[Kept | None, ...]] = {}
+    for site, owner in found:
+        if isinstance(owner, _Owner):
+            kept = read_attention(site, ())
+            proved[owner.name] = (*proved.get(owner.name, ()), kept if isinstance(kept, Kept) else None)
+    return proved
 
 
 def _owner(student: Student, site: Node, swap: Swap, known: dict[str, _Owner | str | None]) -> _Owner | str:
@@ -113,11 +132,11 @@ def _read_owner(student: Student, name: str, swap: Swap) -> _Owner | str | None:
     around = inlining(student.model, name)
     if isinstance(module, Progressive) or around is not None:
         return f"{around or name} was exchanged by another pass"
-    program = isolated(module, student.calls[name][0], training=False, lengths=swap.lengths)
-    if isinstance(program, str):
-        return program
-    found = canonical(program)
-    return _Owner(name, found) if attentions(found) else None
+    captured = isolated(module, student.calls[name][0], training=False, lengths=swap.lengths)
+    if isinstance(captured, str):
+        return captured
+    found = replace(captured, program=canonical(captured.program))
+    return _Owner(name, found) if attentions(found.program) else None
 
 
 def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
@@ -126,21 +145,23 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
     objection = _objection(module, owner.name, calls, swap)
     if objection:
         return False, objection
-    like = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if like is None and swap.transition.blends:
+    own = next((p.detach() for p in module.parameters() if p.is_floating_point()), None)
+    if own is None and swap.transition.blends:
         return False, "it holds no parameter whose optimiser could drive a schedule; give steps=0 and warmup=0"
-    sites = attentions(owner.program)
-    like = torch.empty(0, dtype=tensor(sites[0]).dtype, device=tensor(sites[0]).device) if like is None else like
-    forms, parameters, titles = [], {}, []
+    sites = attentions(owner.captured.program)
+    like = torch.empty(0, dtype=tensor(sites[0]).dtype, device=tensor(sites[0]).device) if own is None else own
+    forms: list[Form] = []
+    titles: list[str] = []
+    parameters: dict[str, nn.Parameter] = {}
     for place, site in enumerate(sites):
-        kept = read_attention(site, swap.drop)
-        plan = kept if isinstance(kept, str) else swap.plan(site, kept, like.detach())
+        kept = read_attention(site, swap.drop, owner.proof(place))
+        plan = kept if isinstance(kept, str) else swap.plan(site, kept, like)
         if isinstance(plan, str) or isinstance(kept, str):
             return False, str(plan)
         names = {role: _new_name(module, role, place, len(sites)) for role in plan.parameters}
         parameters |= {names[role]: nn.Parameter(value) for role, value in plan.parameters.items()}
         forms.append(Form(kept, plan.side, plan.first, swap.eps, names))
-        titles.append(plan.title + (f", without {' and '.join(kept.dropped)}" if kept.dropped else ""))
+        titles.append(plan.title + _remarks(kept))
     graphs = _graphs(module, calls[0], owner, forms, parameters, swap)
     if isinstance(graphs, str):
         return False, graphs
@@ -148,6 +169,11 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
     new = LinearisedModule(module, parameters, graphs, swap.transition, title).train(module.training)
     exchange(student.model, module, new)
     return True, f"softmax attention -> {title}"
+
+
+def _remarks(kept: Kept) -> str:
+    without = f", without {' and '.join(kept.dropped)}" if kept.dropped else ""
+    return without + (f"; its mask is {kept.assumed}, as in the example call" if kept.assumed else "")
 
 
 def _new_name(module: nn.Module, role: str, place: int, count: int) -> str:
@@ -185,9 +211,9 @@ def _graphs(
     captured = isolated(module, call, training=True, lengths=swap.lengths)
     if isinstance(captured, str):
         return captured
-    training = canonical(captured)
-    sites = attentions(training)
-    read = [read_attention(site, swap.drop) for site in sites]
+    training = replace(captured, program=canonical(captured.program))
+    sites = attentions(training.program)
+    read = [read_attention(site, swap.drop, owner.proof(place)) for place, site in enumerate(sites)]
     if len(read) != len(forms) or any(isinstance(kept, str) for kept in read):
         return "it computes another attention in training than in evaluation"
     trained = [replace(form, kept=kept) for form, kept in zip(forms, read, strict=True) if isinstance(kept, Kept)]
@@ -195,5 +221,5 @@ def _graphs(
     blended = swap.transition.blends
     return (
         replace_attentions(training, lambda _, place: trained[place], inputs, blended=blended),
-        replace_attentions(owner.program, lambda _, place: forms[place], inputs, blended=False),
+        replace_attentions(owner.captured, lambda _, place: forms[place], inputs, blended=False),
     )

@@ -31,6 +31,13 @@ def test_language_trains_every_norm_on_the_excerpt(tmp_path: Path, capsys: pytes
     assert "+0.00%" in table
 
 
+def test_language_trains_linear_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    norms_language.main(
+        ["--tiny", "--steps", str(_STEPS), "--seeds", "0", "--device", "cpu", "--norms", "LinearAttention"]
+    )
+    assert "| LinearAttention" in capsys.readouterr().out
+
+
 def test_vision_trains_a_norm_on_images_like_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = torch.Generator().manual_seed(0)
     rows = [[*torch.randint(17, (64,), generator=draw).tolist(), number % 10] for number in range(1797)]
@@ -38,8 +45,9 @@ def test_vision_trains_a_norm_on_images_like_the_digits(tmp_path: Path, capsys: 
     with gzip.open(digits, "wt") as file:
         file.write("\n".join(",".join(map(str, row)) for row in rows))
     arguments = ["--digits", str(digits), "--tiny", "--steps", str(_STEPS), "--seeds", "0", "--device", "cpu"]
-    norms_vision.main([*arguments, "--norms", BASELINE, "RepBatchNorm", "--output", str(output)])
-    assert [run["norm"] for run in _results(output)] == [BASELINE, "RepBatchNorm"]
+    norms = [BASELINE, "RepBatchNorm", "SimplifiedLinearAttention"]
+    norms_vision.main([*arguments, "--norms", *norms, "--output", str(output)])
+    assert [run["norm"] for run in _results(output)] == norms
     assert "points" in capsys.readouterr().out
 
 

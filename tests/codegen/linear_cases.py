@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxopt.codegen.linear_attention import reference
+import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
 from fxopt.codegen.linear_attention.operands import Operands, read_operands
 from fxopt.ir.linear_attention import LinearSpec
+from fxopt.ir.operators import overload
 
 Given = tuple[Tensor | None, ...]
 
@@ -81,7 +82,7 @@ def eager(case: LinearCase, given: Given, grad: Tensor) -> tuple[Tensor, tuple[T
     """Result and gradients by the meaning, in the dtype of the operands."""
     given = tuple(x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in given)
     spec = replace(case.spec(grad.dtype), out_dtype=grad.dtype)
-    out = reference.linear_attention(*given, str(spec))  # type: ignore[arg-type]
+    out = overload("linear_attention")(*given, str(spec))
     return out.detach(), torch.autograd.grad(out, leaves(given), grad)
 
 

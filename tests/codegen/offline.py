@@ -16,6 +16,7 @@ import torch
 from fxopt.codegen.attention import operator as forward
 from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.weights import operator as weights
+from fxopt.codegen.linear_attention import operator as linear
 from fxopt.codegen.norm.residual_norm import backward_operator as norm_backward
 from fxopt.codegen.norm.residual_norm import operator as norm
 
@@ -24,6 +25,8 @@ LAUNCHING = (
     (forward.attention_forward, forward._cuda),
     (backward.attention_backward, backward._cuda),
     (weights.attention_weights_forward, weights._cuda),
+    (linear.linear_attention_forward, linear._cuda),
+    (linear.linear_attention_backward, linear._cuda_backward),
     (norm.residual_norm_forward, norm._cuda),
     (norm_backward.residual_norm_backward, norm_backward._cuda),
 )

@@ -14,7 +14,7 @@ from fxopt.codegen.linear_attention.operands import Operands, read_operands
 from fxopt.codegen.linear_attention.operator import linear_attention_forward
 from fxopt.errors import ExpressionError, LoweringError
 from fxopt.ir.linear_attention import LinearSpec, read_linear_spec
-from fxopt.ir.operators import overload
+from fxopt.ir.operators import overload, quick_result
 from tests.codegen.linear_cases import CASES, LinearCase, leaves, widened
 
 DOUBLE, HALF = torch.float64, torch.bfloat16
@@ -69,6 +69,14 @@ def test_a_query_without_any_key_gives_zero_and_finite_gradients() -> None:
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize("name", ["padded", "causal"])
+def test_sums_are_wide_under_autocast(name: str) -> None:
+    given, spec = CASES[name].draw(HALF), str(CASES[name].spec(HALF))
+    expected = overload("linear_attention")(*given, spec)
+    with torch.autocast("cpu", HALF):
+        assert torch.equal(overload("linear_attention")(*given, spec), expected)
+
+
 def test_padding_is_seen_by_nobody() -> None:
     case = CASES["padded"]
     q, k, v, *rest = case.draw(DOUBLE)
@@ -84,8 +92,10 @@ def test_padding_is_seen_by_nobody() -> None:
 @each
 def test_fake_result_is_like_the_real_one(case: LinearCase, layout: str) -> None:
     given, spec = case.draw(torch.float32), str(case.spec(HALF, layout))
-    real = reference.linear_attention(*given, spec)  # type: ignore[arg-type]
-    empty = reference.empty_result(*given, spec)  # type: ignore[arg-type]
+    real = overload("linear_attention")(*given, spec)
+    make = quick_result(overload("linear_attention"))
+    assert make is not None
+    empty = make(*given, spec)
     assert (real.shape, real.dtype, real.stride()) == (empty.shape, empty.dtype, empty.stride())
 
 
@@ -104,8 +114,8 @@ def test_operator_has_right_gradients_twice(name: str) -> None:
         out: Tensor = linear_attention_forward(*operands, spec, CONFIG, True)[0]
         return out
 
-    assert torch.autograd.gradcheck(run, given)
-    assert torch.autograd.gradgradcheck(run, given)
+    assert torch.autograd.gradcheck(run, given)  # type: ignore[arg-type]  # None is an operand like any other
+    assert torch.autograd.gradgradcheck(run, given)  # type: ignore[arg-type]
     torch.library.opcheck(linear_attention_forward, (*given, spec, CONFIG, True))
 
 

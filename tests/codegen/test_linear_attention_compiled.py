@@ -51,7 +51,14 @@ def compiled(text: LinearText, name: str, architecture: int) -> Any:
 
     kernel = getattr(import_source(KIND, str(text)), name)
     block, keys, values, columns, warps = text.blocks[text.kernels[name].kind]
-    constants = {"BLOCK_N": block, "BLOCK_D": keys, "BLOCK_E": values, "COLUMNS": columns, "SPLIT": False, "SAVE": True}
+    constants: dict[str, Any] = {
+        "BLOCK_N": block,
+        "BLOCK_D": keys,
+        "BLOCK_E": values,
+        "COLUMNS": columns,
+        "SPLIT": False,
+        "SAVE": True,
+    }
     constants |= {"EVEN_D": text.head_dim % keys == 0, "EVEN_E": text.value_dim % values == 0}
     constants |= {"GROUP": text.config.group, "PRECISION": "ieee" if text.dtype is SINGLE else "tf32"}
     innermost = {p for p in kernel.arg_names if re.search(r"_stride_[de]$", p) and not p.startswith(("weight", "bias"))}

@@ -103,7 +103,7 @@ def _folded(model: nn.Module, inputs: Inputs, peer: Peer) -> Pair:
         student(**inputs)
     # Inductor knows PyTorch's attention, and not what fxopt makes of it.
     left_out = () if peer.backend == "fxopt" else ("fuse-sdpa", "fuse-attention")
-    passes = [name for name in fxopt.passes.exact_pipeline() if name not in left_out]
+    passes = [one for one in fxopt.passes.exact_pipeline() if one.name not in left_out]
     return fxopt.convert(student.eval(), passes=passes), student
 
 

@@ -5,7 +5,8 @@
 A block of Swin-T is prepared with `SimplifiedLinearAttention` and `RepBatchNorm` and converted; beside it run SLAB's
 own block, written from the formulas as plain PyTorch with the same weights (with queries, keys and values in the dtype
 of the model, and in float32 as published), and the softmax block that it came from. Results are compared with float64
-first. bfloat16, 64 images; the half with the attention alone, and the whole block. ``--quick`` runs on a CPU.
+first. bfloat16, 64 images; the half with the attention alone, and the whole block; CUDA graphs of all are replayed, as
+the host would be what is timed. ``--quick`` runs on a CPU.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 import fxopt
 from benchmarks.environment import environment
+from benchmarks.kernels import kernel_times
 from benchmarks.slab_modules import STAGES, Block, Stage, randomise, slab
-from benchmarks.timing import Timing, interleave
+from benchmarks.timing import Timing, cuda_graph, interleave
 
 #: Against which the speed of the others is told.
 BASE: Final = "SLAB, Inductor"
@@ -35,8 +37,10 @@ _TINY: Final = Stage("tiny", 32, 2, 8, window=4)
 Run = Callable[[Tensor], Tensor]
 
 
-def measure(stage: Stage, batch: int, *, fed: bool, rounds: int, device: str) -> dict[str, Timing]:
-    """Milliseconds of every variant."""
+def measure(
+    stage: Stage, batch: int, *, fed: bool, rounds: int, device: str
+) -> tuple[dict[str, Timing], dict[str, list[tuple[str, float]]]]:
+    """Milliseconds of every variant, and on a GPU the kernels of fxopt's and of what it is compared with."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -50,7 +54,11 @@ def measure(stage: Stage, batch: int, *, fed: bool, rounds: int, device: str) ->
             found = model(x_BNC)[:count]
             if not name.startswith("softmax"):
                 _check(name, found, expected)
-        return interleave({name: _timed(model, x_BNC) for name, model in models.items()}, device, rounds=rounds)
+        calls = {name: _timed(model, x_BNC) for name, model in models.items()}
+        if device == "cpu":
+            return interleave(calls, device, rounds=rounds), {}
+        timings = interleave({name: cuda_graph(call) for name, call in calls.items()}, device, rounds=rounds)
+        return timings, {name: kernel_times(calls[name]) for name in (_OWN, BASE)}
 
 
 def _models(block: Block, stage: Stage, x_BNC: Tensor, *, fed: bool) -> tuple[Run, dict[str, Run]]:
@@ -109,9 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
     for stage in stages:
         for fed in (False, True):
             title = f"{stage.name}, {batch} images, {'whole block' if fed else 'attention half'}"
-            timings = measure(stage, batch, fed=fed, rounds=rounds, device=device)
+            timings, kernels = measure(stage, batch, fed=fed, rounds=rounds, device=device)
             show(title, timings)
-            results.append({"title": title, "timings": {name: asdict(timing) for name, timing in timings.items()}})
+            plain = {name: asdict(timing) for name, timing in timings.items()}
+            results.append({"title": title, "timings": plain, "kernels": kernels})
             if options.output:
                 options.output.write_text(json.dumps({"environment": facts, "results": results}, indent=1))
 

@@ -21,9 +21,10 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from fxopt.errors import OptionError
 from fxopt.ir.program import Program
 from fxopt.ir.site import Site
-from fxopt.rewriter.passes import Pass
+from fxopt.rewriter.passes import Pass, PassResult
 
 _LIVE: Final[weakref.WeakSet[Progressive]] = weakref.WeakSet()
 #: Optimisers in the middle of a step, with the modules that moved on meanwhile: one optimiser may hold another.
@@ -133,6 +134,20 @@ class TrainablePass(Pass, Protocol):
     def prepare(self, student: Student) -> Preparation:
         """Exchange modules of ``student.model`` in place."""
         ...
+
+
+class Trainable:
+    """What passes of the tier ``trainable`` share; a `TrainablePass` may derive from it."""
+
+    name: ClassVar[str]
+
+    def run(self, program: Program) -> PassResult:
+        """A graph alone can't be trained.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError(f"{self.name} is a trainable pass: give it to fxopt.prepare, train, then fxopt.convert")
 
 
 def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

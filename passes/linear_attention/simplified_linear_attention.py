@@ -12,19 +12,17 @@ from torch.fx import Node
 from fxopt.errors import OptionError
 from fxopt.ir.linear_attention import EPS
 from fxopt.ir.nodes import shape
-from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.passes.linear_attention.meaning import Kept, read_drop
 from fxopt.passes.linear_attention.module import Transition
 from fxopt.passes.linear_attention.swap import Plan, Swap, swap_attentions
-from fxopt.rewriter.passes import PassResult
-from fxopt.rewriter.progressive import Preparation, Student
+from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class SimplifiedLinearAttention:
+class SimplifiedLinearAttention(Trainable):
     """``softmax(q·kᵀ)·v -> Q_i (Σ_j K_jᵀ v_j) / (Q_i·Σ_j K_j + eps) + conv(v)_i``.
 
     ``Q = relu(q)`` and ``K = relu(k + p)``: SLAB's attention, linear in the number of tokens, without softmax and
@@ -85,14 +83,6 @@ class SimplifiedLinearAttention:
         if not self.eps > 0:
             raise OptionError(f"eps={self.eps} is not possible; give a number above 0")
         read_drop(self.drop)
-
-    def run(self, program: Program) -> PassResult:
-        """A graph alone can't be trained.
-
-        Raises:
-            OptionError: always.
-        """
-        raise OptionError(f"{self.name} is a trainable pass: give it to fxopt.prepare, train, then fxopt.convert")
 
     def prepare(self, student: Student) -> Preparation:
         """Exchange the attentions of ``student`` in place."""

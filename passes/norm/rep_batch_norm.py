@@ -8,21 +8,19 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fxopt.errors import OptionError
-from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.passes.norm.recognise import NormModule
 from fxopt.passes.norm.rep_module import RepNorm, Transition
 from fxopt.passes.norm.running import Statistics
 from fxopt.passes.norm.swap import Swap, read_patterns, swap_norms
 from fxopt.passes.norm.token_mask import TokenMask
-from fxopt.rewriter.passes import PassResult
-from fxopt.rewriter.progressive import Preparation, Student
+from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class RepBatchNorm:
+class RepBatchNorm(Trainable):
     """``norm(x) -> λ·norm(x) + (1 − λ)·(BN(x) + α·x)``, ``λ`` falling from 1 to 0; in evaluation ``a ⊙ x + b``.
 
     ``norm`` is a LayerNorm or RMSNorm over the last axis of ``x [..., C]`` that a module of its own computes, whatever
@@ -84,14 +82,6 @@ class RepBatchNorm:
             if getattr(self, name) < 0:
                 raise OptionError(f"{name}={getattr(self, name)} is not possible; give 0 or more optimiser steps")
         self._statistics()
-
-    def run(self, program: Program) -> PassResult:
-        """A graph alone can't be trained.
-
-        Raises:
-            OptionError: always.
-        """
-        raise OptionError(f"{self.name} is a trainable pass: give it to fxopt.prepare, train, then fxopt.convert")
 
     def prepare(self, student: Student) -> Preparation:
         """Exchange the norms of ``student`` in place."""

@@ -63,6 +63,8 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
         return f"head dimensions must be multiples of 8 from 40 to 128 that pad alike, not {head_dim} and {value_dim}"
     if spec.dropout:
         return "it drops no weights"
+    if plan.averages(spec):
+        return "rows without keys average the values, which the portable kernels give their gradients back"
     if any({"i", "j"} <= set(c.dims) or c.is_band for c in spec.captures):
         return "a captured tensor varies with both row and key, which the portable kernels read better"
     if any(_is_unsafe(e) for e in (spec.score, plan.slope(spec)[0]) if e is not None):

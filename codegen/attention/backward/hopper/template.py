@@ -14,8 +14,9 @@ HEADER: Final = '''\
     dx = P·($dropped_maths − delta)
     ds = dx·∂x/∂s,  dq = Σ_j ds·k,  dk = Σ_i ds·q,  dv = Σ_i P·dout
 $captures
-Four kernels: delta; zeros for the sums of dq; all products, by programs that keep a block of keys and go through the
-rows of every query head they serve; dq out of its sums. Programs add to dq in any order: bits may differ between runs.
+Three kernels: delta, and zeros for the sums of dq; all products, by programs that keep a block of keys and go through
+the rows of every query head they serve; dq out of its sums. Programs add to dq in any order: bits may differ between
+runs.
 
 Specification:
 $spec
@@ -82,7 +83,7 @@ def load(
         start, stop = row_blocks(
             $range_arguments
         )
-        line = (b * heads + h) * Sq
+        line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * BLOCK_M
         for block in range(start, stop):
             slot = step & (STAGES - 1)
             # The barriers turn when all slots have been used: every 2 or 4 steps.
@@ -160,7 +161,6 @@ def fold_rows(
     $slope
     dp = warpgroup_mma_wait(1, deps=[dp])
     delta = delta_tiles.index(slot).load(gl.SliceLayout(0, SCORES))
-    $clean_delta
     ds = (p * (dp - delta[None, :])).to(k.dtype)
     # The other group's product of dq reads what this one stores; of two buffers that of the step before is in use.
     turned = ds_tiles.index(step & 1)
@@ -227,8 +227,8 @@ def multiply(
 
 #: What a row without finite weights does to the values, also of keys whose loops leave it out.
 SPOIL_DV: Final = """\
-if program % blocks * 64 < Sq:
-    spoilt = tl.load(spoilt_ptr + pair * tl.cdiv(Sq, 64) + program % blocks)
+if program % blocks * $prepared_rows < Sq:
+    spoilt = tl.load(spoilt_ptr + pair * tl.cdiv(Sq, $prepared_rows) + program % blocks)
     if spoilt != 0.0:
         b, h = pair // heads, pair % heads
         g = $kv_head
@@ -284,18 +284,25 @@ def gradient_kernel(
 
 '''
 
+#: What the kernel of all products needs of a block of rows, so that it has nothing to do for them.
+PREPARED: Final = """\
+# By whole blocks, rows beyond the end without weights: TMA reads from multiples of 16 bytes only.
+inside, line = rows < Sq, tl.cast(program, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+$read_lse
+$finite_shift
+$finite_delta
+tl.store(shift_ptr + line, tl.where(inside, shift$scaled, float("inf")))
+$store_count
+tl.store(delta_ptr + line, tl.where(inside, delta, 0.0))
+sums = tl.cast(program, tl.int64) * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D)
+tl.store(sums_ptr + sums, tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+"""
+
 ALLOCATE_VECTOR: Final = """\
 ${vector}_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], VECTOR)
 """
 
 SUMS: Final = '''
-@triton.jit
-def clear_kernel(sums_ptr, SIZE: tl.constexpr):
-    """Zeros for the sums of dq."""
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    tl.store(sums_ptr + place, tl.zeros([SIZE], tl.float32))
-
-
 @triton.jit(do_not_specialize=["heads", "Sq", "Sk", "blocks"])
 def finish_kernel(
     $finish_parameters
@@ -335,9 +342,8 @@ def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def vectors(x: torch.Tensor) -> TensorDescriptor:
-    """One number for each row of every head, as blocks of rows that may begin anywhere."""
-    source = x if x.data_ptr() % 16 == 0 else x.clone()
-    return TensorDescriptor(source, [source.numel()], [1], [$rows_at_a_time], VECTOR)
+    """One number for each row of every head, as blocks of rows: each begins at a multiple of 16 bytes, as it must."""
+    return TensorDescriptor(x, [x.numel()], [1], [$rows_at_a_time], VECTOR)
 
 '''
 
@@ -350,7 +356,6 @@ GROUP: Final = """\
 LAUNCHES: Final = """\
 blocks, pairs = -(-keys // $keys), batch * kv_heads
 group = $group
-clear_kernel[(sums.numel() // $cleared,)](sums, SIZE=$cleared)
 gradient_kernel[(blocks * pairs,)](
     $gradient_arguments
 )

@@ -174,20 +174,44 @@ class HopperText(BackwardText):
         tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", *_BARRIERS, "ds_ready")
         captures = (name for c in self._folds.by_key for name in c.attend_names)
         symbols = (name for name in ("b", "h", "j") if name in self._read)
-        state = ("dk", "dv", "step", "k", "v", "k_part", *tiles, *captures, *symbols, "columns", "Sq", "Sk")
+        state = (*self._folded, "step", "k", "v", "k_part", *tiles, *captures, *symbols, "columns", "Sq", "Sk")
         constants = ("MEMBER", *_CONSTANTS, *("EVEN",) * self._indexed, "SCORES", "WEIGHTS", "DQ")
-        masks = [] if self.spec.mask is None else [f'x = gl.where({self._emit(self.spec.mask)}, x, float("-inf"))']
-        masks += ["if not WHOLE:", '    x = gl.where(columns < Sk, x, float("-inf"))']
+        placed = ("sums + block * (BLOCK_M * WIDTH)", "block * BLOCK_M")
+        masks = [] if self.spec.mask is None else [f"p = gl.where({self._emit(self.spec.mask)}, p, 0.0)"]
+        masks += ["if not WHOLE:", "    p = gl.where(columns < Sk, p, 0.0)"]
         loads = "\n".join(c.load_in_loop for c in self._folds.by_key if c.in_loop)
         return {
             "fold_parameters": parameters((*state, "target", "start", *constants)),
-            "fold_arguments": listing((*state, "sums + block * (BLOCK_M * WIDTH)", "block * BLOCK_M", *constants)),
+            "fold_arguments": listing((*state, *placed, *constants)),
+            **self._order,
             "load_captures": as_gluon(loads).replace("BOUNDED and not EVEN", "not EVEN"),
             "score": self._emit(inner),
             "widen": "" if inner.reads(S) else "x = gl.zeros_like(s) + x",
             "masks": "\n".join(masks),
             "weight": as_gluon(self._weights.text.format("[None, :]")),
             "slope": "" if slope is None else f"p = p * ({self._emit(slope)})",
+        }
+
+    @property
+    def _folded(self) -> tuple[str, ...]:
+        """What goes from one block of rows to the next."""
+        return ("dk", "dv", "s") if self.cut.ahead else ("dk", "dv")
+
+    @property
+    def _order(self) -> dict[str, str]:
+        """The holes that say when queries are multiplied with keys."""
+        ahead = self.cut.ahead
+        return {
+            "score_now": "" if ahead else hopper.SCORE_NOW.rstrip("\n"),
+            "load_nothing": hopper.LOAD_NOTHING.rstrip("\n") if ahead else "",
+            "score_next": hopper.SCORE_NEXT.rstrip("\n") if ahead else "",
+            "score_first": hopper.SCORE_FIRST.rstrip("\n") if ahead else "",
+            "score_wait": "" if ahead else "s = warpgroup_mma_wait(1, deps=[s])",
+            "score_done": "s = warpgroup_mma_wait(0, deps=[s])" if ahead else "",
+            "dq_wait": "dq = warpgroup_mma_wait(1, deps=[dq])"
+            if ahead
+            else "dv, w, dk, u, dq = warpgroup_mma_wait(0, deps=[dv, w, dk, u, dq])",
+            "folded": ", ".join(self._folded),
         }
 
     @property

@@ -46,7 +46,10 @@ def place(blocks, kv_heads, group, pairs):
 
     ``pairs`` of the last two go in groups whose tensors fit the L2 cache; within one the first keys come first.
     """
-    program = gl.program_id(0)
+    # Read anew each time: kept for what follows the loops, it would take registers in them.
+    program = gl.inline_asm_elementwise(
+        "mov.u32 $$0, %ctaid.x;", "=r,r", [blocks], dtype=gl.int32, is_pure=False, pack=1
+    )
     before = program // (group * blocks) * group
     within = program % (group * blocks)
     size = gl.minimum(group, pairs - before)
@@ -98,6 +101,7 @@ def load(
                 delta_source, [line + row], dout_ready.index(slot), delta_tiles.index(slot)
             )
             step += 1
+    $load_nothing
 
 '''
 
@@ -139,11 +143,10 @@ def fold_rows(
     q = q_tiles.index(slot).reshape([BLOCK_M, WIDTH])
     dout = dout_tiles.index(slot).reshape([BLOCK_M, WIDTH])
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
-    mbarrier.wait(q_ready.index(slot), phase)
-    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    $score_now
     mbarrier.wait(dout_ready.index(slot), phase)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
+    $score_wait
     # Seen through, the compiler would keep 64-bit copies of all rows in registers.
     start = gl.inline_asm_elementwise("mov.b32 $$0, $$1;", "=r,r", [start], dtype=gl.int32, is_pure=True, pack=1)
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
@@ -154,8 +157,8 @@ def fold_rows(
     $load_captures
     x = $score
     $widen
-    $masks
     p = $weight
+    $masks
     w = gl.convert_layout(p.to(k.dtype), WEIGHTS)
     dv = warpgroup_mma(w, dout, dv, is_async=True)
     $slope
@@ -172,12 +175,45 @@ def fold_rows(
     mbarrier.wait(ds_ready.index(step & 1), (step >> 1) & 1)
     nothing = gl.zeros([64, $dq_columns], gl.float32, layout=DQ)
     dq = warpgroup_mma($turned.permute((1, 0)), k_part, nothing, use_acc=False, is_async=True)
-    dv, w, dk, u, dq = warpgroup_mma_wait(0, deps=[dv, w, dk, u, dq])
+    $score_next
+    $dq_wait
     mbarrier.arrive(free.index(slot), count=1)
     add(target + MEMBER * (BLOCK_M * WIDTH // 2), dq, $dq_columns, DQ)
-    return dk, dv, step + 1
+    $score_done
+    return $folded, step + 1
 
 '''
+
+#: The products of queries and keys where a block of rows begins with them.
+SCORE_NOW: Final = """\
+mbarrier.wait(q_ready.index(slot), phase)
+s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+"""
+
+#: The same, one block ahead: dq goes to memory meanwhile.
+SCORE_NEXT: Final = """\
+dv, w, dk, u = warpgroup_mma_wait(1, deps=[dv, w, dk, u])
+ahead = (step + 1) & (STAGES - 1)
+mbarrier.wait(q_ready.index(ahead), ((step + 1) >> (STAGES // 2)) & 1)
+q = q_tiles.index(ahead).reshape([BLOCK_M, WIDTH])
+s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+"""
+
+#: What is said to be there after the last block, so that all blocks are alike; its products are not read.
+LOAD_NOTHING: Final = """\
+slot = step & (STAGES - 1)
+mbarrier.wait(free.index(slot), ((step >> (STAGES // 2)) & 1) ^ 1)
+mbarrier.arrive(q_ready.index(slot), count=1)
+"""
+
+#: The same for the first block of rows, if there is one.
+SCORE_FIRST: Final = """\
+s = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
+mbarrier.wait(q_ready.index(0), 0)
+q = q_tiles.index(0).reshape([BLOCK_M, WIDTH])
+s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=False, is_async=True)
+s = warpgroup_mma_wait(0, deps=[s])
+"""
 
 CONSUMER: Final = '''
 @gluon.jit
@@ -204,6 +240,7 @@ def multiply(
     dv = gl.zeros([64, WIDTH], gl.float32, layout=GRADS)
     mbarrier.wait(keys_ready, 0)
     step = 0
+    $score_first
     for turn in range(GROUP):
         h = $query_head
         h_wide = h.to(gl.int64)
@@ -214,10 +251,12 @@ def multiply(
         )
         sums = dq_ptr + (b_wide * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH)
         for block in range(start, stop):
-            dk, dv, step = fold_rows(
+            $folded, step = fold_rows(
                 $fold_arguments
             )
-    columns = (first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, GRADS)))[:, None]
+    block, b, g = place(blocks, kv_heads, group, pairs)
+    b_wide = b.to(gl.int64)
+    columns = (block * KEYS + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, GRADS)))[:, None]
     d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, GRADS))[None, :]
     line = $key_line
     gl.store(dk_ptr + line * $head_dim + d, $dk_result.to(k.dtype), mask=$dk_mask)

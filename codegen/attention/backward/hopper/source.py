@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from fxopt.codegen.attention import reference
-from fxopt.codegen.attention.backward import template
+from fxopt.codegen.attention.backward import plan, template
 from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
@@ -25,13 +25,15 @@ from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec, OutLayout
-from fxopt.ir.expression import Expr, S
+from fxopt.ir.expression import Expr, S, conjunction
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 #: What the heads that are worked on together read and add to stays in this much of the L2 cache, in bytes.
 _L2: Final = "40 * 2**20"
 _SIZES: Final = ("heads", "kv_heads", "Sq", "Sk", "blocks", "group", "pairs")
 _CONSTANTS: Final = ("BLOCK_M", "WIDTH", "STAGES", "WHOLE")
+#: Where a block of rows does not need all keys.
+_PARTIAL: Final = {"full_start": "(start < full_start)", "full_stop": "(start >= full_stop)"}
 _BARRIERS: Final = ("q_ready", "dout_ready", "free")
 #: Where a key's gradients lie in memory, in units of the head dimension.
 _KEY_LINE: Final[dict[OutLayout, str]] = {
@@ -174,11 +176,22 @@ class HopperText(BackwardText):
         tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", *_BARRIERS, "ds_ready")
         captures = (name for c in self._folds.by_key for name in c.attend_names)
         symbols = (name for name in ("b", "h", "j") if name in self._read)
-        state = (*self._folded, "step", "k", "v", "k_part", *tiles, *captures, *symbols, "columns", "Sq", "Sk")
+        state = (
+            *self._folded,
+            "step",
+            "k",
+            "v",
+            "k_part",
+            *tiles,
+            *captures,
+            *symbols,
+            "columns",
+            *self._full,
+            "Sq",
+            "Sk",
+        )
         constants = ("MEMBER", *_CONSTANTS, *("EVEN",) * self._indexed, "SCORES", "WEIGHTS", "DQ")
         placed = ("sums + block * (BLOCK_M * WIDTH)", "block * BLOCK_M")
-        masks = [] if self.spec.mask is None else [f"p = gl.where({self._emit(self.spec.mask)}, p, 0.0)"]
-        masks += ["if not WHOLE:", "    p = gl.where(columns < Sk, p, 0.0)"]
         loads = "\n".join(c.load_in_loop for c in self._folds.by_key if c.in_loop)
         return {
             "fold_parameters": parameters((*state, "target", "start", *constants)),
@@ -187,10 +200,38 @@ class HopperText(BackwardText):
             "load_captures": as_gluon(loads).replace("BOUNDED and not EVEN", "not EVEN"),
             "score": self._emit(inner),
             "widen": "" if inner.reads(S) else "x = gl.zeros_like(s) + x",
-            "masks": "\n".join(masks),
+            "masks": self._masks,
             "weight": as_gluon(self._weights.text.format("[None, :]")),
             "slope": "" if slope is None else f"p = p * ({self._emit(slope)})",
         }
+
+    @property
+    def _full(self) -> tuple[str, ...]:
+        """Between which rows all keys of a block are needed, as far as the mask bounds them.
+
+        They take registers: where those are few, every block asks the mask.
+        """
+        found = self._folds.range
+        if padded(self.head_dim) > 64 and not is_light(self.spec, self.dtype):
+            return ()
+        starts = any(b.slope for b in found.side("upper"))
+        stops = any(b.side == "lower" or not b.slope for b in found.bounds)
+        names = ("full_start",) * starts + ("full_stop",) * stops
+        return names if len(names) == 1 or padded(self.head_dim) <= 64 else ()
+
+    @property
+    def _masks(self) -> str:
+        """The lines that leave out weights; blocks of which all keys are needed ask for what bounds none."""
+        rest = conjunction(self._folds.range.rest)
+        lines = [] if self.spec.mask is None else self._kept(self.spec.mask)
+        if self._full:
+            partial = " | ".join(_PARTIAL[name] for name in self._full)
+            lines = [f"if {partial}:", *(f"    {line}" for line in lines)]
+            lines += [] if rest is None else ["else:", *(f"    {line}" for line in self._kept(rest))]
+        return "\n".join((*lines, "if not WHOLE:", "    p = gl.where(columns < Sk, p, 0.0)"))
+
+    def _kept(self, mask: Expr) -> list[str]:
+        return [f"p = gl.where({self._emit(mask)}, p, 0.0)"]
 
     @property
     def _folded(self) -> tuple[str, ...]:
@@ -219,11 +260,13 @@ class HopperText(BackwardText):
         """The holes around the loop."""
         spec, found = self.spec, self._folds.range
         lines = row_range_text(found, lambda e, names: emit(e, names, spec.capture_kinds)).splitlines()
-        needed = [line for line in lines if not line.startswith("full_")]
+        needed = [line for line in lines if not line.startswith("full_") or line.split()[0] in self._full]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n"
         uniform = [c for c in self._folds.by_key if c.tensor.name in self._range_names and is_uniform(c.tensor.capture)]
         by_columns = self.cut.rows == 64
         return {
+            "full": "".join(f", {name}" for name in self._full),
+            "full_meaning": "# Also between which rows all of these keys are needed." if self._full else "",
             "row_range": as_gluon("\n".join(needed)),
             "start_block": "start_block" if any(b.slope for b in found.side("upper")) else "0",
             "range_captures": wide * bool(uniform) + as_gluon("\n".join(c.base for c in uniform)),
@@ -307,6 +350,12 @@ class HopperText(BackwardText):
 
     def _emit(self, expr: Expr) -> str:
         return as_gluon(emit(expr, {}, self.spec.capture_kinds))
+
+
+def is_light(spec: AttentionSpec, dtype: torch.dtype) -> bool:
+    """Whether registers are left beside the gradients of keys and values: weights and slopes are simple."""
+    captured = any("i" in capture.dims for capture in spec.captures)
+    return not captured and plan.slope(spec)[0] is None and not plan.weights(spec, dtype).recounted
 
 
 def hopper_text(

@@ -63,7 +63,8 @@ def row_blocks(
 ):
     """The blocks of rows that need some of the keys ``first`` to ``last``: the first one, and where they stop."""
     $row_range
-    return $start_block // BLOCK_M, gl.cdiv(stop, BLOCK_M)
+    $full_meaning
+    return $start_block // BLOCK_M, gl.cdiv(stop, BLOCK_M)$full
 
 '''
 
@@ -83,7 +84,7 @@ def load(
     for turn in range(GROUP):
         h = $query_head
         $range_captures
-        start, stop = row_blocks(
+        start, stop$full = row_blocks(
             $range_arguments
         )
         line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * BLOCK_M
@@ -246,7 +247,7 @@ def multiply(
         h_wide = h.to(gl.int64)
         $tile_index
         $capture_bases
-        start, stop = row_blocks(
+        start, stop$full = row_blocks(
             $range_arguments
         )
         sums = dq_ptr + (b_wide * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH)

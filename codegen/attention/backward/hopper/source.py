@@ -212,7 +212,7 @@ class HopperText(BackwardText):
         They take registers: where those are few, every block asks the mask.
         """
         found = self._folds.range
-        if padded(self.head_dim) > 64 and not is_light(self.spec, self.dtype):
+        if self._indexed or (padded(self.head_dim) > 64 and not is_light(self.spec, self.dtype)):
             return ()
         starts = any(b.slope for b in found.side("upper"))
         stops = any(b.side == "lower" or not b.slope for b in found.bounds)

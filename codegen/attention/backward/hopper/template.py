@@ -161,8 +161,8 @@ def fold_rows(
     p = $weight
     $masks
     w = gl.convert_layout(p.to(k.dtype), WEIGHTS)
-    dv = warpgroup_mma(w, dout, dv, is_async=True)
     $slope
+    dv = warpgroup_mma(w, dout, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
     delta = delta_tiles.index(slot).load(gl.SliceLayout(0, SCORES))
     ds = (p * (dp - delta[None, :])).to(k.dtype)

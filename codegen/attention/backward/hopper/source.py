@@ -14,6 +14,7 @@ from fxopt.codegen.attention.backward import plan, template
 from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
+from fxopt.codegen.attention.backward.hopper.order import order_holes
 from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes, prepare_text
 from fxopt.codegen.attention.backward.row_range import row_range_text
 from fxopt.codegen.attention.backward.source import BackwardText
@@ -196,7 +197,8 @@ class HopperText(BackwardText):
         return {
             "fold_parameters": parameters((*state, "target", "start", *constants)),
             "fold_arguments": listing((*state, *placed, *constants)),
-            **self._order,
+            "folded": ", ".join(self._folded),
+            **order_holes(self.cut.ahead),
             "load_captures": as_gluon(loads).replace("BOUNDED and not EVEN", "not EVEN"),
             "score": self._emit(inner),
             "widen": "" if inner.reads(S) else "x = gl.zeros_like(s) + x",
@@ -237,23 +239,6 @@ class HopperText(BackwardText):
     def _folded(self) -> tuple[str, ...]:
         """What goes from one block of rows to the next."""
         return ("dk", "dv", "s") if self.cut.ahead else ("dk", "dv")
-
-    @property
-    def _order(self) -> dict[str, str]:
-        """The holes that say when queries are multiplied with keys."""
-        ahead = self.cut.ahead
-        return {
-            "score_now": "" if ahead else hopper.SCORE_NOW.rstrip("\n"),
-            "load_nothing": hopper.LOAD_NOTHING.rstrip("\n") if ahead else "",
-            "score_next": hopper.SCORE_NEXT.rstrip("\n") if ahead else "",
-            "score_first": hopper.SCORE_FIRST.rstrip("\n") if ahead else "",
-            "score_wait": "" if ahead else "s = warpgroup_mma_wait(1, deps=[s])",
-            "score_done": "s = warpgroup_mma_wait(0, deps=[s])" if ahead else "",
-            "dq_wait": "dq = warpgroup_mma_wait(1, deps=[dq])"
-            if ahead
-            else "dv, w, dk, u, dq = warpgroup_mma_wait(0, deps=[dv, w, dk, u, dq])",
-            "folded": ", ".join(self._folded),
-        }
 
     @property
     def _around(self) -> dict[str, str]:

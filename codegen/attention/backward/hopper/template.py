@@ -185,37 +185,6 @@ def fold_rows(
 
 '''
 
-#: The products of queries and keys where a block of rows begins with them.
-SCORE_NOW: Final = """\
-mbarrier.wait(q_ready.index(slot), phase)
-s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-"""
-
-#: The same, one block ahead: dq goes to memory meanwhile.
-SCORE_NEXT: Final = """\
-dv, w, dk, u = warpgroup_mma_wait(1, deps=[dv, w, dk, u])
-ahead = (step + 1) & (STAGES - 1)
-mbarrier.wait(q_ready.index(ahead), ((step + 1) >> (STAGES // 2)) & 1)
-q = q_tiles.index(ahead).reshape([BLOCK_M, WIDTH])
-s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-"""
-
-#: What is said to be there after the last block, so that all blocks are alike; its products are not read.
-LOAD_NOTHING: Final = """\
-slot = step & (STAGES - 1)
-mbarrier.wait(free.index(slot), ((step >> (STAGES // 2)) & 1) ^ 1)
-mbarrier.arrive(q_ready.index(slot), count=1)
-"""
-
-#: The same for the first block of rows, if there is one.
-SCORE_FIRST: Final = """\
-s = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
-mbarrier.wait(q_ready.index(0), 0)
-q = q_tiles.index(0).reshape([BLOCK_M, WIDTH])
-s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=False, is_async=True)
-s = warpgroup_mma_wait(0, deps=[s])
-"""
-
 CONSUMER: Final = '''
 @gluon.jit
 def multiply(

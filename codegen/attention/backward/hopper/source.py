@@ -163,7 +163,8 @@ class HopperText(BackwardText):
         names = self._statistics
         reads = [f"{name} = {name}_tiles.index(slot).load(gl.SliceLayout(0, SCORES))" for name in names]
         return {
-            "vector_bytes": str(4 * len(names)),
+            "scored_bytes": f"q_source.block_type.nbytes + {4 * len(names)} * BLOCK_M",
+            "flowing_bytes": "dout_source.block_type.nbytes + 4 * BLOCK_M",
             "load_vectors": _each(hopper.LOAD_VECTOR, names),
             "allocate_vectors": _each(hopper.ALLOCATE_VECTOR, (*names, "delta")),
             "read_vectors": "\n".join(reads),

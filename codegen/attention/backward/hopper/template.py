@@ -73,13 +73,12 @@ PRODUCER: Final = '''
 def load(
     $load_parameters
 ):
-    """Load what the other warps read: the keys and values once, then the blocks of rows with their statistics."""
+    """Load what the other warps read: the keys, then blocks of rows with their statistics; the values with the first."""
     block, b, g = place(blocks, kv_heads, group, pairs)
     first = block * KEYS
     last = gl.minimum(first + KEYS, Sk) - 1
-    mbarrier.expect(keys_ready, k_source.block_type.nbytes * 2)
+    mbarrier.expect(keys_ready, k_source.block_type.nbytes)
     tma.async_copy_global_to_shared(k_source, [b, g, first, 0], keys_ready, k_tile)
-    tma.async_copy_global_to_shared(v_source, [b, g, first, 0], keys_ready, v_tile)
     step = 0
     for turn in range(GROUP):
         h = $query_head
@@ -93,10 +92,14 @@ def load(
             # The barriers turn when all slots have been used: every 2 or 4 steps.
             mbarrier.wait(free.index(slot), ((step >> (STAGES // 2)) & 1) ^ 1)
             row = block * BLOCK_M
-            mbarrier.expect(q_ready.index(slot), q_source.block_type.nbytes + $vector_bytes * BLOCK_M)
+            mbarrier.expect(q_ready.index(slot), $scored_bytes)
             tma.async_copy_global_to_shared(q_source, [b, h, row, 0], q_ready.index(slot), q_tiles.index(slot))
             $load_vectors
-            mbarrier.expect(dout_ready.index(slot), dout_source.block_type.nbytes + 4 * BLOCK_M)
+            if step == 0:
+                mbarrier.expect(dout_ready.index(0), $flowing_bytes + v_source.block_type.nbytes)
+                tma.async_copy_global_to_shared(v_source, [b, g, first, 0], dout_ready.index(0), v_tile)
+            else:
+                mbarrier.expect(dout_ready.index(slot), $flowing_bytes)
             tma.async_copy_global_to_shared(dout_source, [b, h, row, 0], dout_ready.index(slot), dout_tiles.index(slot))
             tma.async_copy_global_to_shared(
                 delta_source, [line + row], dout_ready.index(slot), delta_tiles.index(slot)

@@ -73,7 +73,7 @@ PRODUCER: Final = '''
 def load(
     $load_parameters
 ):
-    """Load what the other warps read: the keys, then blocks of rows with their statistics; the values with the first."""
+    """Load what the other warps read: keys, then blocks of rows with their statistics, and values with the first."""
     block, b, g = place(blocks, kv_heads, group, pairs)
     first = block * KEYS
     last = gl.minimum(first + KEYS, Sk) - 1

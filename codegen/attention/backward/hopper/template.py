@@ -96,7 +96,9 @@ def load(
             tma.async_copy_global_to_shared(q_source, [b, h, row, 0], q_ready.index(slot), q_tiles.index(slot))
             $load_vectors
             if step == 0:
-                mbarrier.expect(dout_ready.index(0), $flowing_bytes + v_source.block_type.nbytes)
+                mbarrier.expect(
+                    dout_ready.index(0), $flowing_bytes + v_source.block_type.nbytes
+                )
                 tma.async_copy_global_to_shared(v_source, [b, g, first, 0], dout_ready.index(0), v_tile)
             else:
                 mbarrier.expect(dout_ready.index(slot), $flowing_bytes)

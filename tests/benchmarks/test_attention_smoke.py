@@ -50,6 +50,15 @@ def test_attention_agrees_with_float64_for_every_candidate_of(case: Case) -> Non
     assert result.verdicts
 
 
+@pytest.mark.parametrize("kind", {case.kind.name: case.kind for case in _TINY if case.mode != "forward"}.values())
+@pytest.mark.parametrize("width", [64, 128])
+def test_training_has_backwards_to_time_at_the_widths_of_the_figures(kind: Kind, width: int) -> None:
+    """Also for kinds with captured tensors, none of which needs a gradient here."""
+    case = Case("backward", kind, Sizes(1, 2, 2, 16, 16, width), "", (), mode="backward")
+    configs = _configs(case, replace(_SETTINGS, dtype=torch.bfloat16), case.operands(_CPU, torch.bfloat16))
+    assert "/hopper:" in configs[0] and len(configs) > 1
+
+
 @pytest.mark.parametrize("case", _OF_EACH_KIND.values(), ids=list(_OF_EACH_KIND))
 def test_attention_has_a_kernel_to_time_for(case: Case) -> None:
     operands = case.operands(_CPU, torch.bfloat16)

@@ -21,6 +21,8 @@ from torch import Tensor
 #: Seconds after which a wait counts as a deadlock.
 _PATIENCE = 60.0
 _PROGRAM = threading.local()
+#: Where TMA begins to read, and what it steps by, in bytes.
+_ALIGNMENT = 16
 
 
 class Pointer:
@@ -110,9 +112,12 @@ class Descriptor:
     block_shape: list[int]
     layout: object
 
+    def __post_init__(self) -> None:
+        bits = (stride * self.base.element_size() % _ALIGNMENT for stride in self.strides[:-1])
+        assert not any(bits) and self.strides[-1] == 1 and self.base.data_ptr() % _ALIGNMENT == 0
+
     @staticmethod
     def from_tensor(x: Tensor, block_shape: list[int], layout: object) -> Descriptor:
-        assert all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]) and x.stride(-1) == 1
         return Descriptor(x, x.shape, x.stride(), block_shape, layout)
 
     @property
@@ -124,6 +129,9 @@ class Descriptor:
         return SimpleNamespace(nbytes=prod(self.block_shape) * self.base.element_size())
 
     def block(self, place: Sequence[Any]) -> Tensor:
+        size = self.base.element_size()
+        assert int(place[-1]) * size % _ALIGNMENT == 0, "TMA reads from multiples of 16 bytes only"
+        assert self.block_shape[-1] * size % _ALIGNMENT == 0 and all(0 < n <= 256 for n in self.block_shape)
         found = torch.zeros(self.block_shape, dtype=self.dtype)
         source = torch.as_strided(self.base, list(self.shape), list(self.strides))
         spans = [
@@ -179,6 +187,8 @@ _ADDING = threading.Lock()
 def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     if "tanh.approx" in text:
         return torch.tanh(given[0])
+    if "%ctaid.x" in text:
+        return torch.tensor(_PROGRAM.number)
     if "red.global" not in text:
         return given[0]
     target, x = given

@@ -35,13 +35,13 @@ SHAPES = {
 
 
 def configurations(spec: AttentionSpec, width: int, dtype: torch.dtype) -> list[str]:
-    """Those that would be tried, and the other height of blocks; skips where there is none."""
+    """Those that would be tried, the other height of blocks and the other order; skips where there is none."""
     capability = torch.cuda.get_device_capability()
     reason = objection(spec, width, width, dtype, capability)
     if reason is not None:
         pytest.skip(reason)
-    other = ["hopper:128x128s2"] if width <= 64 else []
-    return [*map(str, candidates(spec, width, width, dtype, capability)), *other]
+    other = ["hopper:128x128s2", "hopper:64x128s4a"] if width <= 64 else ["hopper:64x128s2a"]
+    return list(dict.fromkeys((*map(str, candidates(spec, width, width, dtype, capability)), *other)))
 
 
 def backward(
@@ -98,6 +98,21 @@ def test_long_sequences_and_many_programs(mask: str | None, width: int) -> None:
         for _ in range(3):
             found = backward(spec, inputs, [], dout, config)
         assert_input_gradients_within_budget(spec, inputs, [], found, dout)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "lengths", "documents"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_ranges_without_rows_and_shared_heads_end(name: str, width: int) -> None:
+    """Keys that no row asks for, more blocks of keys than rows, and the other way round."""
+    for rows, keys in ((33, 1030), (1030, 33), (1, 129), (129, 1)):
+        shape = Shape(width, width, rows, keys, 4, "group", "bhsd", batch=2, heads=8)
+        spec = specification(name, shape, torch.bfloat16, "zero")
+        inputs, captures = on_gpu(name, shape, spec, torch.bfloat16)
+        dout = torch.randn_like(inputs[0])
+        for config in configurations(spec, width, torch.bfloat16):
+            found = backward(spec, inputs, captures, dout, config)
+            torch.cuda.synchronize()
+            assert_input_gradients_within_budget(spec, inputs, captures, found, dout)
 
 
 def test_a_graph_compiled_before_honours_the_deterministic_mode() -> None:

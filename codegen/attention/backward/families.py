@@ -16,7 +16,7 @@ from fxopt.codegen.attention.backward.hopper.config import is_hopper
 from fxopt.ir.attention import AttentionSpec
 
 #: Configurations measured for a site.
-_TRIED = 2
+_TRIED = 3
 
 
 def candidates(
@@ -27,7 +27,7 @@ def candidates(
     capability: tuple[int, int],
     wanted: Sequence[bool] = (),
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The printed configurations worth measuring, best guess first, at most two; and why a family can't serve.
+    """The printed configurations worth measuring, best guess first, at most three; and why a family can't serve.
 
     The reasons are kept by family, ``""`` for the portable one. ``wanted`` says which captured tensors may need a
     gradient.
@@ -41,7 +41,8 @@ def candidates(
     general = [str(config) for config in portable.candidates(*sizes, capability)]
     if not general:
         refused[""] = portable.objection(*sizes) or "no configuration of the backward fits the device"
-    return tuple((*found, *general)[:_TRIED]), refused
+    # Two of a family at most: the portable one stays among them.
+    return tuple((*found[:2], *general[:2])[:_TRIED]), refused
 
 
 def can_run(spec: AttentionSpec, config: str, wanted: Sequence[bool]) -> bool:

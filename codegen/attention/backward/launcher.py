@@ -42,7 +42,7 @@ def launch(
     if min(batch, heads, rows, keys) == 0:
         $nothing
     lse = lse if lse.is_contiguous() else lse.contiguous()
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    delta = torch.empty($row_shape, dtype=torch.float32, device=q.device)
     with_dlse = dlse is not None
     if with_dlse and not (dlse.dtype == torch.float32 and dlse.is_contiguous()):
         dlse = dlse.float().contiguous()
@@ -123,7 +123,7 @@ _ALLOCATE: Final = {
     "bshd": "{0} = torch.empty((batch, {2}, {1}, {3}), dtype={4}.dtype, device=q.device).transpose(1, 2)",
 }
 
-_PER_ROW: Final = "torch.empty(lse.shape, dtype=torch.float32, device=q.device)"
+_PER_ROW: Final = "{0} = torch.empty({1}, dtype=torch.float32, device=q.device)"
 #: The gradient of what nothing depends on.
 _ZEROS: Final = "torch.zeros({0}.shape, dtype={0}.dtype, device=q.device)"
 
@@ -145,6 +145,7 @@ def launch_holes(text: BackwardText) -> dict[str, str]:
         "unpack_captures": f"({names[0]},) = captures" if len(names) == 1 else _unpacked(names),
         "allocate": _allocated(text),
         "nothing": f"return [\n    *(x.zero_() for x in (dq, dk, dv)),{empty}\n]",
+        "row_shape": text.row_shape,
         "statistics": _statistics(text),
         "wide": wide(text.reaches),
         "tensors": listing(text.arguments),
@@ -171,7 +172,7 @@ def _allocated(text: BackwardText) -> str:
 
 
 def _statistics(text: BackwardText) -> str:
-    lines = [f"{name} = {_PER_ROW}" for name in ("shift", "count") if text.recounted]
+    lines = [_PER_ROW.format(name, text.row_shape) for name in text.statistics[1:]]
     blocks = f"batch, heads, -(-rows // {text.config.rows.block_m})"
     if text.spoils:
         lines.append(f"spoilt = torch.empty(({blocks}), dtype=torch.float32, device=q.device)")

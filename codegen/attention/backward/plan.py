@@ -121,8 +121,9 @@ def slope(spec: AttentionSpec) -> tuple[Expr | None, float]:
 
 
 def flows(spec: AttentionSpec, wanted: Sequence[bool]) -> tuple[Flow, ...]:
-    """The gradients of the captured tensors that are ``wanted`` and that the score depends on."""
-    found = (Flow(n, how, gradient(spec.score, capture(n))) for n, how in enumerate(spec.captures) if wanted[n])
+    """The gradients of the captured tensors that are ``wanted`` (none, where it is empty) and that the score reads."""
+    needed = [(n, how) for n, (how, want) in enumerate(zip(spec.captures, wanted, strict=False)) if want]
+    found = (Flow(n, how, gradient(spec.score, capture(n))) for n, how in needed)
     return tuple(flow for flow in found if flow.slope.op != "const" or flow.slope.value != 0)
 
 

@@ -117,10 +117,26 @@ class BackwardText:
         return plan.averages(self.spec)
 
     @property
+    def statistics(self) -> tuple[str, ...]:
+        """What the first kernel computes for every row."""
+        return ("delta", "shift", "count") if self.recounted else ("delta",)
+
+    @property
+    def row_shape(self) -> str:
+        """The shape of a tensor of `statistics`."""
+        return "lse.shape"
+
+    @property
+    def _stored(self) -> str:
+        """The lines that store `statistics`."""
+        names = (*self.statistics[1:], self.statistics[0])
+        return "\n".join(fill(template.STORED, {"statistic": name}).rstrip("\n") for name in names)
+
+    @property
     def pointers(self) -> tuple[str, ...]:
         """The tensors that every kernel takes, by the names that the launcher gives them."""
         captures = tuple(c.name for c in self._folds.captures)
-        statistics = ("delta", *(("shift", "count") if self.recounted else ()), *(("spoilt",) if self.spoils else ()))
+        statistics = (*self.statistics, *(("spoilt",) if self.spoils else ()))
         statistics += ("shares",) if self.averages else ()
         results = ("dq", "dk", "dv", *(f"{flow.name}_grad" for flow in self.flows))
         return ("q", "k", "v", *captures, *self.dropout.tensors, "out", "lse", "dout", "dlse", *statistics, *results)
@@ -237,6 +253,7 @@ class BackwardText:
             "share_dv": empty_rows.SHARE_DV if self.averages else "",
         }
         found = {name: fill(text, holes).rstrip("\n") for name, text in parts.items()}
+        found["store_statistics"] = self._stored
         empty = '{0} = tl.where({0} == float("-inf"), 0.0, {0})' if empties else ""
         found["empty_shift"], found["empty_peaks"] = empty.format("shift"), empty.format("peaks")
         load = f"{self.dropout.load}\n" if self.dropout else ""

@@ -90,7 +90,7 @@ def prepare_kernel(
     if WITH_DLSE:
         delta -= tl.load(dlse_ptr + row)
     $recount
-    tl.store(delta_ptr + row, delta, mask=rows < Sq)
+    $store_statistics
     $spoil
     $share
 
@@ -144,9 +144,10 @@ if tl.sum(far.to(tl.int32), 0) > 0:
     shift = tl.where(far, peak, shift)
     count = tl.where(far, $count, $no_count)
     $flow_delta
-tl.store(shift_ptr + row, shift, mask=rows < Sq)
-tl.store(count_ptr + row, count, mask=rows < Sq)
 """
+
+#: A number for each row, as the kernels that follow read it.
+STORED: Final = "tl.store(${statistic}_ptr + row, $statistic, mask=rows < Sq)"
 
 #: The part of delta that the rounding of the result would spoil.
 COUNT_FLOW: Final = """\

@@ -13,7 +13,7 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward.hopper.kernel import objection, source
 from fxopt.ir.attention import AttentionSpec
 from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, pairwise, specification
-from tests.codegen.emulated_gluon import emulated
+from tests.codegen.emulated_gluon import Descriptor, emulated
 from tests.codegen.gradients import assert_input_gradients_within_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
@@ -63,7 +63,8 @@ def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: 
     sizes = SHAPES[shape]
     spec = specification(name, sizes, DTYPES[dtype], "zero" if len(shape) % 2 else "nan")
     config = "hopper:64x128s2" if sizes.head_dim > 64 else "hopper:64x128s4"
-    check(spec, operands(sizes, DTYPES[dtype]), captured(name, sizes, spec), config, tmp_path)
+    for order in ("", "a"):
+        check(spec, operands(sizes, DTYPES[dtype]), captured(name, sizes, spec), config + order, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "lengths", "softcap"])
@@ -71,6 +72,30 @@ def test_blocks_of_128_rows(name: str, tmp_path: Path) -> None:
     sizes = Shape(64, 64, 300, 190, 1, "group", "bshd", batch=1, heads=2)
     spec = specification(name, sizes, torch.bfloat16, "zero")
     check(spec, operands(sizes, torch.bfloat16), captured(name, sizes, spec), "hopper:128x128s2", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "lengths", "documents"])
+@pytest.mark.parametrize(("rows", "keys"), [(33, 290), (290, 33), (1, 129), (129, 1)])
+def test_ranges_without_rows_and_shared_heads_end(name: str, rows: int, keys: int, tmp_path: Path) -> None:
+    """Keys that no row asks for: barriers must not wait for what no one sends."""
+    sizes = Shape(64, 64, rows, keys, 2, "group", "bhsd", batch=1, heads=4)
+    spec = specification(name, sizes, torch.bfloat16, "zero")
+    inputs, captures = operands(sizes, torch.bfloat16), captured(name, sizes, spec)
+    for config in ("hopper:64x128s2", "hopper:64x128s4a", "hopper:128x128s2"):
+        check(spec, inputs, captures, config, tmp_path)
+
+
+def test_the_emulation_refuses_what_tma_refuses() -> None:
+    x = torch.zeros(64)
+    vector = Descriptor(x, [64], [1], [16], None)
+    assert vector.block([4]).shape == (16,)
+    for place in (1, 2, 3, 6):
+        with pytest.raises(AssertionError, match="multiples of 16 bytes"):
+            vector.block([place])
+    with pytest.raises(AssertionError):
+        Descriptor(x[1:], [32], [1], [16], None)
+    with pytest.raises(AssertionError):
+        Descriptor.from_tensor(torch.zeros(2, 9), [1, 8], None)
 
 
 @pytest.mark.parametrize("name", ["causal", "alibi"])

@@ -9,19 +9,21 @@ from typing import Final
 from fxopt.errors import LoweringError
 
 PREFIX: Final = "hopper:"
-_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)")
+_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)(a?)")
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """``rows`` queries at a time against a block of ``keys``, 64 to each of the two groups of warps that multiply.
 
-    ``stages`` blocks of rows are in flight. Prints as ``hopper:64x128s2``; `read_config` is the inverse.
+    ``stages`` blocks of rows are in flight. ``ahead`` multiplies queries with keys one block of rows before the rest,
+    while dq goes to memory. Prints as ``hopper:64x128s2`` or ``hopper:64x128s2a``; `read_config` is the inverse.
     """
 
     rows: int
     keys: int
     stages: int
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.rows not in (64, 128) or self.keys != 128 or self.stages not in (2, 4):
@@ -30,7 +32,7 @@ class Config:
             )
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.rows}x{self.keys}s{self.stages}"
+        return f"{PREFIX}{self.rows}x{self.keys}s{self.stages}{'a' * self.ahead}"
 
 
 def is_hopper(text: str) -> bool:
@@ -43,5 +45,5 @@ def read_config(text: str) -> Config:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise LoweringError(f"not a configuration of a Hopper backward: {text!r}; an example is 'hopper:64x128s2'")
-    rows, keys, stages = map(int, match.groups())
-    return Config(rows, keys, stages)
+    rows, keys, stages = map(int, match.groups()[:3])
+    return Config(rows, keys, stages, match[4] == "a")

@@ -10,10 +10,11 @@ from typing import Final
 import torch
 
 from fxopt.codegen.attention import reference
-from fxopt.codegen.attention.backward import template
+from fxopt.codegen.attention.backward import plan, template
 from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
+from fxopt.codegen.attention.backward.hopper.order import order_holes
 from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes, prepare_text
 from fxopt.codegen.attention.backward.row_range import row_range_text
 from fxopt.codegen.attention.backward.source import BackwardText
@@ -25,17 +26,15 @@ from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec, OutLayout
-from fxopt.ir.expression import Expr, S
+from fxopt.ir.expression import Expr, S, conjunction
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-#: The blocks of the kernel that computes delta, rows by keys; spoilt rows are counted by as many.
-_PREPARED: Final = PortableConfig(64, 64, 4, 1)
 #: What the heads that are worked on together read and add to stays in this much of the L2 cache, in bytes.
 _L2: Final = "40 * 2**20"
-#: Zeros that a program writes; blocks of rows take a multiple of it.
-_CLEARED: Final = 4096
 _SIZES: Final = ("heads", "kv_heads", "Sq", "Sk", "blocks", "group", "pairs")
-_CONSTANTS: Final = ("GROUP", "BLOCK_M", "KEYS", "WIDTH", "STAGES", "EVEN", "WHOLE")
+_CONSTANTS: Final = ("BLOCK_M", "WIDTH", "STAGES", "WHOLE")
+#: Where a block of rows does not need all keys.
+_PARTIAL: Final = {"full_start": "(start < full_start)", "full_stop": "(start >= full_stop)"}
 _BARRIERS: Final = ("q_ready", "dout_ready", "free")
 #: Where a key's gradients lie in memory, in units of the head dimension.
 _KEY_LINE: Final[dict[OutLayout, str]] = {
@@ -80,6 +79,34 @@ class HopperText(BackwardText):
         return self._empties and self.spec.empty_rows == "nan"
 
     @property
+    def statistics(self) -> tuple[str, ...]:
+        """What the first kernel computes for every row: also the log-sum-exp as the weights take it."""
+        return ("delta", *self._statistics)
+
+    @property
+    def row_shape(self) -> str:
+        """The shape of a tensor of `statistics`: whole blocks of rows."""
+        rows = self.cut.rows
+        return f"(batch, heads, -(-rows // {rows}) * {rows})"
+
+    @property
+    def pointers(self) -> tuple[str, ...]:
+        """The tensors that the first kernel takes."""
+        return (*super().pointers, "sums")
+
+    @property
+    def _stored(self) -> str:
+        scale = self._weights.scale
+        holes = {
+            "read_lse": "" if self.recounted else "shift = tl.load(lse_ptr + row)",
+            "finite_shift": 'shift = tl.where(shift == float("-inf"), 0.0, shift)' if self._empties else "",
+            "finite_delta": "delta = tl.where(delta == delta, delta, 0.0)" if self._cleans else "",
+            "scaled": f" * {scale!r}" if scale != 1.0 else "",
+            "store_count": "tl.store(count_ptr + line, tl.where(inside, count, 0.0))" if self.recounted else "",
+        }
+        return fill(hopper.PREPARED, holes).rstrip("\n")
+
+    @property
     def _statistics(self) -> tuple[str, ...]:
         """What is loaded per row to compute weights anew, besides delta."""
         return ("shift", "count") if self.recounted else ("shift",)
@@ -98,15 +125,24 @@ class HopperText(BackwardText):
         return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured)
 
     @property
+    def _indexed(self) -> bool:
+        """Whether captured tensors are read row by row, so that rows beyond the end must be told."""
+        return any(c.in_loop for c in self._folds.by_key)
+
+    @property
+    def _constants(self) -> tuple[str, ...]:
+        return ("GROUP", "KEYS", *_CONSTANTS, *("EVEN",) * self._indexed)
+
+    @property
     def _lists(self) -> dict[str, str]:
         """Parameters and arguments of the functions."""
         vectors = (*self._statistics, "delta")
         sources = ("q_source", "k_source", "v_source", "dout_source", *(f"{name}_source" for name in vectors))
         tiles = ("q_tiles", "k_tile", "v_tile", "dout_tiles", *(f"{name}_tiles" for name in vectors))
         results = ("dk_ptr", "dv_ptr", "dq_ptr")
-        load = (*sources, *tiles, "keys_ready", *_BARRIERS, *self._captured, *_SIZES, *_CONSTANTS)
+        load = (*sources, *tiles, "keys_ready", *_BARRIERS, *self._captured, *_SIZES, *self._constants)
         group = (*tiles, "ds_tiles", "keys_ready", *_BARRIERS, "ds_ready", *results, *self._captured, *_SIZES)
-        group = (*group, *_CONSTANTS)
+        group = (*group, *self._constants)
         members = (fill(hopper.GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in "01")
         unspecialized = (*_SIZES, *(p for c in self._folds.captures for p in c.period))
         ranged = (*self._range_names, "BLOCK_M")
@@ -115,7 +151,7 @@ class HopperText(BackwardText):
             "load_arguments": listing(load),
             "multiply_parameters": parameters(("MEMBER", *group)),
             "groups": "\n".join(members),
-            "gradient_parameters": parameters((*sources, *results, *self._captured, *_SIZES, *_CONSTANTS)),
+            "gradient_parameters": parameters((*sources, *results, *self._captured, *_SIZES, *self._constants)),
             "unspecialized_sizes": "[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
             "range_parameters": parameters(ranged),
             "range_arguments": listing(ranged),
@@ -124,21 +160,14 @@ class HopperText(BackwardText):
     @property
     def _vectors(self) -> dict[str, str]:
         """The holes that have a line for each number of a row."""
-        names, scale = self._statistics, self._weights.scale
+        names = self._statistics
         reads = [f"{name} = {name}_tiles.index(slot).load(gl.SliceLayout(0, SCORES))" for name in names]
-        reads += ['shift = gl.where(shift == float("-inf"), 0.0, shift)'] * self._empties
-        reads += [f"shift = shift * {scale!r}"] * (scale != 1.0)
-        # Rows beyond the end have no weights, whatever was read in their place.
-        beyond = {"shift": 'float("inf")', "count": "0.0", "delta": "0.0"}
-        ends = {n: f"{n} = gl.where(rows < Sq, {n}, {value})" for n, value in beyond.items()}
-        reads += ["if not EVEN:", *(f"    {ends[name]}" for name in names)]
-        cleaned = ["delta = gl.where(delta == delta, delta, 0.0)"] * self._cleans
         return {
-            "vector_bytes": str(4 * len(names)),
+            "scored_bytes": f"q_source.block_type.nbytes + {4 * len(names)} * BLOCK_M",
+            "flowing_bytes": "dout_source.block_type.nbytes + 4 * BLOCK_M",
             "load_vectors": _each(hopper.LOAD_VECTOR, names),
             "allocate_vectors": _each(hopper.ALLOCATE_VECTOR, (*names, "delta")),
             "read_vectors": "\n".join(reads),
-            "clean_delta": "\n".join((*cleaned, "if not EVEN:", f"    {ends['delta']}")),
         }
 
     @property
@@ -149,38 +178,86 @@ class HopperText(BackwardText):
         tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", *_BARRIERS, "ds_ready")
         captures = (name for c in self._folds.by_key for name in c.attend_names)
         symbols = (name for name in ("b", "h", "j") if name in self._read)
-        state = ("dk", "dv", "step", "k", "v", "k_part", *tiles, *captures, *symbols, "columns", "Sq", "Sk")
-        constants = ("MEMBER", "BLOCK_M", "WIDTH", "STAGES", "EVEN", "WHOLE", "SCORES", "WEIGHTS", "DQ")
-        masks = [] if self.spec.mask is None else [f'x = gl.where({self._emit(self.spec.mask)}, x, float("-inf"))']
-        masks += ["if not WHOLE:", '    x = gl.where(columns < Sk, x, float("-inf"))']
+        state = (
+            *self._folded,
+            "step",
+            "k",
+            "v",
+            "k_part",
+            *tiles,
+            *captures,
+            *symbols,
+            "columns",
+            *self._full,
+            "Sq",
+            "Sk",
+        )
+        constants = ("MEMBER", *_CONSTANTS, *("EVEN",) * self._indexed, "SCORES", "WEIGHTS", "DQ")
+        placed = ("sums + block * (BLOCK_M * WIDTH)", "block * BLOCK_M")
         loads = "\n".join(c.load_in_loop for c in self._folds.by_key if c.in_loop)
         return {
             "fold_parameters": parameters((*state, "target", "start", *constants)),
-            "fold_arguments": listing((*state, "sums + block * (BLOCK_M * WIDTH)", "block * BLOCK_M", *constants)),
+            "fold_arguments": listing((*state, *placed, *constants)),
+            "folded": ", ".join(self._folded),
+            **order_holes(self.cut.ahead),
             "load_captures": as_gluon(loads).replace("BOUNDED and not EVEN", "not EVEN"),
             "score": self._emit(inner),
             "widen": "" if inner.reads(S) else "x = gl.zeros_like(s) + x",
-            "masks": "\n".join(masks),
+            "masks": self._masks,
             "weight": as_gluon(self._weights.text.format("[None, :]")),
             "slope": "" if slope is None else f"p = p * ({self._emit(slope)})",
         }
+
+    @property
+    def _full(self) -> tuple[str, ...]:
+        """Between which rows all keys of a block are needed, as far as the mask bounds them.
+
+        They take registers: where those are few, every block asks the mask.
+        """
+        found = self._folds.range
+        if self._indexed or (padded(self.head_dim) > 64 and not is_light(self.spec, self.dtype)):
+            return ()
+        starts = any(b.slope for b in found.side("upper"))
+        stops = any(b.side == "lower" or not b.slope for b in found.bounds)
+        names = ("full_start",) * starts + ("full_stop",) * stops
+        return names if len(names) == 1 or padded(self.head_dim) <= 64 else ()
+
+    @property
+    def _masks(self) -> str:
+        """The lines that leave out weights; blocks of which all keys are needed ask for what bounds none."""
+        rest = conjunction(self._folds.range.rest)
+        lines = [] if self.spec.mask is None else self._kept(self.spec.mask)
+        if self._full:
+            partial = " | ".join(_PARTIAL[name] for name in self._full)
+            lines = [f"if {partial}:", *(f"    {line}" for line in lines)]
+            lines += [] if rest is None else ["else:", *(f"    {line}" for line in self._kept(rest))]
+        return "\n".join((*lines, "if not WHOLE:", "    p = gl.where(columns < Sk, p, 0.0)"))
+
+    def _kept(self, mask: Expr) -> list[str]:
+        return [f"p = gl.where({self._emit(mask)}, p, 0.0)"]
+
+    @property
+    def _folded(self) -> tuple[str, ...]:
+        """What goes from one block of rows to the next."""
+        return ("dk", "dv", "s") if self.cut.ahead else ("dk", "dv")
 
     @property
     def _around(self) -> dict[str, str]:
         """The holes around the loop."""
         spec, found = self.spec, self._folds.range
         lines = row_range_text(found, lambda e, names: emit(e, names, spec.capture_kinds)).splitlines()
-        needed = [line for line in lines if not line.startswith("full_")]
+        needed = [line for line in lines if not line.startswith("full_") or line.split()[0] in self._full]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n"
         uniform = [c for c in self._folds.by_key if c.tensor.name in self._range_names and is_uniform(c.tensor.capture)]
-        indexed = any(c.in_loop for c in self._folds.by_key)
         by_columns = self.cut.rows == 64
         return {
+            "full": "".join(f", {name}" for name in self._full),
+            "full_meaning": "# Also between which rows all of these keys are needed." if self._full else "",
             "row_range": as_gluon("\n".join(needed)),
             "start_block": "start_block" if any(b.slope for b in found.side("upper")) else "0",
             "range_captures": wide * bool(uniform) + as_gluon("\n".join(c.base for c in uniform)),
             "capture_bases": as_gluon("\n".join(c.base for c in self._folds.by_key)),
-            "tile_index": "m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))" if indexed else "",
+            "tile_index": "m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))" if self._indexed else "",
             "dq_columns": "WIDTH // 2" if by_columns else "WIDTH",
             "turned": "turned" if by_columns else "turned.slice(MEMBER * 64, 64, 1)",
             "k_part": "keys.slice(MEMBER * (WIDTH // 2), WIDTH // 2, 1)" if by_columns else "keys",
@@ -208,18 +285,17 @@ class HopperText(BackwardText):
     @property
     def _launches(self) -> str:
         cut, width, captures = self.cut, padded(self.head_dim), self._folds.captures
-        vectors = ("shift" if self.recounted else "lse", *self._statistics[1:], "delta")
         described = [f"described({x}, {rows})" for x, rows in
                      (("q", cut.rows), ("k", cut.keys), ("v", cut.keys), ("dout", cut.rows))]  # fmt: skip
-        described += [f"vectors({name})" for name in vectors]
+        described += [f"vectors({name})" for name in (*self._statistics, "delta")]
         values = (v for c in captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period)))
         constants = (f"GROUP={'heads // kv_heads'}", f"BLOCK_M={cut.rows}", f"KEYS={cut.keys}", f"WIDTH={width}")
-        switches = (f"STAGES={cut.stages}", f"EVEN=rows % {cut.rows} == 0", f"WHOLE=keys % {cut.keys} == 0")
+        even = (f"EVEN=rows % {cut.rows} == 0",) * self._indexed
+        switches = (f"STAGES={cut.stages}", *even, f"WHOLE=keys % {cut.keys} == 0")
         arguments = (*described, "dk", "dv", "sums", *(c.name for c in captures), *values)
         sizes = ("heads", "kv_heads", "rows", "keys", "blocks", "group", "pairs")
         holes = {
             "keys": str(cut.keys),
-            "cleared": str(_CLEARED),
             "width": str(width),
             "group": self._group(width),
             "gradient_arguments": listing((*arguments, *sizes, *constants, *switches, "num_warps=4")),
@@ -234,7 +310,11 @@ class HopperText(BackwardText):
         given = ["sums", "dq", *(f"dq.stride({axis})" for axis in range(3))]
         given += ["dv", "spoilt", *(f"dv.stride({axis})" for axis in range(3)), "kv_heads"] * self.spoils
         names = ["sums_ptr", "dq_ptr", *dq, *("dv_ptr", "spoilt_ptr") * self.spoils, *dv, *("kv_heads",) * self.spoils]
-        kv_head = {"kv_head": KV_HEAD[self.spec.kv_map], "dv_mask": _inside("columns < Sk", "d", self.value_dim)}
+        kv_head = {
+            "prepared_rows": str(self.cut.rows),
+            "kv_head": KV_HEAD[self.spec.kv_map],
+            "dv_mask": _inside("columns < Sk", "d", self.value_dim),
+        }
         width = padded(self.head_dim)
         return {
             "finish_parameters": listing((*names, "heads", "Sq", "Sk", "blocks", "WIDTH"), annotate=True),
@@ -258,11 +338,18 @@ class HopperText(BackwardText):
         return as_gluon(emit(expr, {}, self.spec.capture_kinds))
 
 
+def is_light(spec: AttentionSpec, dtype: torch.dtype) -> bool:
+    """Whether registers are left beside the gradients of keys and values: weights and slopes are simple."""
+    captured = any("i" in capture.dims for capture in spec.captures)
+    return not captured and plan.slope(spec)[0] is None and not plan.weights(spec, dtype).recounted
+
+
 def hopper_text(
     spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, cut: Config, wanted: tuple[bool, ...]
 ) -> str:
     """The source of the module."""
-    blocks = BackwardConfig(PortableConfig(cut.rows, cut.keys, 4, 1), _PREPARED)
+    # The kernel that computes delta has the same blocks of rows; those that it counts again go by 64 keys.
+    blocks = BackwardConfig(PortableConfig(cut.rows, cut.keys, 4, 1), PortableConfig(cut.rows, 64, 4, 1))
     return str(HopperText(spec, head_dim, value_dim, dtype, blocks, wanted, cut))
 
 

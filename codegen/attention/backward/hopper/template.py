@@ -14,8 +14,9 @@ HEADER: Final = '''\
     dx = P·($dropped_maths − delta)
     ds = dx·∂x/∂s,  dq = Σ_j ds·k,  dk = Σ_i ds·q,  dv = Σ_i P·dout
 $captures
-Four kernels: delta; zeros for the sums of dq; all products, by programs that keep a block of keys and go through the
-rows of every query head they serve; dq out of its sums. Programs add to dq in any order: bits may differ between runs.
+Three kernels: delta, and zeros for the sums of dq; all products, by programs that keep a block of keys and go through
+the rows of every query head they serve; dq out of its sums. Programs add to dq in any order: bits may differ between
+runs.
 
 Specification:
 $spec
@@ -45,7 +46,10 @@ def place(blocks, kv_heads, group, pairs):
 
     ``pairs`` of the last two go in groups whose tensors fit the L2 cache; within one the first keys come first.
     """
-    program = gl.program_id(0)
+    # Read anew each time: kept for what follows the loops, it would take registers in them.
+    program = gl.inline_asm_elementwise(
+        "mov.u32 $$0, %ctaid.x;", "=r,r", [blocks], dtype=gl.int32, is_pure=False, pack=1
+    )
     before = program // (group * blocks) * group
     within = program % (group * blocks)
     size = gl.minimum(group, pairs - before)
@@ -59,7 +63,8 @@ def row_blocks(
 ):
     """The blocks of rows that need some of the keys ``first`` to ``last``: the first one, and where they stop."""
     $row_range
-    return $start_block // BLOCK_M, gl.cdiv(stop, BLOCK_M)
+    $full_meaning
+    return $start_block // BLOCK_M, gl.cdiv(stop, BLOCK_M)$full
 
 '''
 
@@ -68,35 +73,41 @@ PRODUCER: Final = '''
 def load(
     $load_parameters
 ):
-    """Load what the other warps read: the keys and values once, then the blocks of rows with their statistics."""
+    """Load what the other warps read: keys, then blocks of rows with their statistics, and values with the first."""
     block, b, g = place(blocks, kv_heads, group, pairs)
     first = block * KEYS
     last = gl.minimum(first + KEYS, Sk) - 1
-    mbarrier.expect(keys_ready, k_source.block_type.nbytes * 2)
+    mbarrier.expect(keys_ready, k_source.block_type.nbytes)
     tma.async_copy_global_to_shared(k_source, [b, g, first, 0], keys_ready, k_tile)
-    tma.async_copy_global_to_shared(v_source, [b, g, first, 0], keys_ready, v_tile)
     step = 0
     for turn in range(GROUP):
         h = $query_head
         $range_captures
-        start, stop = row_blocks(
+        start, stop$full = row_blocks(
             $range_arguments
         )
-        line = (b * heads + h) * Sq
+        line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * BLOCK_M
         for block in range(start, stop):
             slot = step & (STAGES - 1)
             # The barriers turn when all slots have been used: every 2 or 4 steps.
             mbarrier.wait(free.index(slot), ((step >> (STAGES // 2)) & 1) ^ 1)
             row = block * BLOCK_M
-            mbarrier.expect(q_ready.index(slot), q_source.block_type.nbytes + $vector_bytes * BLOCK_M)
+            mbarrier.expect(q_ready.index(slot), $scored_bytes)
             tma.async_copy_global_to_shared(q_source, [b, h, row, 0], q_ready.index(slot), q_tiles.index(slot))
             $load_vectors
-            mbarrier.expect(dout_ready.index(slot), dout_source.block_type.nbytes + 4 * BLOCK_M)
+            if step == 0:
+                mbarrier.expect(
+                    dout_ready.index(0), $flowing_bytes + v_source.block_type.nbytes
+                )
+                tma.async_copy_global_to_shared(v_source, [b, g, first, 0], dout_ready.index(0), v_tile)
+            else:
+                mbarrier.expect(dout_ready.index(slot), $flowing_bytes)
             tma.async_copy_global_to_shared(dout_source, [b, h, row, 0], dout_ready.index(slot), dout_tiles.index(slot))
             tma.async_copy_global_to_shared(
                 delta_source, [line + row], dout_ready.index(slot), delta_tiles.index(slot)
             )
             step += 1
+    $load_nothing
 
 '''
 
@@ -138,11 +149,10 @@ def fold_rows(
     q = q_tiles.index(slot).reshape([BLOCK_M, WIDTH])
     dout = dout_tiles.index(slot).reshape([BLOCK_M, WIDTH])
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
-    mbarrier.wait(q_ready.index(slot), phase)
-    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    $score_now
     mbarrier.wait(dout_ready.index(slot), phase)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
+    $score_wait
     # Seen through, the compiler would keep 64-bit copies of all rows in registers.
     start = gl.inline_asm_elementwise("mov.b32 $$0, $$1;", "=r,r", [start], dtype=gl.int32, is_pure=True, pack=1)
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
@@ -153,14 +163,13 @@ def fold_rows(
     $load_captures
     x = $score
     $widen
-    $masks
     p = $weight
+    $masks
     w = gl.convert_layout(p.to(k.dtype), WEIGHTS)
-    dv = warpgroup_mma(w, dout, dv, is_async=True)
     $slope
+    dv = warpgroup_mma(w, dout, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
     delta = delta_tiles.index(slot).load(gl.SliceLayout(0, SCORES))
-    $clean_delta
     ds = (p * (dp - delta[None, :])).to(k.dtype)
     # The other group's product of dq reads what this one stores; of two buffers that of the step before is in use.
     turned = ds_tiles.index(step & 1)
@@ -172,10 +181,12 @@ def fold_rows(
     mbarrier.wait(ds_ready.index(step & 1), (step >> 1) & 1)
     nothing = gl.zeros([64, $dq_columns], gl.float32, layout=DQ)
     dq = warpgroup_mma($turned.permute((1, 0)), k_part, nothing, use_acc=False, is_async=True)
-    dv, w, dk, u, dq = warpgroup_mma_wait(0, deps=[dv, w, dk, u, dq])
+    $score_next
+    $dq_wait
     mbarrier.arrive(free.index(slot), count=1)
     add(target + MEMBER * (BLOCK_M * WIDTH // 2), dq, $dq_columns, DQ)
-    return dk, dv, step + 1
+    $score_done
+    return $folded, step + 1
 
 '''
 
@@ -204,20 +215,23 @@ def multiply(
     dv = gl.zeros([64, WIDTH], gl.float32, layout=GRADS)
     mbarrier.wait(keys_ready, 0)
     step = 0
+    $score_first
     for turn in range(GROUP):
         h = $query_head
         h_wide = h.to(gl.int64)
         $tile_index
         $capture_bases
-        start, stop = row_blocks(
+        start, stop$full = row_blocks(
             $range_arguments
         )
         sums = dq_ptr + (b_wide * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH)
         for block in range(start, stop):
-            dk, dv, step = fold_rows(
+            $folded, step = fold_rows(
                 $fold_arguments
             )
-    columns = (first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, GRADS)))[:, None]
+    block, b, g = place(blocks, kv_heads, group, pairs)
+    b_wide = b.to(gl.int64)
+    columns = (block * KEYS + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, GRADS)))[:, None]
     d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, GRADS))[None, :]
     line = $key_line
     gl.store(dk_ptr + line * $head_dim + d, $dk_result.to(k.dtype), mask=$dk_mask)
@@ -227,8 +241,8 @@ def multiply(
 
 #: What a row without finite weights does to the values, also of keys whose loops leave it out.
 SPOIL_DV: Final = """\
-if program % blocks * 64 < Sq:
-    spoilt = tl.load(spoilt_ptr + pair * tl.cdiv(Sq, 64) + program % blocks)
+if program % blocks * $prepared_rows < Sq:
+    spoilt = tl.load(spoilt_ptr + pair * tl.cdiv(Sq, $prepared_rows) + program % blocks)
     if spoilt != 0.0:
         b, h = pair // heads, pair % heads
         g = $kv_head
@@ -284,18 +298,25 @@ def gradient_kernel(
 
 '''
 
+#: What the kernel of all products needs of a block of rows, so that it has nothing to do for them.
+PREPARED: Final = """\
+# By whole blocks, rows beyond the end without weights: TMA reads from multiples of 16 bytes only.
+inside, line = rows < Sq, tl.cast(program, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+$read_lse
+$finite_shift
+$finite_delta
+tl.store(shift_ptr + line, tl.where(inside, shift$scaled, float("inf")))
+$store_count
+tl.store(delta_ptr + line, tl.where(inside, delta, 0.0))
+sums = tl.cast(program, tl.int64) * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D)
+tl.store(sums_ptr + sums, tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+"""
+
 ALLOCATE_VECTOR: Final = """\
 ${vector}_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], VECTOR)
 """
 
 SUMS: Final = '''
-@triton.jit
-def clear_kernel(sums_ptr, SIZE: tl.constexpr):
-    """Zeros for the sums of dq."""
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    tl.store(sums_ptr + place, tl.zeros([SIZE], tl.float32))
-
-
 @triton.jit(do_not_specialize=["heads", "Sq", "Sk", "blocks"])
 def finish_kernel(
     $finish_parameters
@@ -335,9 +356,8 @@ def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def vectors(x: torch.Tensor) -> TensorDescriptor:
-    """One number for each row of every head, as blocks of rows that may begin anywhere."""
-    source = x if x.data_ptr() % 16 == 0 else x.clone()
-    return TensorDescriptor(source, [source.numel()], [1], [$rows_at_a_time], VECTOR)
+    """One number for each row of every head, as blocks of rows: each begins at a multiple of 16 bytes, as it must."""
+    return TensorDescriptor(x, [x.numel()], [1], [$rows_at_a_time], VECTOR)
 
 '''
 
@@ -350,7 +370,6 @@ GROUP: Final = """\
 LAUNCHES: Final = """\
 blocks, pairs = -(-keys // $keys), batch * kv_heads
 group = $group
-clear_kernel[(sums.numel() // $cleared,)](sums, SIZE=$cleared)
 gradient_kernel[(blocks * pairs,)](
     $gradient_arguments
 )

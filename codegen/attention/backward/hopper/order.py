@@ -1,0 +1,55 @@
+"""When a generated Hopper backward multiplies queries with keys: with the rest of a block of rows, or one block ahead.
+
+Ahead of the rest, these products run while dq goes to memory, and a block begins with its weights.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: The products of queries and keys where a block of rows begins with them.
+_SCORE_NOW: Final = """\
+mbarrier.wait(q_ready.index(slot), phase)
+s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+"""
+
+#: The same, one block ahead: dq goes to memory meanwhile.
+_SCORE_NEXT: Final = """\
+dv, w, dk, u = warpgroup_mma_wait(1, deps=[dv, w, dk, u])
+ahead = (step + 1) & (STAGES - 1)
+mbarrier.wait(q_ready.index(ahead), ((step + 1) >> (STAGES // 2)) & 1)
+q = q_tiles.index(ahead).reshape([BLOCK_M, WIDTH])
+s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+"""
+
+#: What is said to be there after the last block, so that all blocks are alike; its products are not read.
+_LOAD_NOTHING: Final = """\
+slot = step & (STAGES - 1)
+mbarrier.wait(free.index(slot), ((step >> (STAGES // 2)) & 1) ^ 1)
+mbarrier.arrive(q_ready.index(slot), count=1)
+"""
+
+#: The same for the first block of rows, if there is one.
+_SCORE_FIRST: Final = """\
+s = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
+mbarrier.wait(q_ready.index(0), 0)
+q = q_tiles.index(0).reshape([BLOCK_M, WIDTH])
+s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=False, is_async=True)
+s = warpgroup_mma_wait(0, deps=[s])
+"""
+
+_WAIT: Final = "dv, w, dk, u, dq = warpgroup_mma_wait(0, deps=[dv, w, dk, u, dq])"
+
+
+def order_holes(ahead: bool) -> dict[str, str]:
+    """The holes of the templates for either order."""
+    holes = {
+        "score_now": "" if ahead else _SCORE_NOW,
+        "score_wait": "" if ahead else "s = warpgroup_mma_wait(1, deps=[s])",
+        "score_next": _SCORE_NEXT if ahead else "",
+        "dq_wait": "dq = warpgroup_mma_wait(1, deps=[dq])" if ahead else _WAIT,
+        "score_done": "s = warpgroup_mma_wait(0, deps=[s])" if ahead else "",
+        "score_first": _SCORE_FIRST if ahead else "",
+        "load_nothing": _LOAD_NOTHING if ahead else "",
+    }
+    return {name: text.rstrip("\n") for name, text in holes.items()}

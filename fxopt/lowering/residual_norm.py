@@ -47,6 +47,9 @@ NAMES: Final = ("residual_layer_norm", "residual_rms_norm")
 _TIE: Final = 0.97
 #: Seconds below which a kernel of Inductor's takes less time than launching ours takes the host.
 _SMALLEST: Final = 20e-6
+#: The longest rows that are not measured: forward Inductor's kernel takes them at the rate of a copy, as ours does, and
+#: in training ours was up to 17% slower (`benchmarks/results/h100-residual-norm.json`).
+_NOTHING_GAINED: Final = 1024
 #: Seconds of measurements after which a process begins no more.
 _BUDGET: Final = 2.0
 _spent: Final = {"seconds": 0.0}
@@ -166,6 +169,9 @@ def choose(
         has_hint(size) for x in _Site(site, training).values if x is not None for size in (*x.shape, *x.stride())
     ):
         return kept("not measured: the sizes are not known")
+    width = hint(_Site(site, training).values[0].shape[-1])
+    if width <= _NOTHING_GAINED:
+        return kept(f"not measured: rows of {width} elements; up to {_NOTHING_GAINED} nothing was gained on an H100")
     return _measured(_Site(site, training), found, base or Base())
 
 

@@ -140,6 +140,7 @@ def test_sites_run_end_to_end(
     torch._dynamo.reset()
     torch.manual_seed(0)
     monkeypatch.setattr(lowering, "_BUDGET", float("inf"))
+    monkeypatch.setattr(lowering, "_NOTHING_GAINED", 0)
     module = model(512, norm).cuda().to(torch.bfloat16).train(training)
     x = torch.randn(16, 256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=training)
     with torch.set_grad_enabled(training), backend.collecting() as (outcomes, failures):
@@ -171,6 +172,7 @@ def test_row_counts_that_change_compile_nothing_anew() -> None:
 def test_what_was_measured_is_kept_and_a_tie_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     cache.clear()
     monkeypatch.setitem(lowering._spent, "seconds", 0.0)
+    monkeypatch.setattr(lowering, "_NOTHING_GAINED", 0)
     x = torch.randn(32768, 1024, device="cuda", dtype=torch.bfloat16)
 
     def model(x: Tensor, y: Tensor) -> Tensor:

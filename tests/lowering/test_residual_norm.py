@@ -61,7 +61,10 @@ def site(model: nn.Module | Function, *inputs: Tensor) -> Node:
 
 @pytest.fixture
 def any_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The operators, which compute in plain PyTorch on the CPU, count as kernels; nothing was measured yet."""
+    """The operators, which compute in plain PyTorch on the CPU, count as kernels; nothing was measured yet.
+
+    Rows of any length are measured.
+    """
     objection = lowering._objection
 
     def elsewhere(found: Any) -> str | None:
@@ -69,6 +72,7 @@ def any_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return None if reason is not None and "CUDA" in reason else reason
 
     monkeypatch.setattr(lowering, "_objection", elsewhere)
+    monkeypatch.setattr(lowering, "_NOTHING_GAINED", 0)
     monkeypatch.setitem(lowering._spent, "seconds", 0.0)
     cache.clear()
     yield
@@ -154,6 +158,17 @@ def test_one_measurement_serves_all_sites_alike(monkeypatch: pytest.MonkeyPatch)
     assert len(asked) == 3, "16 rows, as 10 are rounded up"
     lower(rewritten(Block(), torch.randn(9, 2, C)), training=False)
     assert len(asked) == 6
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize(("longest", "reason"), [(C, "not measured: rows of 16 elements"), (C - 1, "measured")])
+def test_rows_on_which_nothing_was_gained_are_not_measured(
+    longest: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = timed(monkeypatch, plain=2e-4, triton=1e-4)
+    monkeypatch.setattr(lowering, "_NOTHING_GAINED", longest)
+    _, (decision,) = lower(rewritten(Block(), torch.randn(2, 5, C)), training=False)
+    assert decision.reason.startswith(reason) and bool(asked) == (longest < C)
 
 
 @pytest.mark.usefixtures("any_device")

@@ -164,7 +164,7 @@ def _compare_floats(
 ) -> ErrorReport:
     finite = eager.isfinite() & reference.isfinite()
     problems = list(_special_value_problems(actual, eager, reference))
-    x, e, r = (side[finite].to(reference.dtype) for side in (actual, eager, reference))
+    x, e, r = (side.detach()[finite].to(reference.dtype) for side in (actual, eager, reference))
     if r.numel() == 0:
         return ErrorReport(name, problems=tuple(problems))
     band = UNIT_ROUNDOFF[precision] * max(float(r.abs().max()), floor)

@@ -126,6 +126,9 @@ def _gradients(run: Run) -> AbstractContextManager[Any]:
 
 
 def _floor(run: Run) -> float:
-    """A softmax over one key is constant: its gradients vanish by cancelling sums of D terms of size one."""
+    """A softmax over one key is constant: its gradients vanish by cancelling sums of D terms of size one.
+
+    In float64 the oracle is the program itself, so that eager's error is 0: sums of D terms are allowed to differ.
+    """
     sizes = SIZE_COLLISIONS.get(run.shapes, DISTINCT)
-    return float(sizes.D) if 1 in vars(sizes).values() else 0.0
+    return float(sizes.D) if 1 in vars(sizes).values() or run.dtype is torch.float64 else 0.0

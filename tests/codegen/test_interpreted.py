@@ -23,4 +23,4 @@ def test_kernels_in_the_interpreter(file: str) -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     passed = re.search(r"(\d+) passed", run.stdout)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert passed and int(passed[1]) > 20
+    assert passed and int(passed[1]) > 10

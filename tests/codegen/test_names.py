@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,9 +76,8 @@ def generated() -> Iterator[str]:
 
 def undefined(folder: Path) -> str:
     """What ruff finds of names that nothing defines."""
-    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or "ruff"
     options = ("--isolated", "--no-cache", "--select", "F821", "--output-format", "concise")
-    command = [ruff, "check", *options, str(folder)]
+    command = [sys.executable, "-m", "ruff", "check", *options, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fxopt
-from fxopt.codegen.linear_attention.kernel import candidates
+from fxopt.codegen.linear_attention.kernel import candidates, withheld
 from fxopt.codegen.linear_attention.operator import linear_attention_forward
 from fxopt.passes import LinearAttention, SimplifiedLinearAttention
 from fxopt.testing import assert_within_budget
@@ -33,6 +33,9 @@ ALL = {**CASES, **LARGE}
 def test_kernels_are_within_the_budget_of_eager(name: str, dtype: torch.dtype) -> None:
     case = ALL[name]
     spec, given = case.spec(dtype, "bshd"), case.draw(dtype, "cuda")
+    reason = withheld(spec, case.head_dim, case.value_dim, dtype)
+    if reason is not None:
+        pytest.skip(reason)
     cotangent = torch.randn(case.batch, case.heads, case.rows, case.value_dim, device="cuda").to(dtype)
     expected, gradients = exact(case, given, cotangent)
     usual, usual_gradients = eager(case, given, cotangent)

@@ -16,16 +16,17 @@ import torch
 from fxopt.codegen.attention.backward import kernel as portable
 from fxopt.codegen.attention.backward import plan
 from fxopt.codegen.attention.backward.hopper.config import Config, read_config
-from fxopt.codegen.attention.backward.hopper.source import hopper_text, is_light
+from fxopt.codegen.attention.backward.hopper.source import hopper_text
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, S
 
-#: By padded head dimension.
+#: By padded head dimension. With heads 128 wide, products of queries and keys ahead of the rest cost 5 to 10%
+#: (`benchmarks/results/h100-attention-backward-hopper.json`).
 _CONFIGS: Final[dict[int, tuple[Config, ...]]] = {
     64: (Config(64, 128, 4), Config(64, 128, 4, ahead=True)),
-    128: (Config(64, 128, 2), Config(64, 128, 2, ahead=True)),
+    128: (Config(64, 128, 2),),
 }
 _HALF: Final = (torch.bfloat16, torch.float16)
 #: What may be infinite, or no number, where its argument is 0, as the scores of rows beyond the end are.
@@ -66,8 +67,6 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
         return f"head dimensions must be multiples of 8 from 40 to 128 that pad alike, not {head_dim} and {value_dim}"
     if spec.dropout:
         return "it drops no weights"
-    if plan.averages(spec):
-        return "rows without keys average the values, which the portable kernels give their gradients back"
     if any({"i", "j"} <= set(c.dims) or c.is_band for c in spec.captures):
         return "a captured tensor varies with both row and key, which the portable kernels read better"
     if any(_is_unsafe(e) for e in (spec.score, plan.slope(spec)[0]) if e is not None):
@@ -87,9 +86,7 @@ def candidates(
     """The configurations worth measuring, best guess first; none where the kernels can't serve."""
     if objection(spec, head_dim, value_dim, dtype, capability) is not None:
         return ()
-    found = _CONFIGS[padded(head_dim)]
-    # Products ahead of the rest take registers.
-    return found if padded(head_dim) <= 64 or is_light(spec, dtype) else found[:1]
+    return _CONFIGS[padded(head_dim)]
 
 
 def source(

@@ -75,5 +75,4 @@ def exact_pipeline() -> tuple[Pass, ...]:
         FuseAttention(),
         FoldNormAffine(),
         FoldChannelAffine(),
-        FuseResidualNorm(),
     )

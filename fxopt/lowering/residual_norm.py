@@ -198,8 +198,10 @@ def _measured(site: _Site, found: Sequence[Candidate], base: Base) -> tuple[Cand
 
 def _best(seconds: Mapping[str, float]) -> tuple[str, str]:
     """The candidate to run, and what the report adds where that is not the fastest."""
-    plain = seconds.get(PLAIN, 0.0)
-    best = min(seconds, key=lambda name: seconds[name], default=PLAIN)
+    plain = seconds.get(PLAIN)
+    if plain is None:
+        return PLAIN, "; the base compiler's kernel could not be measured"
+    best = min(seconds, key=lambda name: seconds[name])
     if best == PLAIN:
         return PLAIN, ""
     if plain < _SMALLEST:

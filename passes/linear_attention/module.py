@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ class Transition:
     def blends(self) -> bool:
         """Whether anything of the original is ever computed."""
         return bool(self.steps or self.warmup)
+
+
+#: What a `LinearisedModule` holds and the module that it replaces may not.
+RESERVED: Final = frozenset({"step", "transition", "title", "train_graph", "eval_graph", "graph", "share"})
 
 
 class CapturedForward(nn.Module):
@@ -181,3 +185,6 @@ def adopt(new: nn.Module, original: nn.Module) -> None:
     for name, value in vars(original).items():
         if not name.startswith("_") and not hasattr(new, name) and isinstance(value, int | float | str | tuple | None):
             setattr(new, name, value)
+    if hasattr(original, "_qkv_same_embed_dim"):
+        # By it PyTorch's encoder layers tell whether they may compute softmax attention from the weights themselves.
+        new.__dict__["_qkv_same_embed_dim"] = False

@@ -15,7 +15,7 @@ from fxopt.ir.nodes import source, tensor
 from fxopt.ir.site import Site
 from fxopt.passes.linear_attention.capture import Isolated, attentions, canonical, isolated
 from fxopt.passes.linear_attention.meaning import Kept, read_attention
-from fxopt.passes.linear_attention.module import LinearisedModule, Transition
+from fxopt.passes.linear_attention.module import RESERVED, LinearisedModule, Transition
 from fxopt.passes.linear_attention.replace import SHARE, Captured, Form, replace_attentions
 from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange, inlining
 
@@ -194,6 +194,10 @@ def _objection(module: nn.Module, name: str, calls: tuple[Call, ...], swap: Swap
     progressive = [n for n, inner in module.named_modules() if isinstance(inner, Progressive)]
     if progressive:
         return f"{progressive[0]} in it is exchanged already; a captured graph could not follow its steps"
+    held = (*module._parameters, *module._buffers, *module._modules)
+    taken = [held_name for held_name in held if held_name in RESERVED]
+    if taken:
+        return f"it holds {taken[0]!r}, a name that the module in its place needs itself"
     if len({str(_described(call)) for call in calls}) > 1:
         return "it is called with arguments of several kinds in one forward"
     return ""
@@ -211,6 +215,8 @@ def _graphs(
     captured = isolated(module, call, training=True, lengths=swap.lengths)
     if isinstance(captured, str):
         return captured
+    if captured.program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        return "in training it writes buffers of its own, such as running statistics, which its gradients read"
     training = replace(captured, program=canonical(captured.program))
     sites = attentions(training.program)
     read = [read_attention(site, swap.drop, owner.proof(place)) for place, site in enumerate(sites)]

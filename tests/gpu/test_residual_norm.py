@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxopt
-from fxopt import backend, cache
+from fxopt import backend, cache, driver
 from fxopt.codegen.norm.residual_norm import launching
 from fxopt.codegen.norm.residual_norm.config import backward_candidates, candidates
 from fxopt.codegen.norm.residual_norm.operator import residual_norm_forward
+from fxopt.frontend.export import from_export
 from fxopt.lowering import residual_norm as lowering
+from fxopt.lowering.options import Options
 from fxopt.testing import assert_within_budget, evaluate, oracle_gradients
 from tests.codegen.residual_norm.cases import CASES, Case, gradients, wide
 
 pytestmark = pytest.mark.gpu
 
+EXACT = (*(chosen.name for chosen in fxopt.passes.exact_pipeline()), "fuse-residual-norm")
 WIDTHS = (64, 96, 384, 700, 768, 1000, 1024, 1536, 4096, 8192)
 
 
@@ -144,7 +148,8 @@ def test_sites_run_end_to_end(
     module = model(512, norm).cuda().to(torch.bfloat16).train(training)
     x = torch.randn(16, 256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=training)
     with torch.set_grad_enabled(training), backend.collecting() as (outcomes, failures):
-        compiled = torch.compile(module, backend="fxopt", options={"lower": lower, "strict": True})
+        options: dict[str, Any] = {"lower": lower, "strict": True, "passes": EXACT}
+        compiled = torch.compile(module, backend="fxopt", options=options)
         found, eager = evaluate(compiled, x), evaluate(module, x)
         assert_within_budget(found, eager, oracle_gradients(module, x), floor=4096.0**0.5 if training else 1.0)
     assert not failures
@@ -159,7 +164,8 @@ def test_sites_run_end_to_end(
 def test_row_counts_that_change_compile_nothing_anew() -> None:
     torch._dynamo.reset()
     module = PostNorm(512, nn.LayerNorm).cuda().to(torch.bfloat16).eval()
-    compiled = torch.compile(module, backend="fxopt", options={"lower": "triton", "strict": True}, dynamic=True)
+    options: dict[str, Any] = {"lower": "triton", "strict": True, "passes": EXACT}
+    compiled = torch.compile(module, backend="fxopt", options=options, dynamic=True)
     with torch.no_grad(), backend.collecting() as (outcomes, _):
         compiled(torch.randn(4, 100, 512, device="cuda", dtype=torch.bfloat16))
         count = len(outcomes)
@@ -181,7 +187,8 @@ def test_what_was_measured_is_kept_and_a_tie_stays(monkeypatch: pytest.MonkeyPat
     for reason in ("measured", "measured, from the cache"):
         torch._dynamo.reset()
         with torch.no_grad():
-            (decision,) = fxopt.explain(model, x, x).decisions
+            program = from_export(model, (x, x))
+            (decision,) = driver.run(program, Options(strict=True, passes=EXACT), training=False).decisions
         assert decision.reason.startswith(reason) and "failed" not in decision.reason, decision
         faster = [name for name, s in decision.seconds.items() if s <= lowering._TIE * decision.seconds["aten"]]
         assert decision.chosen in (faster or ["aten"])

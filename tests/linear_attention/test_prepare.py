@@ -227,3 +227,62 @@ def test_norms_inside_an_exchanged_module_are_kept() -> None:
     first = fxopt.prepare(model, (inputs(1)[0],), passes=passes[::-1])
     kept = [site for site in fxopt.prepared(first).report.sites if site.kind == "attention"]
     assert "exchanged already" in kept[0].reason
+
+
+class Encoder(nn.Module):
+    """PyTorch's own layer, which in evaluation computes softmax attention from the weights where it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(CHANNELS, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+def test_an_encoder_layer_of_pytorch_computes_what_it_was_trained_with() -> None:
+    (x,) = inputs(1)
+    torch.manual_seed(0)
+    model = Encoder()
+    student = fxopt.prepare(model, (x,), passes=[LinearAttention()])
+    trained = student.train()(x)
+    student.eval()
+    torch.testing.assert_close(student(x), trained)
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), trained)
+        assert (model.eval()(x) - trained).abs().max() > 1e-3, "softmax attention is something else"
+        torch.testing.assert_close(fxopt.convert(student)(x), trained)
+
+
+class Normalised(Written):
+    """With a norm of its own that gathers running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(CHANNELS)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.norm(super().forward(x, mask).transpose(1, 2)).transpose(1, 2)
+        return y
+
+
+class Stepping(Written):
+    """With a buffer of the name that schedules count in."""
+
+    step: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.ones(CHANNELS))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) * self.step
+
+
+@pytest.mark.parametrize(("kind", "reason"), [
+    (Normalised, "in training it writes buffers of its own"), (Stepping, "it holds 'step', a name"),
+])  # fmt: skip
+def test_modules_with_state_that_would_be_lost_are_refused(kind: type[Heads], reason: str) -> None:
+    with pytest.raises(PreparationError, match=reason):
+        fxopt.prepare(mixer(kind), (inputs(1)[0],), passes=[LinearAttention(steps=5)])

@@ -27,7 +27,7 @@ from fxopt.lowering.surroundings import Surroundings, fusion_objection, surround
 from fxopt.testing import assert_within_budget, evaluate, oracle_gradients
 
 C = 16
-EXACT = [chosen.name for chosen in fxopt.passes.exact_pipeline()]
+EXACT = (*(chosen.name for chosen in fxopt.passes.exact_pipeline()), "fuse-residual-norm")
 Function = Callable[..., Any]
 
 
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 def rewritten(model: nn.Module | Function, *inputs: Tensor) -> Program:
-    return driver.rewrite(from_export(model, inputs), Options(strict=True)).program
+    return driver.rewrite(from_export(model, inputs), Options(strict=True, passes=EXACT)).program
 
 
 def norms(program: Program) -> list[Node]:
@@ -106,7 +106,7 @@ def test_where_nothing_is_gained_the_base_compiler_sees_what_it_saw(norm: type[n
     model.to(dtype).eval()
     passes = [name for name in EXACT if name != "fuse-residual-norm"]
     seen = []
-    for options in (Options(strict=True), Options(strict=True, passes=tuple(passes))):
+    for options in (Options(strict=True, passes=EXACT), Options(strict=True, passes=tuple(passes))):
         program = driver.rewrite(from_export(model, (x,)), options).program
         lowered, _ = lower(program, training=False)
         operands = [model.get_parameter(n) if n else x for n in _bound(lowered)]
@@ -235,7 +235,7 @@ def test_surroundings_are_counted() -> None:
     assert surroundings(site(Block()), training=False) == Surroundings(True)
     assert surroundings(site(lambda x: F.layer_norm(x + x, (C,))), training=False) == Surroundings(False)
     compiled = fxopt.capture(Block(read=lambda x: x).train(), (torch.randn(2, 5, C),))
-    (node,) = norms(driver.rewrite(compiled, Options(strict=True)).program)
+    (node,) = norms(driver.rewrite(compiled, Options(strict=True, passes=EXACT)).program)
     around = surroundings(node, training=True)
     assert (around.sum_read, around.gradients, around.sum_gradients) == (True, 1, 1)
 
@@ -269,7 +269,8 @@ def test_training_through_the_backend(model: nn.Module, option: str, monkeypatch
 
     monkeypatch.setattr(lowering, "_key", noted)
     x = torch.randn(2, 5, C, requires_grad=True)
-    compiled = torch.compile(model, backend="fxopt", options={"base": "aot_eager", "lower": option, "strict": True})
+    options: dict[str, Any] = {"base": "aot_eager", "lower": option, "strict": True, "passes": EXACT}
+    compiled = torch.compile(model, backend="fxopt", options=options)
     found, eager = evaluate(compiled, x), evaluate(model, x)
     assert_within_budget(found, eager, oracle_gradients(model, x), floor=1.0)
     if option == "auto":
@@ -280,7 +281,7 @@ def test_training_through_the_backend(model: nn.Module, option: str, monkeypatch
 @pytest.mark.usefixtures("any_device")
 def test_kernels_are_listed() -> None:
     captured = fxopt.capture(Attention().train(), (torch.randn(2, 5, C),))
-    program = driver.rewrite(captured, Options(strict=True)).program
+    program = driver.rewrite(captured, Options(strict=True, passes=EXACT)).program
     inference, _ = lower(program, training=False, option="triton")
     training, _ = lower(program, training=True, option="triton")
     assert len(kernel_sources(inference)) == 1 and len(kernel_sources(training)) == 2
@@ -322,7 +323,8 @@ def test_measuring_inside_of_a_compilation_leaves_it_alone(monkeypatch: pytest.M
     torch._dynamo.reset()
     monkeypatch.setattr(lowering, "_SMALLEST", 0.0)
     model, x, other = Block().eval(), torch.randn(4, 5, C), torch.randn(3, 7, C)
-    compiled = torch.compile(model, backend="fxopt", options={"base": "aot_eager", "strict": True})
+    options: dict[str, Any] = {"base": "aot_eager", "strict": True, "passes": EXACT}
+    compiled = torch.compile(model, backend="fxopt", options=options)
     torch._dynamo.mark_dynamic(x, 0)
     torch._dynamo.mark_dynamic(x, 1)
     with torch.no_grad(), backend.collecting() as (outcomes, failures):
@@ -332,3 +334,7 @@ def test_measuring_inside_of_a_compilation_leaves_it_alone(monkeypatch: pytest.M
     (outcome,) = outcomes
     (decision,) = outcome.decisions
     assert decision.reason.startswith("measured") and len(decision.seconds) == 2, decision
+
+
+def test_without_a_time_of_the_base_compiler_nothing_is_chosen() -> None:
+    assert lowering._best({"triton-1w4": 1e-3}) == ("aten", "; the base compiler's kernel could not be measured")

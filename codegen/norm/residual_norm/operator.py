@@ -162,7 +162,9 @@ def _backward(ctx: Any, dnormal: Tensor | None, dsum: Tensor | None, *_: Tensor 
     wanted = [bool(need) for need in ctx.needs_input_grad[2:4]]
     if torch.is_grad_enabled():
         # Gradients that are differentiated again need operations that can be.
-        dx, found = _differentiable(total, weight, bias, ctx.norm, dnormal)
+        dx, both = _differentiable(total, weight, bias, ctx.norm, dnormal)
+        present = [want for want, given in zip(wanted, (weight, bias), strict=True) if given is not None]
+        found = [gradient for gradient, want in zip(both, present, strict=True) if want]
         dx = dx if dsum is None else dx + dsum
     else:
         statistics = (total, mean, scale, weight, bias)

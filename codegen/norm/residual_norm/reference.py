@@ -43,11 +43,7 @@ def residual_layer_norm(
         The norm, of the dtype that ``fxopt::layer_norm`` gives it, and the sum.
     """
     total = x + residual
-    if (
-        dtype == torch.promote_types(total.dtype, torch.float32)
-        and _alike(total, weight, bias)
-        and not scale_after_cast
-    ):
+    if _is_usual(total, weight, bias, dtype, scale_after_cast):
         return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
     return reference.layer_norm(total, 1, weight, bias, eps, dtype, scale_after_cast), total
 
@@ -72,13 +68,31 @@ def residual_rms_norm(
     return reference.rms_norm(total, 1, weight, eps, dtype, scale_after_cast), total
 
 
-def _alike(total: Tensor, *weights: Tensor | None) -> bool:
-    return all(weight is None or weight.dtype == total.dtype for weight in weights)
+def _is_usual(
+    total: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, scale_after_cast: bool
+) -> bool:
+    """Whether PyTorch's own operator computes the norm."""
+    alike = all(given is None or given.dtype == total.dtype for given in (weight, bias))
+    return alike and dtype == torch.promote_types(total.dtype, torch.float32) and not scale_after_cast
 
 
 def norm_dtype(total: torch.dtype, weights: Iterable[torch.dtype], scale_after_cast: bool) -> torch.dtype:
     """The dtype of the norm of a sum of dtype ``total``, scaled and shifted by ``weights``."""
     return reduce(torch.promote_types, weights, total) if scale_after_cast else total
+
+
+def _layer_result(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    scale_after_cast: bool,
+) -> tuple[Tensor, Tensor]:
+    normal, total = _result(x, residual, weight, bias, eps, dtype, scale_after_cast)
+    # PyTorch's own operator gives the rows one after the other, however those of the sum lie.
+    return (normal.contiguous() if _is_usual(total, weight, bias, dtype, scale_after_cast) else normal), total
 
 
 def _result(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -93,5 +107,5 @@ MEANINGS: Final[dict[str, Callable[..., tuple[Tensor, Tensor]]]] = {
     "rms_norm": residual_rms_norm,
 }
 
-define_meaning("residual_layer_norm", residual_layer_norm, _result)
+define_meaning("residual_layer_norm", residual_layer_norm, _layer_result)
 define_meaning("residual_rms_norm", residual_rms_norm, _result)

@@ -168,3 +168,18 @@ def test_compiled_graphs_call_the_operators_without_autograd() -> None:
     given = (*case.operands(2, 8), *settings(case))
     found = torch.ops.fxopt.residual_norm_forward_launch(*given)
     torch.testing.assert_close(list(found), list(residual_norm_forward(*given)))
+
+
+def test_gradients_of_gradients_where_only_the_bias_learns() -> None:
+    case = CASES["layer bf16"]
+    x, residual, weight, bias = leaves(case, 2, 5, 8)
+    assert x is not None and weight is not None and bias is not None
+    given = (x, residual, weight.detach(), bias)
+    found, expected = residual_norm_forward(*given, *settings(case))[0], case.meaning(list(given))[0]
+    cotangent = torch.randn_like(expected)
+    for actual, right in zip(
+        torch.autograd.grad(found, (x, bias), cotangent, create_graph=True),
+        torch.autograd.grad(expected, (x, bias), cotangent, create_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, right)

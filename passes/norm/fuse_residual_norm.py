@@ -168,9 +168,10 @@ class FuseResidualNorm:
     sum is rounded to its own dtype before it is normalised, as it was. Broadcast or scaled sums, dropout or a cast
     between sum and norm, and anything between the two that writes into a tensor or switches a mode keep them apart.
 
-    What it runs as is measured: a generated kernel where that is faster than the base compiler's, else sum and norm as
-    they were. It is not among the default passes: on an H100 Inductor's kernel was as fast, up to 1024 channels. Name it
-    behind them: ``passes=[*fxopt.passes.exact_pipeline(), "fuse-residual-norm"]``. A frozen program (`fxopt.rewrite` in evaluation mode) is not lowered and stays; norms are folded there.
+    What it runs as is measured: a generated kernel where that is faster than the base compiler's, else sum and norm
+    as they were. It is not among the default passes: on an H100 Inductor's kernel was as fast, up to 1024 channels.
+    Name it behind them: ``passes=[*fxopt.passes.exact_pipeline(), "fuse-residual-norm"]``. A frozen program
+    (`fxopt.rewrite` in evaluation mode) is not lowered and stays; norms are folded there.
 
     Exact: the same operations in the same dtypes.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -73,6 +74,19 @@ class Run:
     score: float = float("nan")
     curve: list[float] = field(default_factory=list)
     seconds: float = 0.0
+
+
+def parser_of(description: str | None, variants: Variants, usual: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line that all evidence has in common; ``usual`` are the variants trained where none are named."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a small model and few steps, for a CPU")
+    parser.add_argument("--steps", type=int, help="optimiser steps of one training")
+    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--norms", nargs="*", choices=list(variants), default=list(usual))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
+    return parser
 
 
 def run_all(task: Task, settings: Settings, variants: Variants, seeds: Sequence[int], clock: Progress) -> list[Run]:

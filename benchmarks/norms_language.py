@@ -9,7 +9,6 @@ three seeds. Any text file will do; the excerpt that comes with the examples onl
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import fxopt
-from benchmarks.norm_training import NORMS, Inputs, Settings, Task, Variants, report, run_all, save
+from benchmarks.norm_training import NORMS, Inputs, Settings, Task, Variants, parser_of, report, run_all, save
 from benchmarks.progress import Progress
 
 _EXCERPT: Final = Path(__file__).parent.parent / "examples" / "data" / "sonnets.txt"
@@ -141,15 +140,8 @@ def loss(logits_BSV: Tensor, text_BS: Tensor) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, train, print the table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, _KNOWN, list(NORMS))
     parser.add_argument("--text", type=Path, default=_EXCERPT, help="any text file")
-    parser.add_argument("--tiny", action="store_true", help="a small decoder and few steps, for a CPU")
-    parser.add_argument("--steps", type=int, help="optimiser steps of one training")
-    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--norms", nargs="*", choices=list(_KNOWN), default=list(NORMS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
     options = parser.parse_args(arguments)
     sizes = TINY if options.tiny else Sizes()
     steps = options.steps or (300 if options.tiny else 1200)

@@ -11,7 +11,6 @@ also divide the images.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate, scaled_dot_product_attention
 
 import fxopt
-from benchmarks.norm_training import NORMS, Inputs, Settings, Task, Variants, report, run_all, save
+from benchmarks.norm_training import NORMS, Inputs, Settings, Task, Variants, parser_of, report, run_all, save
 from benchmarks.progress import Progress
 
 _IMAGES: Final = 1797
@@ -163,15 +162,8 @@ def _installed() -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, train, print the table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, _KNOWN, list(_KNOWN))
     parser.add_argument("--digits", type=Path, help="scikit-learn's digits.csv.gz; by default the installed one")
-    parser.add_argument("--tiny", action="store_true", help="a small transformer and few steps, for a CPU")
-    parser.add_argument("--steps", type=int, help="optimiser steps of one training")
-    parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--norms", nargs="*", choices=list(_KNOWN), default=list(_KNOWN))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
     options = parser.parse_args(arguments)
     sizes = TINY if options.tiny else Sizes()
     steps = options.steps or (200 if options.tiny else 2000)

@@ -14,7 +14,7 @@ from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
-from tests.codegen.cases import EXPRESSIONS, Shape, pairwise, specification
+from tests.codegen.cases import EXPRESSIONS, Shape, in_turn, pairwise, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget
 from tests.codegen.vectors import VECTORS
 from tests.gpu.test_attention_kernels import ALL_SHAPES, DTYPES, LARGE, on_gpu
@@ -48,9 +48,9 @@ def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: 
     spec = specification(name, sizes, DTYPES[dtype], "zero")
     inputs, captures = on_gpu(name, sizes, spec, DTYPES[dtype])
     dout = torch.randn(*inputs[0].shape[:3], sizes.value_dim, device="cuda").to(DTYPES[dtype])
-    for config in configurations(spec, sizes, DTYPES[dtype]):
-        found = backward(spec, inputs, captures, dout, config)
-        assert_gradients_within_budget(spec, inputs, captures, found, dout)
+    config = in_turn(configurations(spec, sizes, DTYPES[dtype]), name, shape, ALL_SHAPES)
+    found = backward(spec, inputs, captures, dout, config)
+    assert_gradients_within_budget(spec, inputs, captures, found, dout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ from fxopt.codegen.attention.operator import attention_forward, module
 from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec
 from fxopt.testing import assert_within_budget
-from tests.codegen.cases import EXPRESSIONS, Shape, specification
+from tests.codegen.cases import EXPRESSIONS, Shape, pairwise, specification
 from tests.gpu.test_attention_kernels import DTYPES, on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -36,9 +36,7 @@ def configs(spec: AttentionSpec, shape: Shape, dtype: torch.dtype) -> list[str]:
     return list(split.candidates(problem))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(EXPRESSIONS, SHAPES, ("bf16", "f16")))
 def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
     sizes = SHAPES[shape]
     spec = specification(name, sizes, DTYPES[dtype])

@@ -8,6 +8,7 @@ import torch
 
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.linear_attention.config import LinearConfig, cut, largest_head, read_linear_config
+from fxopt.codegen.linear_attention.grid import Grid
 from fxopt.codegen.linear_attention.operands import Operands
 from fxopt.codegen.linear_attention.reference import is_linear
 from fxopt.codegen.linear_attention.source import LinearText
@@ -68,8 +69,8 @@ def candidates(
         return ()
     (block, columns, warps), (gradients, _, _) = cut(*dims, dtype, causal=spec.causal)
     longest = max((size for size in sizes if size is not None), default=0) if None not in sizes else 0
-    if longest and not is_linear(*sizes, *dims) and longest <= min(_LARGEST_BLOCK, block, gradients):
-        whole = padded(longest)
+    whole = _whole(spec, operands, longest)
+    if longest and not is_linear(*sizes, *dims) and whole and whole <= min(_LARGEST_BLOCK, block, gradients):
         return (
             LinearConfig("quadratic", whole, columns, warps, 1),
             LinearConfig("quadratic", whole, columns, warps, 1, _GROUP),
@@ -77,10 +78,14 @@ def candidates(
     found = [LinearConfig("linear", block, columns, warps, 2)]
     if 0 < longest <= block and not spec.causal:
         # Windows: few products a program, so fewer warps, or several sequences one after the other.
-        whole = padded(longest)
-        few = LinearConfig("linear", whole, columns, max(warps // 2, 1), 1)
-        found = [few, LinearConfig("linear", whole, columns, warps, 1, _GROUP), *found]
+        few = LinearConfig("linear", whole or block, columns, max(warps // 2, 1), 1)
+        found = [few, LinearConfig("linear", whole or block, columns, warps, 1, _GROUP), *found]
     return tuple(found)
+
+
+def _whole(spec: LinearSpec, operands: Operands, tokens: int) -> int | None:
+    """The shortest block that holds all ``tokens``; ``None`` where none does: a large grid is several tiles."""
+    return Grid(spec.side, spec.first, operands.taps).whole if operands.taps else padded(tokens)
 
 
 def source(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtype, operands: Operands, config: str) -> str:

@@ -57,7 +57,8 @@ class HostText:
             "like": _LIKE[self.of.spec.out_layout],
             "precision": '"ieee" if torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"'
             if self.of.dtype is torch.float32
-            else '"tf32"',
+            # Products of float32 sums: of one part, TF32 would be less accurate than the results.
+            else '"tf32x3"',
         }
 
     @property
@@ -75,6 +76,7 @@ class HostText:
         values = {"SPLIT": f"{state['parts']} > 1", "SAVE": "with_sums", "r": "out", "o": "saved"}
         return {
             "block": str(block),
+            "slots": self.of.places("forward", "Sq"),
             "group": str(self.of.config.group),
             "columns": str(columns),
             "fits": text(template.FITS, {"block": str(block)}) if quadratic else "",
@@ -100,15 +102,18 @@ class HostText:
     @property
     def _backward(self) -> dict[str, str]:
         causal, quadratic, operands = self.of.spec.causal, self.of.is_quadratic, self.of.operands
-        block = self.blocks["by_key_channel"][0]
+        block, places = self.blocks["by_key_channel"][0], self.of.places("by_value_channel", "Sk")
         cuts = [f"parts, part_length = parts_of(Sq, batch * heads, {self._cut})"]
         cuts += [
             "key_parts, key_length = parts, part_length" if causal else
             f"key_parts, key_length = parts_of(Sk, batch * heads, {self._cut})"
         ]  # fmt: skip
+        value_parts = "value_parts" if operands.taps else "key_parts"
+        cuts += [f"value_parts, value_length = parts_of({places}, batch * heads, {self._cut})"] * bool(operands.taps)
         keys = {"state_parts": "key_parts", "SPLIT": "key_parts > 1", "r": "dq", "o": "attended"}
         rows = {"state_parts": "parts", "SPLIT": "parts > 1", "o": "attended"}
         rows |= {"parts": "key_parts", "part_length": "key_length"}
+        values = {"parts": value_parts, "part_length": value_parts.replace("parts", "length")}
         return {
             "attended_parameter": "attended: torch.Tensor,",
             "fits_backward": text(template.FITS, {"block": str(block)}) if quadratic else "",
@@ -123,7 +128,10 @@ class HostText:
             "values_columns": str(self.blocks["by_value_channel"][3]),
             "queries_arguments": self._arguments("queries_kernel", keys, _GRADIENT_STAGES),
             "keys_arguments": self._arguments("keys_kernel", {**rows, "r": "dk"}, _GRADIENT_STAGES),
-            "values_arguments": self._arguments("values_kernel", {**rows, "r": "dv"}, _GRADIENT_STAGES),
+            "value_parts": value_parts,
+            "values_arguments": self._arguments(
+                "values_kernel", {**rows, **values, "r": "dv"}, _GRADIENT_STAGES
+            ),
             "positions_gradient": "found.append(dk.sum(0, dtype=torch.float32).to(positions.dtype))"
             if operands.positions
             else "",

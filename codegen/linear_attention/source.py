@@ -18,6 +18,7 @@ import torch
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.linear_attention import template, template_backward
 from fxopt.codegen.linear_attention.config import LinearConfig, cut
+from fxopt.codegen.linear_attention.grid import Grid, Sign
 from fxopt.codegen.linear_attention.kernels_text import KernelText, text
 from fxopt.codegen.linear_attention.operands import Operands
 from fxopt.codegen.linear_attention.script import HostText
@@ -44,7 +45,28 @@ class LinearText:
     def __str__(self) -> str:
         kernels = self.kernels
         body = "".join(kernel.text for kernel in kernels.values())
-        return fill(template.HEADER, self._holes) + body + str(HostText(self._holes, self.blocks, kernels, self))
+        return (
+            fill(template.HEADER, self._holes)
+            + self._functions
+            + body
+            + str(HostText(self._holes, self.blocks, kernels, self))
+        )
+
+    @cached_property
+    def grid(self) -> Grid | None:
+        """The tiles of the convolution, where there is one."""
+        return Grid(self.spec.side, self.spec.first, self.operands.taps) if self.operands.taps else None
+
+    def places(self, kind: str, count: str) -> str:
+        """How many places a kernel of a kind goes through: the ``count`` of tokens, or those of all tiles."""
+        return count if self.grid is None else str(self.grid.places(self.blocks[kind][0]))
+
+    @property
+    def _functions(self) -> str:
+        if self.grid is None:
+            return ""
+        columns = max(self.blocks["forward"][2], self.blocks["by_value_channel"][2])
+        return self.grid.functions(self.value_dim, self.value_dim % columns == 0)
 
     @property
     def is_quadratic(self) -> bool:
@@ -91,6 +113,7 @@ class LinearText:
             "side": str(spec.side),
             "taps": str(operands.taps),
             "margin": str(operands.taps // 2),
+            "tokens": "start + tl.arange(0, BLOCK_N)" if self.grid is None else "grid_tokens(start, Sq, BLOCK_N)",
             "causal": masked,
             "from_part": "0",
             "to_part": "part" if spec.causal else "state_parts",
@@ -160,7 +183,8 @@ class LinearText:
             "state": self._state(self._keys_tile(), "Sk", self._holes),
             "between": self._between(template.FROM_STATE, pairs, self._holes),
             "save": self._save,
-            "local": self._local("v", "+", "out", "Sk"),
+            "local": self._local("+", "v", "out"),
+            "slots": self.places("forward", "Sq"),
             "forward_fold": text(template.FOLD_KEYS, {}) if self.spec.causal else "",
         }
         return self._kernel("forward_kernel", "forward", template.FORWARD, tensors, holes)
@@ -170,17 +194,13 @@ class LinearText:
         attended = text(template.SAVE_ATTENDED, self._holes) if self.operands.taps else ""
         return text(template.SAVE, {**self._holes, "save_attended": attended})
 
-    def _local(self, base: str, sign: str, out: str, count: str) -> str:
-        """The convolution of the values, or its transpose."""
-        if not self.operands.taps:
+    def _local(self, sign: Sign, x: str, out: str) -> str:
+        """The lines of the convolution of the values with its bias, or of its transpose."""
+        if self.grid is None:
             return ""
-        even = self.value_dim % self.blocks["forward" if sign == "+" else "by_value_channel"][2] == 0
-        mask, tap = (
-            ("", "") if even else (f" & (e < {self.value_dim})[None, :]", f", mask=e < {self.value_dim}, other=0.0")
-        )
-        bias = f" + tl.load(bias_ptr + e * bias_stride_e{tap}).to(tl.float32)[None, :]" if sign == "+" else ""
-        given = {"base": base, "sign": sign, "out": out, "count": count, "bias": bias, "e_mask": mask, "e_tap": tap}
-        return text(template.LOCAL, {**self._holes, **given})
+        masked = "" if self.value_dim % self.blocks["forward"][2] == 0 else f", mask=e < {self.value_dim}, other=0.0"
+        bias = f"tl.load(bias_ptr + e * bias_stride_e{masked}).to(tl.float32)[None, :]" if sign == "+" else ""
+        return self.grid.add(sign, x, out, bias)
 
     def _queries(self) -> KernelText:
         seen = {**self._holes, "seen": "n[:, None] >= n[None, :]"}
@@ -235,7 +255,8 @@ class LinearText:
             "state": self._state(tile, "Sq", holes),
             "rows": rows if self._is_pairwise else "",
             "between": self._between(template_backward.VALUES_FROM_STATE, template_backward.VALUES_WEIGHTS, holes),
-            "local": self._local("g", "-", "result", "Sq"),
+            "local": self._local("-", "g", "result"),
+            "slots": self.places("by_value_channel", "Sk"),
             "fold": fold if self.spec.causal else "",
         }
         return self._kernel("values_kernel", "by_value_channel", template_backward.VALUES, tensors, holes)

@@ -49,7 +49,7 @@ def store_tokens(x, base, n, count, c, stride_n, stride_c, WIDTH: tl.constexpr, 
 @triton.jit
 def rectified(x):
     """relu(x), NaN where x is."""
-    return tl.where(x < 0, 0.0, x)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -166,8 +166,8 @@ def forward_kernel(
         b = (group * GROUP + turn).to(tl.int64)
         $bases
         $state
-        for start in range(part * part_length, tl.minimum((part + 1) * part_length, Sq), BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
+        for start in range(part * part_length, tl.minimum((part + 1) * part_length, $slots), BLOCK_N):
+            n = $tokens
             query = rectified(load_tokens(q, n, Sq, d, q_stride_n, q_stride_d, $head_dim, EVEN_D))
             $between
             out = top / (bottom + $eps)[:, None]
@@ -210,22 +210,4 @@ if SAVE:
 """
 SAVE_ATTENDED: Final = """\
 store_tokens(out, o, n, Sq, e, o_stride_n, o_stride_e, $value_dim, EVEN_E)
-"""
-LOCAL: Final = """\
-y = (n - $first) // $side
-x = (n - $first) % $side
-local = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)$bias
-# One row of taps at a time: all of them at once would not fit the registers.
-for row in tl.range(0, $taps, num_stages=1):
-    for col in tl.static_range($taps):
-        moved_y = y $sign (row - $margin)
-        moved_x = x $sign (col - $margin)
-        inside = (n >= $first) & (n < $count) & (moved_y >= 0) & (moved_y < $side)
-        inside = inside & (moved_x >= 0) & (moved_x < $side)
-        moved = (n $sign ((row - $margin) * $side + col - $margin)).to(tl.int64)
-        at = $base + moved[:, None] * ${base}_stride_n + e[None, :] * ${base}_stride_e
-        near = tl.load(at, mask=inside[:, None]$e_mask, other=0.0).to(tl.float32)
-        tap = weight_ptr + e * weight_stride_e + row * weight_stride_y + col * weight_stride_x
-        local += near * tl.load(tap$e_tap).to(tl.float32)[None, :]
-$out += tl.where((n >= $first)[:, None], local, 0.0)
 """

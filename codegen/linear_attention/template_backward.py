@@ -88,9 +88,9 @@ def values_kernel(
     e = column * BLOCK_E + tl.arange(0, BLOCK_E)
     $bases
     $state
-    for tile in range(0, tl.cdiv(tl.minimum(part_length, Sk - part * part_length), BLOCK_N)):
+    for tile in range(0, tl.cdiv(tl.minimum(part_length, $slots - part * part_length), BLOCK_N)):
         start = $start
-        n = start + tl.arange(0, BLOCK_N)
+        n = $tokens
         key = load_keys(
             $keys_arguments
         )

@@ -38,7 +38,7 @@ def launch(
         return out, attended, sums
     $fits
     PRECISION = $precision
-    parts, part_length = parts_of(Sq, batch * heads, $cut)
+    parts, part_length = parts_of($slots, batch * heads, $cut)
     $state_parts
     $saved
     with torch.cuda.device_of(q):
@@ -81,7 +81,7 @@ def launch_backward(
         keys_kernel[(batch * heads * key_parts * $backward_columns,)](
             $keys_arguments
         )
-        values_kernel[(batch * heads * key_parts * $values_columns,)](
+        values_kernel[(batch * heads * $value_parts * $values_columns,)](
             $values_arguments
         )
     found = [dq, dk, dv]

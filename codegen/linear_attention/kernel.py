@@ -21,8 +21,6 @@ KIND: Final = "linear_attention_triton"
 _LARGEST_BLOCK: Final = 64
 #: Sequences that a program works on one after the other, where they fit one block.
 _GROUP: Final = 4
-#: The widest heads whose causal form in half precision an H100 computed rightly (Triton 3.6).
-_WIDEST_CAUSAL: Final = 32
 
 
 def objection(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtype, operands: Operands) -> str | None:
@@ -37,15 +35,6 @@ def objection(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
         return "float64 results need float64 arithmetic, which the kernel does not have"
     if bool(operands.taps) != bool(spec.side) or (operands.taps and operands.taps % 2 == 0):
         return f"filters of side {operands.taps} don't fit a grid of side {spec.side}"
-    return None
-
-
-def withheld(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
-    """Why a kernel that can be generated is not used, as a sentence: what a GPU showed and the interpreter does not."""
-    if dtype is torch.float16:
-        return "gradients of float16 keys were up to eight times as far from float64 as PyTorch's on an H100"
-    if spec.causal and dtype is torch.bfloat16 and max(head_dim, value_dim) > _WIDEST_CAUSAL:
-        return f"causal bfloat16 heads wider than {_WIDEST_CAUSAL} gave wrong results on an H100 (Triton 3.6)"
     return None
 
 
@@ -75,7 +64,7 @@ def candidates(
             LinearConfig("quadratic", whole, columns, warps, 1),
             LinearConfig("quadratic", whole, columns, warps, 1, _GROUP),
         )
-    found = [LinearConfig("linear", block, columns, warps, 2)]
+    found = [LinearConfig("linear", block, columns, warps, 1)]
     if 0 < longest <= block and not spec.causal:
         # Windows: few products a program, so fewer warps, or several sequences one after the other.
         few = LinearConfig("linear", whole or block, columns, max(warps // 2, 1), 1)

@@ -23,7 +23,9 @@ _AXES: Final = {
     **dict.fromkeys(("q", "k"), "bhnd"), **dict.fromkeys(("v", "g", "o"), "bhne"), "positions": "hnd", "keep": "bn",
     "weight": "eyx", "bias": "e",
 }  # fmt: skip
-_GRADIENT_STAGES: Final = 2
+#: Loads don't run ahead: Triton 3.6 let them overwrite, in a buffer of one block, what other warps had yet to read
+#: (gradients of the values, eight warps, on an H100).
+_STAGES: Final = 1
 _NOTHING: Final = "torch.empty(0, dtype=q.dtype, device=q.device)"
 
 
@@ -57,8 +59,10 @@ class HostText:
             "like": _LIKE[self.of.spec.out_layout],
             "precision": '"ieee" if torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"'
             if self.of.dtype is torch.float32
-            # Products of float32 sums: of one part, TF32 would be less accurate than the results.
-            else '"tf32x3"',
+            # TF32 keeps as many bits of a sum as a result of float16 has, which is too few where sums cancel.
+            else '"tf32x3"'
+            if self.of.dtype is torch.float16
+            else '"tf32"',
         }
 
     @property
@@ -95,7 +99,7 @@ class HostText:
         columns = str(self.blocks["by_key_channel"][3])
         name = f"{given['name']}_state_kernel"
         values = {"parts": given["parts"], "part_length": given["length"], "o": "attended"}
-        arguments = self._arguments(name, values, _GRADIENT_STAGES)
+        arguments = self._arguments(name, values, _STAGES)
         new = text(template.NEW_PARTS, {**self.holes, **given})
         return text(template.STATE, {**given, "new": new, "state_columns": columns, "arguments": arguments})
 
@@ -126,11 +130,11 @@ class HostText:
             ),
             "backward_columns": str(self.blocks["by_key_channel"][3]),
             "values_columns": str(self.blocks["by_value_channel"][3]),
-            "queries_arguments": self._arguments("queries_kernel", keys, _GRADIENT_STAGES),
-            "keys_arguments": self._arguments("keys_kernel", {**rows, "r": "dk"}, _GRADIENT_STAGES),
+            "queries_arguments": self._arguments("queries_kernel", keys, _STAGES),
+            "keys_arguments": self._arguments("keys_kernel", {**rows, "r": "dk"}, _STAGES),
             "value_parts": value_parts,
             "values_arguments": self._arguments(
-                "values_kernel", {**rows, **values, "r": "dv"}, _GRADIENT_STAGES
+                "values_kernel", {**rows, **values, "r": "dv"}, _STAGES
             ),
             "positions_gradient": "found.append(dk.sum(0, dtype=torch.float32).to(positions.dtype))"
             if operands.positions

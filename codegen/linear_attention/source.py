@@ -177,12 +177,19 @@ class LinearText:
 
     def _forward(self) -> KernelText:
         pairs = template.WEIGHTS + template.FROM_WEIGHTS
+        # Where registers hold both parts.
+        parts = self.dtype is torch.bfloat16 and not self.spec.causal and max(self.head_dim, self.value_dim) <= 128
+        times = (template.TIMES_PARTS if parts else template.TIMES_STATE).rstrip("\n")
         local = {**self.operands.local, "o": "bhne"} if self.operands.taps else {}
         tensors = {"q": "bhnd", **self.operands.keys("v"), **local, "r": "bhne", "sums": ""}
         holes = {
             "state": self._state(self._keys_tile(), "Sk", self._holes),
-            "between": self._between(template.FROM_STATE, pairs, self._holes),
+            "between": self._between(template.FROM_STATE, pairs, {**self._holes, "times_state": times}),
             "save": self._save,
+            # A multiplication by the inverse rounds once more, which shows in float32 alone.
+            "quotient": f"top / (bottom + {self.spec.eps!r})[:, None]"
+            if self.dtype is torch.float32
+            else f"top * (1.0 / (bottom + {self.spec.eps!r}))[:, None]",
             "local": self._local("+", "v", "out"),
             "slots": self.places("forward", "Sq"),
             "forward_fold": text(template.FOLD_KEYS, {}) if self.spec.causal else "",

@@ -170,7 +170,7 @@ def forward_kernel(
             n = $tokens
             query = rectified(load_tokens(q, n, Sq, d, q_stride_n, q_stride_d, $head_dim, EVEN_D))
             $between
-            out = top / (bottom + $eps)[:, None]
+            out = $quotient
             $save
             $local
             store_tokens(out, r, n, Sq, e, r_stride_n, r_stride_e, $value_dim, EVEN_E)
@@ -183,8 +183,15 @@ total = tl.zeros([BLOCK_D], dtype=tl.float32)
 $gather
 """
 FROM_STATE: Final = """\
-top = tl.dot(query.to(tl.float32), state, input_precision=PRECISION)
+$times_state
 bottom = tl.sum(query.to(tl.float32) * total[None, :], 1)
+"""
+TIMES_STATE: Final = "top = tl.dot(query.to(tl.float32), state, input_precision=PRECISION)"
+#: The same for bfloat16, as exact as the result: the sums in two parts of it.
+TIMES_PARTS: Final = """\
+state_high = state.to(query.dtype)
+top = tl.dot(query, (state - state_high.to(tl.float32)).to(query.dtype))
+top = tl.dot(query, state_high, top)
 """
 #: The weights of a block of queries and one of keys.
 WEIGHTS: Final = """\

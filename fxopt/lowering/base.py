@@ -16,6 +16,7 @@ from fxopt.codegen.linear_attention import operator as linear_attention
 from fxopt.codegen.mlp import gelu
 from fxopt.codegen.norm.residual_norm import operator as residual_norm
 from fxopt.lowering.options import Options
+from fxopt.lowering.padding import pads_what_is_merged
 
 _FUSE_ATTENTION: Final = "torch._inductor.fx_passes.fuse_attention"
 _PATTERNS_LOCK: Final = RLock()
@@ -35,7 +36,8 @@ def compile_base(
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    patches = {**(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
+    unpadded = {"comprehensive_padding": False} if pads_what_is_merged(module.graph) else {}
+    patches = {**unpadded, **(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
         usual = select_decomp_table()
         own = {**DECOMPOSITIONS, **linear_attention.DECOMPOSITIONS, **residual_norm.DECOMPOSITIONS}

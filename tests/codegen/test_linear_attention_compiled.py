@@ -21,6 +21,8 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 SINGLE = torch.float32
+#: As the launchers choose it by default.
+PRECISION = {SINGLE: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
 WINDOW = LinearSpec(side=7, out_dtype=HALF, out_layout="bshd")
 CAUSAL = LinearSpec(causal=True, out_dtype=HALF)
 PLAIN = LinearSpec(out_dtype=HALF)
@@ -60,15 +62,14 @@ def compiled(text: LinearText, name: str, architecture: int) -> Any:
         "SAVE": True,
     }
     constants |= {"EVEN_D": text.head_dim % keys == 0, "EVEN_E": text.value_dim % values == 0}
-    constants |= {"GROUP": text.config.group, "PRECISION": "ieee" if text.dtype is SINGLE else "tf32"}
+    constants |= {"GROUP": text.config.group, "PRECISION": PRECISION[text.dtype]}
     innermost = {p for p in kernel.arg_names if re.search(r"_stride_[de]$", p) and not p.startswith(("weight", "bias"))}
     constants |= dict.fromkeys(innermost, 1)
     signature = {p: "constexpr" if p in constants else _type(p, text.dtype) for p in kernel.arg_names}
     fixed = {(n,): constants[p] for n, p in enumerate(kernel.arg_names) if p in constants}
     aligned = {(n,): [["tt.divisibility", 16]] for n, p in enumerate(kernel.arg_names) if _aligned(p, constants)}
     source = ASTSource(kernel, signature, fixed, aligned)
-    stages = text.config.num_stages if name == "forward_kernel" else 1 if name == "filters_kernel" else 2
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": text.config.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 import fxopt
-from fxopt.codegen.linear_attention.kernel import candidates, withheld
+from fxopt.codegen.linear_attention.kernel import candidates
 from fxopt.codegen.linear_attention.operator import linear_attention_forward
 from fxopt.passes import LinearAttention, SimplifiedLinearAttention
 from fxopt.testing import assert_within_budget
 from tests.codegen.linear_cases import CASES, LinearCase, eager, exact, leaves
+from tests.gpu.test_attention_weights import together
 from tests.linear_attention.models import Causal, Written, inputs, mixer, optimizer_of, train
 
 pytestmark = pytest.mark.gpu
+#: Draws of the operands of a small case.
+_DRAWS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGE = {
     "swin": LinearCase(32, 32, 49, 49, "pc5", side=7, batch=257, heads=3),
@@ -32,23 +35,30 @@ ALL = {**CASES, **LARGE}
 @pytest.mark.parametrize("name", ALL)
 def test_kernels_are_within_the_budget_of_eager(name: str, dtype: torch.dtype) -> None:
     case = ALL[name]
-    spec, given = case.spec(dtype, "bshd"), case.draw(dtype, "cuda")
-    reason = withheld(spec, case.head_dim, case.value_dim, dtype)
-    if reason is not None:
-        pytest.skip(reason)
-    cotangent = torch.randn(case.batch, case.heads, case.rows, case.value_dim, device="cuda").to(dtype)
-    expected, gradients = exact(case, given, cotangent)
-    usual, usual_gradients = eager(case, given, cotangent)
+    spec = case.spec(dtype, "bshd")
     found = candidates(spec, (case.rows, case.keys), (case.head_dim, case.value_dim), dtype, case.optional)
     if not found:
         pytest.skip(f"no kernel is generated for {case.head_dim} wide heads of {dtype}")
     for config in found:
-        fresh = tuple(x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in given)
-        out = linear_attention_forward(*fresh, str(spec), str(config), True)[0]
-        assert_within_budget(out, usual, expected)
-        results = torch.autograd.grad(out, leaves(fresh), cotangent)
-        for actual, plain, right in zip(results, usual_gradients, gradients, strict=True):
-            assert_within_budget(actual, plain, right)
+        results = [outcomes(case, dtype, str(config), seed) for seed in range(1 if case.rows > 16 else _DRAWS)]
+        # Together: the largest error of one small result is a matter of luck, eager's too.
+        for actual, usual, exactly in zip(*(together(side) for side in zip(*results, strict=True)), strict=True):
+            assert_within_budget(actual, usual, exactly)
+
+
+def outcomes(
+    case: LinearCase, dtype: torch.dtype, config: str, seed: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Result and gradients of one draw of the operands: by the kernels, by eager, in float64."""
+    given = case.draw(dtype, "cuda", seed)
+    torch.manual_seed(seed)
+    cotangent = torch.randn(case.batch, case.heads, case.rows, case.value_dim, device="cuda").to(dtype)
+    expected, gradients = exact(case, given, cotangent)
+    usual, usual_gradients = eager(case, given, cotangent)
+    fresh = tuple(x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in given)
+    out = linear_attention_forward(*fresh, str(case.spec(dtype, "bshd")), config, True)[0]
+    found = torch.autograd.grad(out, leaves(fresh), cotangent)
+    return (out, *found), (usual, *usual_gradients), (expected, *gradients)
 
 
 @pytest.mark.parametrize("name", ["swin", "long-causal"])

@@ -46,26 +46,6 @@ def test_on_the_cpu_it_runs_as_it_is() -> None:
     torch.testing.assert_close(lowered.module(*given)[0], window(*given))
 
 
-@pytest.mark.parametrize(("dtype", "causal", "width", "reason"), [
-    (torch.float16, False, 16, "gradients of float16 keys"), (torch.bfloat16, True, 48, "wider than 32"),
-    (torch.bfloat16, True, 32, ""), (torch.bfloat16, False, 48, ""), (torch.float32, True, 48, ""),
-])  # fmt: skip
-def test_what_a_gpu_showed_to_be_wrong_is_withheld(
-    dtype: torch.dtype, causal: bool, width: int, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = str(LinearSpec(causal=causal, out_dtype=dtype))
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = overload("linear_attention")(q, k, v, None, None, None, None, spec)
-        return out
-
-    monkeypatch.setattr(linear_attention, "triton_objection", lambda operands, widths: None)
-    program = from_export(attention, tuple(torch.randn(1, 2, 9, width, dtype=dtype) for _ in range(3)))
-    (site,) = program.graph.find_nodes(op="call_function", target=overload("linear_attention"))
-    found, refused = candidates(site, training=True)
-    assert reason in refused.get("triton", "") and (len(found) == 1) == bool(reason)
-
-
 def test_forcing_what_can_not_serve_is_said() -> None:
     with pytest.warns(FxoptWarning, match="lower='triton' can't serve this site"):
         lower(captured(), training=False, option="triton")

@@ -213,7 +213,6 @@ def leave(
     $leave_parameters
 ):
     """Send the rows of group ``MEMBER`` of a tile to global memory, through shared memory that nothing reads."""
-    row, head = place(turn, blocks, halves, group, pairs)
     first = row * ROWS + MEMBER * 64
     total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
     inverse = $inverse
@@ -254,24 +253,9 @@ def multiply(
         mbarrier.arrive(free.index(0), count=1)
         mbarrier.wait(ready.index(1), 0)
         pair = 1
+    $no_tile
     for turn in range(turns_of(blocks, halves, pairs)):
-        row, head = place(turn, blocks, halves, group, pairs)
-        first = row * ROWS
-        last = gl.minimum(first + ROWS, Sq) - 1
-        b = head // heads
-        h = head % heads
-        b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)
-        rows = first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-        # Rows beyond the end repeat the last one, so that nothing outside the captured tensors is read.
-        i = gl.minimum(rows, Sq - 1)[:, None]
-        n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        $capture_bases
-        $hull_limits
-        start, full_start, full_stop, stop = key_blocks(
-            $range_arguments
-        )
-        block = stop - 1
-        $query
+        $before_products
         # What is left of the tile before is multiplied first, and leaves beside the products of this one.
         slot = pair % STAGES
         q = q_tiles.index(query).reshape([64, WIDTH])
@@ -280,12 +264,15 @@ def multiply(
         result = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
         zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
         products = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        $beside_products
         acc, p = warpgroup_mma_wait(1, deps=[result, p])
         if turn > 0:
+            $recall
             leave(
-                acc, total, peak, turn - 1,
+                acc, total, peak, row_before, head_before,
                 $leave_arguments
             )
+        $remember
         acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
         total = nothing
         peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
@@ -309,14 +296,39 @@ def multiply(
     acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(free.index(slot), count=1)
+    $recall_last
     leave(
-        acc, total, peak, turns_of(blocks, halves, pairs) - 1,
+        acc, total, peak, row_before, head_before,
         $leave_arguments
     )
     tma.store_wait(0)
 
 '''
 
+#: Where a tile lies, and the blocks of keys that its rows need. One that runs ahead needs that for its first products;
+#: else its many divisions stand beside them.
+TILE: Final = """\
+row, head = place(turn, blocks, halves, group, pairs)
+first = row * ROWS
+last = gl.minimum(first + ROWS, Sq) - 1
+b = head // heads
+h = head % heads
+b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)
+rows = first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+# Rows beyond the end repeat the last one, so that nothing outside the captured tensors is read.
+i = gl.minimum(rows, Sq - 1)[:, None]
+n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+$capture_bases
+$hull_limits
+start, full_start, full_stop, stop = key_blocks(
+    $range_arguments
+)
+block = stop - 1
+"""
+#: Where the tile before lies, made anew.
+RECALL: Final = "row_before, head_before = place($turn, blocks, halves, group, pairs)"
+#: The queries of a tile's first products where none run ahead.
+FIRST_QUERY: Final = "query = turn % QUERIES * GROUPS + MEMBER"
 #: The queries of the block whose products come next.
 QUERY: Final = "query = gl.where(block > start, turn, turn + AHEAD) % QUERIES * GROUPS + MEMBER"
 

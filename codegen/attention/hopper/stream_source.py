@@ -25,7 +25,7 @@ _STREAM_BARRIERS: Final = ("ready", "free", "q_free")
 _STREAM_STATE: Final = ("acc", "p", "s", "pair", "query", *TILES, "ready", "free")
 #: What the result of a tile leaves with, beside itself.
 _LEAVE: Final = (
-    *("out_target", "lse_ptr", "out_tiles", "Sq", "heads", "blocks", "halves", "group", "pairs"),
+    *("out_target", "lse_ptr", "out_tiles", "Sq", "heads"),
     *("ROWS", "WIDTH", "MEMBER", "WITH_LSE"),
 )
 
@@ -74,12 +74,11 @@ class StreamText(HopperText):
         found = super()._attend
         return {
             **found,
-            "query": stream.QUERY,
             "aside": as_gluon(self._sums[1]),
             "moved": " + aside" if self._sums[1] else "",
             "move": "shift = shift - aside" if self._sums[1] else "",
             "pair_type": _PAIR[self.dtype],
-            "leave_parameters": parameters(("acc", "total", "peak", "turn", *_LEAVE)),
+            "leave_parameters": parameters(("acc", "total", "peak", "row", "head", *_LEAVE)),
             "leave_arguments": listing(_LEAVE),
         }
 
@@ -128,6 +127,19 @@ class StreamText(HopperText):
             lines += ["else:", f'    x = tl.where({self.emit(rest)}, x, float("-inf"))']
         return "\n".join(lines)
 
+    @property
+    def _consumer(self) -> dict[str, str]:
+        found = super()._consumer
+        tile = fill(stream.TILE, {**found, "range_arguments": self._lists["range_arguments"]}).rstrip("\n")
+        if self.config.ahead or self.config.groups > 2:
+            # Three groups of warps have no registers to spare.
+            recall = {"recall": _recalled("turn - 1"), "recall_last": _recalled("turns_of(blocks, halves, pairs) - 1")}
+            early = {"before_products": f"{tile}\n{stream.QUERY}", "beside_products": ""}
+            return {**found, **early, **recall, "no_tile": "", "remember": ""}
+        late = {"before_products": stream.FIRST_QUERY, "beside_products": tile, "recall": "", "recall_last": ""}
+        carried = {"no_tile": "row_before, head_before = 0, 0", "remember": "row_before, head_before = row, head"}
+        return {**found, **late, **carried}
+
     def _loop(self, last: str, bounded: bool) -> str:
         holes = {"last": last, "query": stream.QUERY, "arguments": self._advancing(str(bounded))}
         return fill(stream.LOOP, holes).rstrip("\n")
@@ -135,6 +147,10 @@ class StreamText(HopperText):
     @property
     def _constant_values(self) -> dict[str, object]:
         return {**super()._constant_values, "AHEAD": self.config.ahead}
+
+
+def _recalled(turn: str) -> str:
+    return fill(stream.RECALL, {"turn": turn}).rstrip("\n")
 
 
 def _sloped(slope: str, negative: bool) -> str:

@@ -56,26 +56,38 @@ def read_linear_config(text: str) -> LinearConfig:
 _Cut = tuple[int, int, int]
 #: Blocks of tokens and columns, and warps, of the forward and of the gradients, that need no local memory on any
 #: architecture, by the width that the wider of the two head dimensions is padded to. Wider ones don't fit registers.
-_HALF: Final[dict[int, tuple[_Cut, _Cut]]] = {
+_BF16: Final[dict[int, tuple[_Cut, _Cut]]] = {
     32: ((64, 32, 4), (64, 32, 4)),
     64: ((64, 64, 8), (64, 64, 8)),
     128: ((64, 64, 8), (32, 64, 8)),
     256: ((32, 64, 8), (32, 32, 8)),
 }
+#: Products in three parts of TF32 take more registers.
+_F16: Final[dict[int, tuple[_Cut, _Cut]]] = {
+    32: ((64, 32, 4), (32, 32, 8)),
+    64: ((64, 64, 8), (32, 32, 8)),
+}
 _SINGLE: Final[dict[int, tuple[_Cut, _Cut]]] = {
     32: ((32, 32, 4), (32, 32, 8)),
     64: ((32, 32, 8), (32, 32, 8)),
-    128: ((16, 32, 8), (16, 32, 8)),
+    128: ((16, 32, 8), (16, 16, 8)),
 }
-_HALF_CAUSAL: Final[dict[int, tuple[_Cut, _Cut]]] = {
+_BF16_CAUSAL: Final[dict[int, tuple[_Cut, _Cut]]] = {
     32: ((64, 32, 4), (64, 32, 4)),
     64: ((64, 64, 8), (32, 64, 8)),
     128: ((32, 32, 8), (32, 32, 8)),
+}
+_F16_CAUSAL: Final[dict[int, tuple[_Cut, _Cut]]] = {
+    32: ((32, 32, 4), (32, 32, 8)),
+    64: ((32, 32, 8), (16, 32, 8)),
 }
 _SINGLE_CAUSAL: Final[dict[int, tuple[_Cut, _Cut]]] = {
     32: ((32, 32, 8), (32, 32, 8)),
     64: ((16, 32, 8), (32, 32, 8)),
 }
+_TABLES: Final = {
+    torch.bfloat16: (_BF16, _BF16_CAUSAL), torch.float16: (_F16, _F16_CAUSAL), torch.float32: (_SINGLE, _SINGLE_CAUSAL),
+}  # fmt: skip
 
 
 def cut(head_dim: int, value_dim: int, dtype: torch.dtype, *, causal: bool) -> tuple[_Cut, _Cut]:
@@ -91,6 +103,5 @@ def largest_head(dtype: torch.dtype, *, causal: bool) -> int:
 
 
 def _table(dtype: torch.dtype, causal: bool) -> dict[int, tuple[_Cut, _Cut]]:
-    if dtype is torch.float32:
-        return _SINGLE_CAUSAL if causal else _SINGLE
-    return _HALF_CAUSAL if causal else _HALF
+    plain, masked = _TABLES[dtype]
+    return masked if causal else plain

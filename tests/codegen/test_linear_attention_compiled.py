@@ -20,7 +20,7 @@ from tests.codegen.test_compiled import HALF, POINTER, SHARED, stack_bytes
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
-SINGLE = torch.float32
+SINGLE, F16 = torch.float32, torch.float16
 #: As the launchers choose it by default.
 PRECISION = {SINGLE: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
 WINDOW = LinearSpec(side=7, out_dtype=HALF, out_layout="bshd")
@@ -39,7 +39,11 @@ CASES: list[tuple[int, LinearSpec, int, int | None, str, torch.dtype]] = [
     (90, CAUSAL, 64, None, "k", HALF),
     (100, CAUSAL, 64, None, "", HALF),
     (80, CAUSAL, 128, None, "", HALF),
-    (90, LinearSpec(causal=True, out_dtype=torch.float16), 72, None, "", torch.float16),
+    (90, LinearSpec(causal=True, out_dtype=F16), 48, None, "k", F16),
+    (80, LinearSpec(causal=True, out_dtype=F16), 32, None, "", F16),
+    (90, LinearSpec(side=14, out_dtype=F16), 64, 196, "pc5", F16),
+    (100, LinearSpec(side=7, out_dtype=F16), 32, 49, "pc5", F16),
+    (90, LinearSpec(out_dtype=F16), 64, None, "k", F16),
     (90, LinearSpec(side=7), 32, 49, "pc5", SINGLE),
     (90, LinearSpec(), 128, None, "", SINGLE),
     (90, LinearSpec(causal=True), 64, None, "", SINGLE),

@@ -39,6 +39,7 @@ class Added(Heads):
     """Adds a mask to its scores, and computes its softmax in float32 at least."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        assert mask is not None
         scores = q @ k.mT * 0.5 + mask
         wide = torch.promote_types(scores.dtype, torch.float32)
         return scores.softmax(-1, dtype=wide).to(q.dtype) @ v

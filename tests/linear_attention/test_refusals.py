@@ -78,7 +78,7 @@ def test_refusals_say_why(kind: type[Heads], chosen: fxopt.Pass, reason: str) ->
 class Told(Written):
     """Is called with an object that no graph holds."""
 
-    def forward(self, x: Tensor, how: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, how: Any = None) -> Tensor:
         return super().forward(x)
 
 

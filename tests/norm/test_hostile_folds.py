@@ -34,7 +34,7 @@ def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def rep_norm(net: Any, x: Tensor) -> Tensor:
+def rep_norm(net: Any, x: Tensor) -> Any:
     return batch_norm(net.bn, x) + net.alpha * x
 
 
@@ -115,8 +115,8 @@ def test_a_rep_norm_that_two_layers_read_before_a_tied_head(shared: bool) -> Non
         normal = rep_norm(net, net.table(ids))
         return F.linear(normal, net.table.weight), (F.linear(normal, net.table.weight) if shared else net.a(normal))
 
-    parts = {} if shared else {"a": linear(OUT, bias=False)}
-    net = Net(run, table=nn.Embedding(11, C), bn=nn.BatchNorm1d(C), alpha=torch.ones(1), **parts)
+    other = nn.Identity() if shared else linear(OUT, bias=False)
+    net = Net(run, table=nn.Embedding(11, C), bn=nn.BatchNorm1d(C), alpha=torch.ones(1), a=other)
     assert_folds(net, IDS, CHANNEL)
     with torch.no_grad():
         rewritten: Any = fxopt.rewrite(net.double(), IDS, passes=CHANNEL)

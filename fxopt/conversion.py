@@ -170,7 +170,12 @@ def _report(plain: nn.Module, example: Prepared, options: Options, names: Sequen
     misses = (miss.site for miss in result.near_misses if miss.site is not None)
     refused = {site.source.module: site for site in misses if site.kind == "norm"}
     left = (site for site in _left_over(result.program, names, refused) if site.source.module not in told)
-    return replace(report, sites=(*report.sites, *left))
+    lines = {(site.kind, site.source.module): site.source for site in example.report.sites}
+    # What took the place of a module was written here; the line to show is the one that was exchanged.
+    sites = (*report.sites, *left)
+    return replace(
+        report, sites=tuple(replace(s, source=lines.get((s.kind, s.source.module), s.source)) for s in sites)
+    )
 
 
 def _left_over(program: Program, names: Sequence[str], refused: Mapping[str, Site]) -> Iterator[Site]:

@@ -81,6 +81,7 @@ def test_train_linear_attention_learns_converts_and_stays_causal(capsys: pytest.
     assert losses[-1] < losses[0]
     attention = [site for site in report.sites if site.kind == "attention"]
     assert [site.reason for site in attention] == ["canonical fxopt.linear_attention"] * 2
+    assert all("is_causal=True" in site.source.code for site in attention)
     printed = capsys.readouterr().out
     assert "softmax attention -> causal linear attention" in printed
     assert "move logits of the first by 0.0," in printed

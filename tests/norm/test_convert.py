@@ -68,6 +68,7 @@ def test_the_report_says_of_every_exchanged_norm_what_became_of_it() -> None:
     assert {site.source.module for site in norms} == {
         "blocks.0.norm", "blocks.0.root", "blocks.1.norm", "blocks.1.root", "last",
     }  # fmt: skip
+    assert all("models.py" in site.source.location for site in norms), "the lines that were exchanged"
     (last,) = [site for site in norms if site.source.module == "last"]
     assert last.status == "kept"  # nothing that it could fold into stands behind it
     assert (

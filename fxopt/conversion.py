@@ -167,12 +167,21 @@ def _report(plain: nn.Module, example: Prepared, options: Options, names: Sequen
     result = driver.rewrite(program, options)
     report = Report.of(result)
     told = {site.source.module for site in report.sites if site.status == "kept"}
-    left = (site for site in _left_over(result.program, names) if site.source.module not in told)
-    return replace(report, sites=(*report.sites, *left))
+    misses = (miss.site for miss in result.near_misses if miss.site is not None)
+    refused = {site.source.module: site for site in misses if site.kind == "norm"}
+    left = (site for site in _left_over(result.program, names, refused) if site.source.module not in told)
+    lines = {(site.kind, site.source.module): site.source for site in example.report.sites}
+    # What took the place of a module was written here; the line to show is the one that was exchanged.
+    sites = (*report.sites, *left)
+    return replace(
+        report, sites=tuple(replace(s, source=lines.get((s.kind, s.source.module), s.source)) for s in sites)
+    )
 
 
-def _left_over(program: Program, names: Sequence[str]) -> Iterator[Site]:
-    """A site for each of the modules ``names`` of which something still works on activations."""
+def _left_over(program: Program, names: Sequence[str], refused: Mapping[str, Site]) -> Iterator[Site]:
+    """A site for each of the modules ``names`` of which something still works on activations, with the reason why its
+    fold was ``refused``, if one was tried.
+    """
     bound = program.signature.bound if program.signature is not None else {}
     moving: set[Node] = set()
     left: dict[str, list[Node]] = {name: [] for name in names}
@@ -183,10 +192,15 @@ def _left_over(program: Program, names: Sequence[str]) -> Iterator[Site]:
         moving.add(node)
         left.get(source(node).module, []).append(node)
     for name, nodes in left.items():
-        if nodes:
-            where = Source(source(nodes[0]).location, module=name)
-            reason = "it stays as x * weight + bias: no pass folded it into what stands before or behind it"
-            yield Site("norm", "kept", "", reason, where, tuple(node.name for node in nodes))
+        if not nodes:
+            continue
+        members, told = tuple(node.name for node in nodes), refused.get(name)
+        if told is not None:
+            yield replace(told, nodes=tuple(dict.fromkeys((*members, *told.nodes))))
+            continue
+        where = Source(source(nodes[0]).location, module=name)
+        reason = "it stays as x * weight + bias: no pass folded it into what stands before or behind it"
+        yield Site("norm", "kept", "", reason, where, members)
 
 
 def _verify(trained: nn.Module, example: Prepared, options: Options) -> None:

@@ -191,7 +191,8 @@ def _report(program: Program, done: Sequence[tuple[TrainablePass, Preparation]])
     sites: dict[tuple[tuple[str, str], tuple[str, ...]], Site] = {}
     for site in Report.of(driver.rewrite(program, Options())).sites:
         if _key(site) in told:
-            sites[_key(site), ()] = replace(told[_key(site)], nodes=site.nodes)
+            where = replace(site.source, module=told[_key(site)].source.module)
+            sites[_key(site), ()] = replace(told[_key(site)], nodes=site.nodes, source=where)
         elif site.kind in subjects:
             reason = f"it is not {subjects[site.kind]}"
             sites[_key(site), site.nodes] = replace(site, status="kept", rule="", reason=reason)

@@ -28,12 +28,14 @@ class Kept:
         causal: whether a query reads earlier keys only.
         keep: the captured tensor ``[B, 1, 1 or S, T]`` whose last row says which keys count: boolean, or a number that
             is far below 0 for those that don't.
+        hides: whether ``keep`` is true for the keys that do not count instead.
         dropped: what does not stay, for reports.
         assumed: what its mask is taken as, where only the example arguments tell.
     """
 
     causal: bool = False
     keep: Node | None = None
+    hides: bool = False
     dropped: tuple[str, ...] = ()
     assumed: str = ""
 
@@ -68,12 +70,12 @@ def read_attention(site: Node, drop: tuple[str, ...], proved: Kept | None = None
         return objection
     opaque = [term for kind, term in _lost_terms(spec) if kind == "mask" and proved is not None]
     lost = [f"its {kind}" for kind, term in _lost_terms(spec) if term not in opaque]
-    causal, keep = False, None
+    causal, keep, hides = False, None, False
     for term in conjuncts(spec.mask):
         if str(term) in _CAUSAL and same_size(shape(site.args[0])[2], shape(site.args[1])[2]):
             causal = True
-        elif _is_padding(term, spec) and keep is None:
-            keep = captures[int(term.value or 0)]
+        elif _is_padding(_positive(term), spec) and keep is None:
+            keep, hides = captures[int(_positive(term).value or 0)], term.op == "not"
         elif term.op == "capture" and proved is not None:
             opaque.append(term)
         elif "mask" in drop:
@@ -86,7 +88,7 @@ def read_attention(site: Node, drop: tuple[str, ...], proved: Kept | None = None
         masks = [captures[int(node.value or 0)] for term in opaque for node in term.walk() if node.op == "capture"]
         keep = masks[0] if proved.keep is not None and keep is None else keep
     assumed = "" if not opaque or keep is not None else "causal" if causal else "empty"
-    return Kept(causal, keep, tuple(lost), assumed)  # type: ignore[arg-type]  # captures of a node are nodes
+    return Kept(causal, keep, hides, tuple(lost), assumed)  # type: ignore[arg-type]  # captures of a node are nodes
 
 
 def _readers_objection(site: Node) -> str:
@@ -140,6 +142,10 @@ def _lost_terms(spec: AttentionSpec) -> list[tuple[str, Expr]]:
         of_sequence = any(capture.dims[0] != "-" for capture in read) or term.reads(Expr("symbol", value="b"))
         names.append(("mask" if of_sequence else "bias", term))
     return names
+
+
+def _positive(term: Expr) -> Expr:
+    return term.args[0] if term.op == "not" else term
 
 
 def _is_padding(term: Expr, spec: AttentionSpec) -> bool:

@@ -180,7 +180,7 @@ def _call(builder: Builder, site: Node, form: Form, inputs: _Inputs) -> Node:
         repeat = overload("repeat_heads")
         count = heads // kv_heads
         k, v = (builder.call(repeat, x, count, spec.kv_map) for x in (k, v))
-    keep = None if form.kept.keep is None else _mask(builder, form.kept.keep, q, k)
+    keep = None if form.kept.keep is None else _mask(builder, form.kept, q, k)
     # So that a student may be trained in another precision than it was prepared in.
     dtype = None if spec.out_dtype == tensor(q).dtype else spec.out_dtype
     linear = LinearSpec(form.kept.causal, form.side, form.first, form.eps, out_dtype=dtype, out_layout=spec.out_layout)
@@ -188,9 +188,11 @@ def _call(builder: Builder, site: Node, form: Form, inputs: _Inputs) -> Node:
     return builder.call(overload("linear_attention"), q, k, v, given[0], keep, *given[1:], str(linear))
 
 
-def _mask(builder: Builder, captured: Node, q: Node, k: Node) -> Node:
+def _mask(builder: Builder, kept: Kept, q: Node, k: Node) -> Node:
     """``[B or 1, 1, 1 or S, T]`` as ``[B, T]``: the last query sees all keys that count, causal or not."""
-    flat = builder.call(aten.select.int, builder.call(aten.select.int, captured, 2, -1), 1, 0)
+    flat = builder.call(aten.select.int, builder.call(aten.select.int, kept.keep, 2, -1), 1, 0)
+    if kept.hides:
+        flat = builder.call(aten.logical_not.default, flat)
     if tensor(flat).dtype.is_floating_point:
         flat = builder.call(aten.gt.Scalar, flat, _HIDDEN)
     return builder.call(aten.expand.default, flat, [builder.size(q, 0), builder.size(k, 2)])

@@ -146,8 +146,6 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
     if objection:
         return False, objection
     own = next((p.detach() for p in module.parameters() if p.is_floating_point()), None)
-    if own is None and swap.transition.blends:
-        return False, "it holds no parameter whose optimiser could drive a schedule; give steps=0 and warmup=0"
     sites = attentions(owner.captured.program)
     like = torch.empty(0, dtype=tensor(sites[0]).dtype, device=tensor(sites[0]).device) if own is None else own
     forms: list[Form] = []
@@ -162,6 +160,8 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
         parameters |= {names[role]: nn.Parameter(value) for role, value in plan.parameters.items()}
         forms.append(Form(kept, plan.side, plan.first, swap.eps, names))
         titles.append(plan.title + _remarks(kept))
+    if own is None and not parameters and swap.transition.blends:
+        return False, "it holds no parameter whose optimiser could drive a schedule; give steps=0 and warmup=0"
     graphs = _graphs(module, calls[0], owner, forms, parameters, swap)
     if isinstance(graphs, str):
         return False, graphs

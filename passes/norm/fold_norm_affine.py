@@ -33,36 +33,46 @@ from fxopt.rewriter.registry import register_pass
 aten = torch.ops.aten
 
 _RULE: Final = "norm-affine"
-_NORMS: Final = (aten.layer_norm.default, overload("layer_norm"), overload("rms_norm"))
+#: Norms whose weights have the shape of what is normalised together, at the end of the shape.
+_OVER_LAST: Final = (aten.layer_norm.default, overload("layer_norm"), overload("rms_norm"))
+#: Norms whose weights are over the second axis, whatever is normalised together.
+_OVER_SECOND: Final = (aten.group_norm.default, aten.instance_norm.default)
 
 
 @dataclass(frozen=True)
 class _Norm:
-    """A norm with an affine part over ``axes`` trailing axes."""
+    """A norm whose affine part is over ``count`` axes of its result, the first of which is ``axis``."""
 
     node: Node
-    axes: int
+    axis: int
+    count: int
     affine: Affine
 
 
 def read_norm(node: Node) -> _Norm | None:
     """The norm that ``node`` computes, if it has a weight or a bias."""
-    if node.op != "call_function" or node.target not in _NORMS:
+    if node.op != "call_function" or node.target not in (*_OVER_LAST, *_OVER_SECOND):
         return None
     given = arguments(node)
-    axes = given["axes"] if "axes" in given else len(given["normalized_shape"])
+    if given.get("running_mean") is not None:
+        return None  # what an instance norm reads, or writes, there is more than this batch
     affine = Affine(given["weight"], given.get("bias"))
-    return _Norm(node, axes, affine) if affine.scale is not None or affine.shift is not None else None
+    if affine.scale is None and affine.shift is None:
+        return None
+    if node.target in _OVER_SECOND:
+        return _Norm(node, 1, 1, affine)
+    axes = given["axes"] if "axes" in given else len(given["normalized_shape"])
+    return _Norm(node, len(shape(node)) - axes, axes, affine)
 
 
 def _attempt(program: Program, state: State, norm: _Norm) -> Folded | Refusal:
     affine, node = norm.affine, norm.node
-    if norm.axes != 1:
-        return Refusal(f"it normalises over {norm.axes} axes together, a linear layer reads one", (node,))
+    if norm.count != 1:
+        return Refusal(f"it normalises over {norm.count} axes together, a linear layer reads one", (node,))
     inputs = [operand for operand in (affine.scale, affine.shift) if operand is not None and not state.holds(operand)]
     if inputs:
         return Refusal(f"its weight {inputs[0]} depends on the inputs of the model", (node, *inputs))
-    found = find_readers(program, state, node, len(shape(node)) - 1, shifted=affine.shift is not None)
+    found = find_readers(program, state, node, norm.axis, shifted=affine.shift is not None)
     if isinstance(found, Obstacle):
         return Refusal(f"its weights stay: {found.reason}", (node, *found.nodes))
     objection = frozen_objection(program)
@@ -95,15 +105,15 @@ def _attempts(program: Program) -> Iterator[Folded | Refusal]:
 @register_pass
 @dataclass(frozen=True)
 class FoldNormAffine:
-    """``linear(γ ⊙ n + β, W, c) -> linear(n, W∘γ, c + W·β)``, where ``n`` is the normalised value of a LayerNorm or
-    RMSNorm.
+    """``linear(γ ⊙ n + β, W, c) -> linear(n, W∘γ, c + W·β)``, where ``n`` is the normalised value of a LayerNorm,
+    RMSNorm, GroupNorm or InstanceNorm (of the statistics of each sample).
 
-    ``n [..., C]``, ``γ``, ``β`` ``[C]``, ``W [O, C]``; ``W∘γ`` scales the columns of ``W``. Every reader of the norm
-    must be a linear layer or a convolution with weights of the model; between them elements may only be moved about
-    (permutations, reshapes that keep the channels whole, rolls, windows, slices and gathers of tokens, means over
-    tokens). A norm that is also returned, added to something or otherwise read keeps its weight, and so does one whose
-    result is padded with zeros and has a bias. A bias is made where a layer has none. Norms and layers may share their
-    weights: each use gets its own folded copy.
+    ``n [..., C]``, of GroupNorm and InstanceNorm ``[B, C, ...]``, ``γ``, ``β`` ``[C]``, ``W [O, C]``; ``W∘γ`` scales
+    the columns of ``W``. Every reader of the norm must be a linear layer or a convolution with weights of the model;
+    between them elements may only be moved about (permutations, reshapes that keep the channels whole, rolls, windows,
+    slices and gathers of tokens, means over tokens). A norm that is also returned, added to something or otherwise read
+    keeps its weight, and so does one whose result is padded with zeros and has a bias. A bias is made where a layer has
+    none. Norms and layers may share their weights: each use gets its own folded copy.
 
     Weights are folded in float64 and rounded once, to the dtype of the layer's weight (not to float16, whose range a
     product of weights may leave). It applies in evaluation mode through `fxopt.rewrite`, which computes folded weights

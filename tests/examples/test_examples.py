@@ -11,6 +11,7 @@ import fxopt
 from examples import (
     decorate_your_module,
     explain_and_dump,
+    train_linear_attention,
     train_rep_batch_norm,
     train_through_backend,
     your_own_pass,
@@ -73,3 +74,14 @@ def test_train_rep_batch_norm_learns_resumes_and_converts(capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert "5 norm sites: 5 rewritten" in printed
     assert "interrupted and resumed: the same bits" in printed
+
+
+def test_train_linear_attention_learns_converts_and_stays_causal(capsys: pytest.CaptureFixture[str]) -> None:
+    losses, report = train_linear_attention.main(steps=40)
+    assert losses[-1] < losses[0]
+    attention = [site for site in report.sites if site.kind == "attention"]
+    assert [site.reason for site in attention] == ["canonical fxopt.linear_attention"] * 2
+    assert all("is_causal=True" in site.source.code for site in attention)
+    printed = capsys.readouterr().out
+    assert "softmax attention -> causal linear attention" in printed
+    assert "move logits of the first by 0.0," in printed

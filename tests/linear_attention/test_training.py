@@ -120,6 +120,7 @@ def test_conversion_is_the_evaluation_and_folds_across(chosen: fxopt.Pass) -> No
         torch.testing.assert_close(fast(x), student.eval()(x))
     attention = [site for site in fast.report.sites if site.kind == "attention"]
     assert [site.reason for site in attention] == ["canonical fxopt.linear_attention"] * 2
+    assert all("self.mix(q, k, v, mask)" in site.source.code for site in attention), "the line that was exchanged"
     folded = [site for site in fast.report.sites if site.kind == "norm"]
     assert {site.status for site in folded} == {"rewritten"}
     assert set(student.state_dict()) - set(fast.state_dict()) <= {f"layers.{n}.step" for n in range(2)}

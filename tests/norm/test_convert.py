@@ -68,9 +68,12 @@ def test_the_report_says_of_every_exchanged_norm_what_became_of_it() -> None:
     assert {site.source.module for site in norms} == {
         "blocks.0.norm", "blocks.0.root", "blocks.1.norm", "blocks.1.root", "last",
     }  # fmt: skip
+    assert all("models.py" in site.source.location for site in norms), "the lines that were exchanged"
     (last,) = [site for site in norms if site.source.module == "last"]
     assert last.status == "kept"  # nothing that it could fold into stands behind it
-    assert last.reason
+    assert (
+        last.reason == "it stays: before it, aten.add is no linear layer; behind it, it is also a result of the model"
+    )
 
 
 def first_norm(student: nn.Module) -> nn.Module:
@@ -221,6 +224,45 @@ def test_hostile_statistics_and_parameters_convert_exactly(case: str) -> None:
     expected = student.eval()(x)
     size = float(expected.detach().abs().max())
     torch.testing.assert_close(fast(x), expected, rtol=1e-12, atol=1e-12 * size)
+
+
+class Decoder(nn.Module):
+    """A head that is the embedding, a norm that two layers read and whose result is wanted too, and the next token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, CHANNELS)
+        self.norm, self.last = nn.LayerNorm(CHANNELS), nn.LayerNorm(CHANNELS)
+        self.up, self.gate = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, CHANNELS, bias=False)
+        self.head = nn.Linear(CHANNELS, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor, features: bool = False) -> Any:
+        x = self.table(ids)
+        y = self.norm(x)
+        logits = self.head(self.last(x + self.up(y) * torch.sigmoid(self.gate(y))))
+        return (logits, logits.argmax(-1), y) if features else (logits, logits.argmax(-1))
+
+
+@both
+@pytest.mark.parametrize("features", [False, True])
+def test_tied_embeddings_and_norms_read_twice_or_returned(chosen: fxopt.Pass, features: bool) -> None:
+    ids = torch.arange(24).view(3, 8) % 11
+    torch.manual_seed(0)
+    student = fxopt.prepare(Decoder().double(), (ids, features), passes=[chosen]).train()
+    optimizer = optimizer_of(student)
+    for _ in range(8):
+        nn.functional.cross_entropy(student(ids, features)[0].flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    fast = fxopt.convert(student, [(ids, features), (ids.flip(0), features)])
+    assert torch.equal(fast.state_dict()["head.weight"], student.get_parameter("table.weight"))
+    sites = {site.source.module: site for site in fast.report.sites if site.kind == "norm"}
+    assert (sites["norm"].status, sites["last"].status) == ("kept" if features else "rewritten", "rewritten")
+    assert "2 linear layers" in sites["norm"].reason or "also a result of the model" in sites["norm"].reason
+    again = fxopt.convert(student)
+    for found, expected in zip(again(ids, features), student.eval()(ids, features), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @both

@@ -26,6 +26,10 @@ VIT = {
 SWIN = {
     "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4,
 }  # fmt: skip
+POOLFORMER = {
+    "image_size": 32, "hidden_sizes": [16, 24], "depths": [1, 1], "num_encoder_blocks": 2, "patch_sizes": [7, 3],
+    "strides": [4, 2], "padding": [2, 1],
+}  # fmt: skip
 GPT2 = {"vocab_size": 61, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
 BERT = {**{k: v for k, v in DECODER.items() if k != "num_key_value_heads"}}
 
@@ -37,6 +41,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, dict[str, int]]] = {
     "BERT": ("BertModel", BERT, 0, {"aten.add at": 4, "also a result": 1}),
     "ViT": ("ViTForImageClassification", VIT, 5, {}),
     "Swin": ("SwinForImageClassification", SWIN, 8, {"aten.layer_norm at": 1}),
+    "PoolFormer": ("PoolFormerForImageClassification", POOLFORMER, 3, {"aten.sub at": 2}),
 }
 
 

@@ -113,6 +113,11 @@ class Squared(ByHand):
         return nn.functional.layer_norm(x, (CHANNELS,), self.gamma * self.gamma, self.beta)
 
 
+class Summed(ByHand):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, (CHANNELS,), self.gamma + self.beta)
+
+
 class Holds(ByHand):
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -142,6 +147,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "two arguments": (Residual(Both()), "it is called with more than one positional argument"),
     "more than a norm": (One(Wider(CHANNELS)), "its forward does more than normalise its input"),
     "a computed weight": (One(Squared(CHANNELS)), "its weight or bias is computed from its parameters"),
+    "a sum of weights": (One(Summed(CHANNELS)), "its weight or bias is computed from its parameters"),
     "further state": (One(Holds(CHANNELS)), "it holds seen, which its norm does not read"),
     "two axes": (One(nn.LayerNorm((5, CHANNELS))), "it normalises over 2 axes together"),
     "hooks": (One(hooked()), "it has forward hooks"),
@@ -226,6 +232,8 @@ def test_nothing_to_exchange_is_an_error_that_says_why(model: nn.Module) -> None
 WRONG = {
     "steps": (lambda: RepBatchNorm(steps=-1), "steps=-1"),
     "warmup": (lambda: RepBatchNorm(steps=1, warmup=-2), "warmup=-2"),
+    "warmup of a unified norm": (lambda: UnifiedNorm(warmup=-1), "warmup=-1"),
+    "run on a graph": (lambda: UnifiedNorm().run(fxopt.capture(encoder(), (inputs(1)[0],))), "give it to fxopt.pre"),
     "momentum": (lambda: RepBatchNorm(steps=1, momentum=0.0), "momentum=0.0"),
     "recalibrate": (lambda: UnifiedNorm(recalibrate=0), "recalibrate=0"),
     "window": (lambda: UnifiedNorm(window=0), "window=0"),

@@ -23,11 +23,11 @@ from torch.fx import Node
 from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
 from fxopt.codegen.building import compile_together
+from fxopt.codegen.launching import rows_objection
 from fxopt.codegen.norm.residual_norm import operator as residual_norm
 from fxopt.codegen.norm.residual_norm.config import backward_candidates
 from fxopt.codegen.norm.residual_norm.config import candidates as forward_candidates
 from fxopt.codegen.norm.residual_norm.kernel import backward_objection
-from fxopt.codegen.norm.residual_norm.launching import rows_objection
 from fxopt.codegen.norm.residual_norm.problem import objection, problem_of
 from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import arguments, is_call, tensor

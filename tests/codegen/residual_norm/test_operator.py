@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxopt.codegen.launching import DECOMPOSITIONS, as_rows, rows_objection
 from fxopt.codegen.norm.residual_norm.backward_operator import residual_norm_backward
 from fxopt.codegen.norm.residual_norm.config import backward_candidates, candidates, read_config, split_config
 from fxopt.codegen.norm.residual_norm.kernel import backward_objection, backward_source, source
-from fxopt.codegen.norm.residual_norm.launching import DECOMPOSITIONS, as_rows, rows_objection
 from fxopt.codegen.norm.residual_norm.operator import residual_norm_forward
 from fxopt.codegen.norm.residual_norm.problem import objection
 from fxopt.errors import LoweringError

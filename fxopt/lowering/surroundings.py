@@ -1,4 +1,4 @@
-"""What stands around a residual norm, as far as it decides what a kernel of its own costs.
+"""What stands around a residual norm or a feed-forward block, as far as it decides what a kernel of its own costs.
 
 The base compiler computes pointwise operations in the kernel that makes or reads their operands; a kernel of one's own
 keeps it from that. So it is tried only where sum and norm stand alone between operations with kernels of their own:
@@ -56,6 +56,32 @@ def surroundings(site: Node, training: bool) -> Surroundings:
     return Surroundings(bool(total), max(len(normal), 1), len(total), biases)
 
 
+@dataclass(frozen=True)
+class Followers:
+    """Who reads the result of a feed-forward block.
+
+    Attributes:
+        fused: whether any reader is computed in the kernel that adds the residual, where the base compiler makes it.
+        kept: whether the result is read by anything else.
+    """
+
+    fused: bool
+    kept: bool
+
+
+def followers(site: Node) -> Followers:
+    """Those of a feed-forward block."""
+    apart = [reader.op == "output" or _stands_apart(reader) for reader, _ in _read_by(site)]
+    return Followers(not all(apart), any(apart))
+
+
+def residual_objection(residual: Node) -> str | None:
+    """Why the base compiler may do better with what makes the residual of a block, or ``None`` if it doesn't."""
+    made = _origin(residual)
+    alone = len(list(_read_by(made))) == 1
+    return _together(made, "the sum") if alone and not _stands_apart(made) else None
+
+
 def fusion_objection(site: Node) -> str | None:
     """Why the base compiler may do better with what stands around the site, or ``None`` if nothing does."""
     x, residual = site.args[:2]
@@ -107,7 +133,11 @@ def _origin(node: Node) -> Node:
 
 def _readers(site: Node, result: int) -> Iterator[tuple[Node, Node]]:
     """Who reads a result of ``site``, behind views, each with the operand through which it does."""
-    pending = [user for user in site.users if is_call(user, operator.getitem) and user.args[1] == result]
+    return _read_by(*(user for user in site.users if is_call(user, operator.getitem) and user.args[1] == result))
+
+
+def _read_by(*nodes: Node) -> Iterator[tuple[Node, Node]]:
+    pending = list(nodes)
     while pending:
         node = pending.pop()
         for user in node.users:

@@ -67,7 +67,7 @@ def mlp(
     """
     hidden = _activation(activation)(functional.linear(x, up, up_bias))
     out = functional.linear(hidden, down, down_bias)
-    return out if residual is None else out + residual
+    return out if residual is None else residual + out
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:

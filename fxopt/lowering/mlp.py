@@ -79,9 +79,9 @@ def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, s
     """The ways to run ``site``, best guess first and the plain meaning last; and why others can't."""
     found = _Site(site)
     plain = Candidate(PLAIN, "aten", overload("mlp"))
-    reason = _objection(found, training)
-    if reason is not None:
-        return [plain], {"triton": reason}
+    reasons = _objections(found, training)
+    if reasons:
+        return [plain], {"triton": reasons[0]}
     target = torch.ops.fxopt.mlp_forward.default
     fixed = (*found.operands, found.activation)
     listed = configs(found.problem, _architecture(found.values[0].device))
@@ -93,7 +93,8 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _objection(site: _Site, training: bool) -> str | None:
+def _objections(site: _Site, training: bool) -> list[str]:
+    """Why no generated kernel can serve, the most telling reason first."""
     x, residual = site.values[0], site.values[-1]
     checks = (
         None if x.device.type == "cuda" else f"Triton kernels run on CUDA devices, not on {x.device.type}",
@@ -101,10 +102,10 @@ def _objection(site: _Site, training: bool) -> str | None:
         "there will be a backward, which needs the hidden elements" if training else None,
         operands_objection(*site.values) or objection(site.problem),
         rows_objection(x) and f"x: {rows_objection(x)}",
-        residual is not None and rows_objection(residual) and f"residual: {rows_objection(residual)}",
+        None if residual is None else rows_objection(residual) and f"residual: {rows_objection(residual)}",
         "an operand is empty" if any(size == 0 for size in x.shape if isinstance(size, int)) else None,
     )
-    return next(filter(None, checks), None)
+    return [reason for reason in checks if reason]
 
 
 def choose(

@@ -182,7 +182,8 @@ class _Probe:
         return (base.compile(whole, given),)
 
     def _plain(self, *operands: Any) -> Tensor:
-        return reference.mlp(*operands, self.activation)
+        x, up, up_bias, down, down_bias, residual = operands
+        return reference.mlp(x, up, up_bias, down, down_bias, residual, self.activation)
 
     def _generated(self, name: str) -> Callable[..., Tensor]:
         config = name.removeprefix("triton-")

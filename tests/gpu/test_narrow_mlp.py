@@ -145,8 +145,9 @@ def test_sites_run_end_to_end(width: int, lower: str, monkeypatch: pytest.Monkey
     module = Encoder(width).cuda().to(B16).eval()
     x = torch.randn(16, 512, width, device="cuda", dtype=B16)
     options: dict[str, Any] = {"lower": lower, "strict": True, "passes": EXACT}
+    compiled = torch.compile(module, backend="fxopt", options=options)
     with torch.no_grad(), backend.collecting() as (outcomes, failures):
-        found = torch.compile(module, backend="fxopt", options=options)(x)
+        found = compiled(x)
         assert_within_budget(found, module(x), module.double()(x.double()), floor=1.0)
     assert not failures
     decisions = [decision for outcome in outcomes for decision in outcome.decisions]
@@ -162,7 +163,8 @@ def test_training_is_left_alone() -> None:
     module = Encoder(96).cuda().to(B16)
     x = torch.randn(16, 512, 96, device="cuda", dtype=B16, requires_grad=True)
     with backend.collecting() as (outcomes, failures):
-        compiled = torch.compile(module, backend="fxopt", options={"strict": True, "passes": EXACT})
+        options: dict[str, Any] = {"strict": True, "passes": EXACT}
+        compiled = torch.compile(module, backend="fxopt", options=options)
         found, eager = evaluate(compiled, x), evaluate(module, x)
         assert_within_budget(found, eager, oracle_gradients(module, x), floor=8192.0**0.5)
     assert not failures

@@ -21,6 +21,7 @@ from fxopt.ir.decision import Decision
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.lowering import mlp as lowering
+from fxopt.lowering.contest import Terms
 from fxopt.lowering.kernels import kernel_sources
 from fxopt.lowering.lower import lower
 from fxopt.lowering.options import Options
@@ -272,8 +273,7 @@ def test_both_ways_of_a_probe_compute_the_same(around: Followers, residual: str)
 @pytest.mark.usefixtures("any_device")
 def test_measuring_inside_of_a_compilation_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    terms = lowering.Terms
-    monkeypatch.setattr(lowering, "Terms", lambda *given: replace(terms(*given), smallest=0.0))
+    monkeypatch.setattr(lowering, "Terms", lambda *given: replace(Terms(*given), smallest=0.0))
     model, x, other = block(), half(4, 5, C), half(3, 7, C)
     options: dict[str, Any] = {"base": "aot_eager", "strict": True, "passes": EXACT}
     compiled = torch.compile(model, backend="fxopt", options=options)

@@ -20,8 +20,8 @@ from tests.codegen.narrow_mlp.cases import CASES, Operands
 CONFIG = "32x32w4s1"
 
 
-def operands(name: str = "gelu bf16", **sizes: int) -> Operands:
-    return CASES[name].operands(3, 5, width=32, hidden=64, **sizes)
+def operands(name: str = "gelu bf16", out: int = 32) -> Operands:
+    return CASES[name].operands(3, 5, width=32, hidden=64, out=out)
 
 
 @pytest.mark.parametrize("name", ["gelu f32", "silu f32"])

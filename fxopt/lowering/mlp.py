@@ -137,7 +137,7 @@ def choose(
 
 def _unmeasured(site: _Site) -> str | None:
     """Why nothing is measured, as a sentence, or ``None`` where something is."""
-    x, residual = site.values[0], site.operands[-1]
+    x = site.values[0]
     sizes = [size for value in site.values if value is not None for size in (*value.shape, *value.stride())]
     if not all(map(has_hint, sizes)):
         return "not measured: the sizes are not known"
@@ -146,7 +146,7 @@ def _unmeasured(site: _Site) -> str | None:
     rows = _rows(x)
     if rows < _FEWEST:
         return f"not measured: {rows} rows; with fewer than {_FEWEST} there is little to gain"
-    reason = None if residual is None else residual_objection(residual)
+    reason = residual_objection(site.node)
     return reason and f"not measured: {reason}"
 
 

@@ -75,10 +75,15 @@ def followers(site: Node) -> Followers:
     return Followers(not all(apart), any(apart))
 
 
-def residual_objection(residual: Node) -> str | None:
-    """Why the base compiler may do better with what makes the residual of a block, or ``None`` if it doesn't."""
-    made = _origin(residual)
-    alone = len(list(_read_by(made))) == 1
+def residual_objection(site: Node) -> str | None:
+    """Why the base compiler may do better with what makes the residual of a block, or ``None`` if it doesn't: what the
+    block itself reads, or another operation, it has to write anyway.
+    """
+    given = arguments(site)
+    if given["residual"] is None:
+        return None
+    made = _origin(given["residual"])
+    alone = made is not _origin(given["x"]) and all(reader is site for reader, _ in _read_by(made))
     return _together(made, "the sum") if alone and not _stands_apart(made) else None
 
 

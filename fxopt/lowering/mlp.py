@@ -100,7 +100,7 @@ def _objections(site: _Site, training: bool) -> list[str]:
         None if x.device.type == "cuda" else f"Triton kernels run on CUDA devices, not on {x.device.type}",
         None if find_spec("triton") else "triton is not installed",
         "there will be a backward, which needs the hidden elements" if training else None,
-        operands_objection(*site.values) or objection(site.problem),
+        objection(site.problem) or operands_objection(*site.values),
         rows_objection(x) and f"x: {rows_objection(x)}",
         None if residual is None else rows_objection(residual) and f"residual: {rows_objection(residual)}",
         "an operand is empty" if any(size == 0 for size in x.shape if isinstance(size, int)) else None,

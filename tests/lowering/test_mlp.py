@@ -199,6 +199,23 @@ def test_what_no_kernel_serves_stays(width: int, dtype: torch.dtype, reason: str
 
 
 @pytest.mark.usefixtures("any_device")
+def test_widths_that_are_dynamic_add_no_guard() -> None:
+    def model(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, up)), down)
+
+    length, hidden = torch.export.Dim("length", min=2, max=64), torch.export.Dim("hidden", min=16, max=512)
+    shapes = (({1: length}, {0: hidden}, {1: hidden}),)
+    program = from_export(model, (half(), half(H, C), half(C, H)), dynamic_shapes=shapes)
+    rewritten = driver.rewrite(program, Options(strict=True, passes=EXACT)).program
+    decision = decided(rewritten)
+    assert decision.chosen == "aten" and "the hidden width is dynamic" in decision.reason
+    x, *weights = rewritten.graph.find_nodes(op="placeholder")
+    assert isinstance(x.meta["val"].shape[1], torch.SymInt) and isinstance(
+        weights[0].meta["val"].shape[0], torch.SymInt
+    )
+
+
+@pytest.mark.usefixtures("any_device")
 @pytest.mark.parametrize(("fewest", "reason"), [(11, "not measured: 10 rows"), (10, "measured")])
 def test_few_rows_are_not_measured(fewest: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = timed(monkeypatch, plain=2e-4, triton=1e-4)

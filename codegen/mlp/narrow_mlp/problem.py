@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxopt.codegen.mlp.reference import ACTIVATIONS
+from fxopt.ir.nodes import same_shape
 
 #: The widest rows that a program holds, before and after, besides a part of the hidden elements.
 WIDEST: Final = 192
@@ -83,18 +84,18 @@ def operands_objection(
     down_bias: Tensor | None,
     residual: Tensor | None,
 ) -> str | None:
-    """Why these operands don't belong together, as a sentence, or ``None`` if they do."""
+    """Why these operands don't provably belong together, as a sentence, or ``None`` if they do; adds no guard."""
     given = [operand for operand in (x, up, up_bias, down, down_bias, residual) if operand is not None]
     dtypes = dict.fromkeys(operand.dtype for operand in given)
     if len(dtypes) > 1:
         return f"operands of several dtypes: {', '.join(map(str, dtypes))}"
     if up.dim() != 2 or down.dim() != 2:
         return f"weights of {up.dim()} and {down.dim()} axes, not two"
-    if up.shape[1] != x.shape[-1] or down.shape[1] != up.shape[0]:
+    if not same_shape((up.shape[1], down.shape[1]), (x.shape[-1], up.shape[0])):
         return f"x {tuple(x.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} don't fit one another"
     for name, bias, size in (("up", up_bias, up.shape[0]), ("down", down_bias, down.shape[0])):
-        if bias is not None and tuple(bias.shape) != (size,):
+        if bias is not None and not same_shape(tuple(bias.shape), (size,)):
             return f"the bias of {name} has the shape {tuple(bias.shape)}, not ({size},)"
-    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], down.shape[0]):
+    if residual is not None and not same_shape(tuple(residual.shape), (*x.shape[:-1], down.shape[0])):
         return f"the residual has the shape {tuple(residual.shape)}, not that of the result"
     return None

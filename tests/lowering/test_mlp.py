@@ -252,6 +252,16 @@ def test_followers_are_told_apart() -> None:
     assert followers(site(block(read=lambda x: (x.relu(), x @ w)))) == Followers(fused=True, kept=True)
 
 
+def test_a_block_that_reads_a_block_has_kernels_of_its_own() -> None:
+    def model(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + F.linear(F.gelu(F.linear(x, up)), down)
+        return x
+
+    first, second = blocks(rewritten(model, half(), half(H, C), half(C, H)))
+    assert followers(first) == followers(second) == Followers(fused=False, kept=True)
+
+
 def test_a_residual_that_the_base_compiler_adds_as_it_is_made() -> None:
     def model(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return F.linear(F.gelu(F.linear(x, up)), down) + y.exp()

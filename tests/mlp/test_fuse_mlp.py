@@ -117,6 +117,13 @@ def test_the_activation_is_named() -> None:
     assert blocks(rewrite(transposed, arguments(), PASSES))[0].args[6] == "sigmoid"
 
 
+def test_of_three_layers_the_last_two_are_a_block() -> None:
+    def three(x: Tensor, u: Tensor, a: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(F.gelu(F.linear(x, u, a)), d, b)), u, a)
+
+    assert_fires(three, arguments(), PASSES, {"fxopt.mlp": 1, "aten.linear": 1, "aten.gelu": 1}, terms=10 * H)
+
+
 def test_it_fires_on_dynamic_shapes() -> None:
     length = torch.export.Dim("length", min=2, max=64)
     result = rewrite(with_residual, arguments(), PASSES, ({1: length}, None, None, None, None))

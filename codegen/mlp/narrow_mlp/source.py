@@ -92,7 +92,6 @@ class Text:
         products += [f"h = {self._dot(f'x{n}', f'up{n}', 'h' if n else '')}" for n in range(len(width))]
         results = [down.format(n=n) for n in range(len(out))]
         results += [f"y{n} = {self._dot('h', f'down{n}', f'y{n}')}" for n in range(len(out))]
-        # Loads come first: what is loaded between two products costs another barrier.
         biased = ["up_bias = " + self._wide("tl.load(up_bias_ptr + start + hidden)")] if self.problem.up_bias else []
         return {
             "columns": "\n".join((*_places("c", width), *_places("d", out))),

@@ -13,10 +13,11 @@ from fxopt.errors import LoweringError
 
 _FORM: Final = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)(?:r(\d+))?")
 
-#: Best guess first, by the widest rows that they are for. Up to 128 elements two programs or more fit on a
-#: multiprocessor, so that the products of one go on beside the activations of another; of wider rows one of 128 does, or
-#: two of 64. Every program reads all weights again: more rows at a time read less. With three stages the weights of a
-#: chunk arrive while the chunk before is computed; with two they were waited for.
+#: Best guess first, by the widest rows that they are for. Of those up to 128 elements wide two programs or more fit on
+#: a multiprocessor, so that the products of one go on beside the activations of another (but for the last one of 128);
+#: of wider ones a program of 128 rows does, or two of 64. Every program reads all weights again: more rows at a time
+#: read less. With three stages the weights of a chunk arrive while the one before is computed; with two they would be
+#: waited for.
 _HALF: Final[dict[int, tuple[str, ...]]] = {
     64: ("128x64w8s3", "64x64w4s3", "128x32w8s3"),
     96: ("128x64w8s3r128", "128x32w8s3", "64x32w4s3"),

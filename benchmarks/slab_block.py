@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def _models(block: Block, stage: Stage, x_BNC: Tensor, *, fed: bool) -> tuple[Ru
     compiled: dict[str, Run] = {
         f"{name}, Inductor": torch.compile(model, dynamic=False) for name, model in models.items()
     }
-    named = {"passes": [*fxopt.passes.exact_pipeline(), "fuse-mlp"]}
+    named: dict[str, Any] = {"passes": [*fxopt.passes.exact_pipeline(), "fuse-mlp"]}
     own: dict[str, Run] = {
         _OWN: torch.compile(converted, backend="fxopt", dynamic=False),
         _FUSED: torch.compile(converted, backend="fxopt", dynamic=False, options=named),

@@ -52,7 +52,7 @@ def residual_last(x: Tensor, u: Tensor, a: Tensor, d: Tensor, b: Tensor) -> Tens
 
 
 def in_place(x: Tensor, u: Tensor, a: Tensor, d: Tensor, b: Tensor) -> Tensor:
-    stream = x.exp()
+    stream = x * 2
     stream += F.linear(F.silu(F.linear(x, u, a)), d, b)
     return stream
 

@@ -19,6 +19,7 @@ from fxopt.passes.canonical.softmax import Softmax
 from fxopt.passes.linear.patch_embedding import PatchEmbedding
 from fxopt.passes.linear_attention.linear_attention import LinearAttention
 from fxopt.passes.linear_attention.simplified_linear_attention import SimplifiedLinearAttention
+from fxopt.passes.mlp.fuse_mlp import FuseMlp
 from fxopt.passes.norm.centre_residual import CentreResidual
 from fxopt.passes.norm.fold_channel_affine import FoldChannelAffine
 from fxopt.passes.norm.fold_norm_affine import FoldNormAffine
@@ -34,6 +35,7 @@ __all__ = [
     "FoldConstants",
     "FoldNormAffine",
     "FuseAttention",
+    "FuseMlp",
     "FuseResidualNorm",
     "FuseSdpa",
     "Gelu",

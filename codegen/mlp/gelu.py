@@ -35,7 +35,8 @@ NORMAL: Final = (
 )
 #: The same for the tanh form, whose argument is this polynomial: √(8/π)·(x + 0.044715·x³).
 TANH: Final = (math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))
-_LARGEST: Final = 49.0  # of x² in the polynomial; from |x| = 7 on the sigmoid is 0 or 1
+#: Of ``x²`` in the polynomial; from |x| = 7 on the sigmoid is 0 or 1.
+LARGEST: Final = 49.0
 _HALF: Final = (torch.bfloat16, torch.float16)
 Gelu = Callable[..., Tensor]
 
@@ -51,7 +52,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         The shape and dtype of ``x``.
     """
     wide = x.float()
-    square = torch.clamp_max(wide * wide, _LARGEST)
+    square = torch.clamp_max(wide * wide, LARGEST)
     lowest, *rest = reversed(TANH if approximate == "tanh" else NORMAL)
     total = torch.full_like(square, lowest)
     for coefficient in rest:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fxopt.ir.operators import define_meaning
 
-#: The activations of a gated linear unit by name.
+#: The activations of feed-forward layers by name.
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -36,10 +36,45 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     Raises:
         ValueError: ``activation`` is not such a name.
     """
-    if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"{activation!r} is not an activation of a gated linear unit; they are {known}")
-    return ACTIVATIONS[activation](gate) * up
+    return _activation(activation)(gate) * up
+
+
+def mlp(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """A feed-forward block: ``activation(x·upᵀ + up_bias)·downᵀ + down_bias + residual``.
+
+    Args:
+        x: ``[..., C]``.
+        up: ``[H, C]``.
+        up_bias: ``[H]`` or ``None``.
+        down: ``[D, H]``.
+        down_bias: ``[D]`` or ``None``.
+        residual: ``[..., D]``, added to the result, or ``None``.
+        activation: a name in `ACTIVATIONS`.
+
+    Returns:
+        ``[..., D]`` in the dtype of the operands.
+
+    Raises:
+        ValueError: ``activation`` is not such a name.
+    """
+    hidden = _activation(activation)(functional.linear(x, up, up_bias))
+    out = functional.linear(hidden, down, down_bias)
+    return out if residual is None else residual + out
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{name!r} is not an activation of a feed-forward layer; they are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 define_meaning("glu", glu)
+define_meaning("mlp", mlp)

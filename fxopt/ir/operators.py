@@ -32,6 +32,8 @@ SCHEMAS: Final[dict[str, str]] = {
     "residual_rms_norm": "(Tensor x, Tensor residual, Tensor? weight, float eps, ScalarType dtype, "
     "bool scale_after_cast) -> (Tensor, Tensor)",
     "glu": "(Tensor gate, Tensor up, str activation) -> Tensor",
+    "mlp": "(Tensor x, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor? residual, "
+    "str activation) -> Tensor",
     "rotary": "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     "repeat_heads": "(Tensor x, SymInt count, str order) -> Tensor",
 }

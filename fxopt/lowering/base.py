@@ -11,10 +11,10 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from fxopt.codegen import launching
 from fxopt.codegen.attention.operator import DECOMPOSITIONS
 from fxopt.codegen.linear_attention import operator as linear_attention
 from fxopt.codegen.mlp import gelu
-from fxopt.codegen.norm.residual_norm import operator as residual_norm
 from fxopt.lowering.options import Options
 from fxopt.lowering.padding import pads_what_is_merged
 
@@ -40,7 +40,7 @@ def compile_base(
     patches = {**unpadded, **(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
         usual = select_decomp_table()
-        own = {**DECOMPOSITIONS, **linear_attention.DECOMPOSITIONS, **residual_norm.DECOMPOSITIONS}
+        own = {**DECOMPOSITIONS, **linear_attention.DECOMPOSITIONS, **launching.DECOMPOSITIONS}
         table = {**usual, **own, **gelu.decompositions(usual)}
         compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=table)
         return compiled  # type: ignore[no-any-return]

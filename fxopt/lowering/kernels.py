@@ -15,6 +15,8 @@ from fxopt.codegen.attention.backward.operator import source_of as backward_sour
 from fxopt.codegen.attention.operator import source_of
 from fxopt.codegen.attention.weights import operator as weights
 from fxopt.codegen.linear_attention import operator as linear_attention
+from fxopt.codegen.mlp.narrow_mlp import kernel as narrow_mlp
+from fxopt.codegen.mlp.narrow_mlp.problem import problem_of as mlp_problem_of
 from fxopt.codegen.norm.residual_norm import kernel as residual_norm
 from fxopt.codegen.norm.residual_norm.config import split_config as residual_norm_configs
 from fxopt.codegen.norm.residual_norm.problem import problem_of
@@ -72,10 +74,19 @@ def _residual_norm(node: Node) -> Iterator[tuple[str, str]]:
         yield f"{node.name}_backward", residual_norm.backward_source(total, backward, wanted)
 
 
+def _mlp(node: Node) -> Iterator[tuple[str, str]]:
+    *operands, activation, config = node.args
+    x, up, up_bias, down, down_bias, residual = (None if x is None else tensor(x) for x in operands)
+    assert x is not None and up is not None and down is not None
+    problem = mlp_problem_of(x, up, up_bias, down, down_bias, residual, str(activation))
+    yield node.name, narrow_mlp.source(problem, str(config))
+
+
 #: How the operators that launch generated kernels are called, and what that generates.
 _GENERATED: Final[Mapping[str, Callable[[Node], Iterator[tuple[str, str]]]]] = {
     "attention_forward": _attention,
     "attention_weights_forward": _weights,
     "linear_attention_forward": _linear_attention,
     "residual_norm_forward": _residual_norm,
+    "mlp_forward": _mlp,
 }

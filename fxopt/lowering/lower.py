@@ -13,7 +13,7 @@ from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import source, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
-from fxopt.lowering import residual_norm
+from fxopt.lowering import mlp, residual_norm
 from fxopt.lowering.attention import choose, prepare
 from fxopt.lowering.candidate import DRAW_SEED, SEED_RANGE, Candidate, seed_options
 from fxopt.lowering.probe import Base
@@ -21,6 +21,8 @@ from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
 
 _LOWERED: Final = ("attention", "attention_weights", "attention_statistics", "linear_attention")
+#: What lowers pieces that the base compiler could make as well.
+_CONTESTED: Final = (residual_norm, mlp)
 
 
 def lower(
@@ -28,22 +30,22 @@ def lower(
 ) -> tuple[Program, tuple[Decision, ...]]:
     """A copy of ``program`` in which every site runs as decided, and the decisions.
 
-    Canonical operators other than attention, its weights, linear attention and residual norms decompose into their
-    reference, which the base compiler fuses; ``base`` says how it will compile the rest of the graph.
+    Canonical operators other than attention, its weights, linear attention, residual norms and feed-forward blocks
+    decompose into their reference, which the base compiler fuses; ``base`` says how it will compile the rest of the
+    graph.
     """
     lowered = program.copy()
     # Outputs first: one may be computed from weights that another node computes anyway.
     sites = [site for name in _LOWERED for site in _calls(lowered, name)]
-    norms = [site for name in residual_norm.NAMES for site in _calls(lowered, name)]
-    devices = {tensor(site.args[0]).device for site in (*sites, *norms)}
+    pieces = [(kind, site) for kind in _CONTESTED for name in kind.NAMES for site in _calls(lowered, name)]
+    devices = {tensor(site.args[0]).device for site in (*sites, *(site for _, site in pieces))}
     # Candidates that draw random numbers do so when they are measured; the program's own must not depend on that.
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         if option == "auto":
             prepare(sites, training)
         decisions = [_lower_site(lowered, site, choose(site, training, option, strict)) for site in sites]
-        for site in norms:
-            chosen = residual_norm.choose(site, training, option, strict, base)
-            decisions.append(_lower_site(lowered, site, chosen))
+        for kind, site in pieces:
+            decisions.append(_lower_site(lowered, site, kind.choose(site, training, option, strict, base)))
     lowered.graph.lint()
     lowered.module.recompile()
     return lowered, tuple(decisions)

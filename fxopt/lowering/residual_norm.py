@@ -9,32 +9,31 @@ from __future__ import annotations
 
 import math
 import operator
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
 from fxopt.codegen.building import compile_together
+from fxopt.codegen.launching import rows_objection
 from fxopt.codegen.norm.residual_norm import operator as residual_norm
 from fxopt.codegen.norm.residual_norm.config import backward_candidates
 from fxopt.codegen.norm.residual_norm.config import candidates as forward_candidates
 from fxopt.codegen.norm.residual_norm.kernel import backward_objection
-from fxopt.codegen.norm.residual_norm.launching import rows_objection
 from fxopt.codegen.norm.residual_norm.problem import objection, problem_of
 from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import arguments, is_call, tensor
 from fxopt.ir.operators import overload
 from fxopt.lowering.candidate import Candidate
-from fxopt.lowering.decisions import forced, has_hint, read_seconds
-from fxopt.lowering.measure import MEASUREMENT_SECONDS, hint, layout, materialise, median_seconds
+from fxopt.lowering.contest import SMALLEST, TIE, Terms, decide, measured
+from fxopt.lowering.decisions import forced, has_hint
+from fxopt.lowering.measure import hint, layout, materialise
 from fxopt.lowering.probe import PLAIN, Base, Probe
 from fxopt.lowering.surroundings import fusion_objection, surroundings
 from fxopt.lowering.versions import fingerprint
@@ -43,10 +42,8 @@ __all__ = ["NAMES", "candidates", "choose", "residual_norm"]
 
 #: The operators that are lowered here.
 NAMES: Final = ("residual_layer_norm", "residual_rms_norm")
-#: A kernel is chosen if it takes at most this share of the time of Inductor's: less is a tie, or noise.
-_TIE: Final = 0.97
-#: Seconds below which a kernel of Inductor's takes less time than launching ours takes the host.
-_SMALLEST: Final = 20e-6
+_TIE: Final = TIE
+_SMALLEST: Final = SMALLEST
 #: The longest rows that are not measured: forward Inductor's kernel takes them at the rate of a copy, as ours does, and
 #: in training ours was up to 17% slower (`benchmarks/results/h100-residual-norm.json`).
 _NOTHING_GAINED: Final = 1024
@@ -176,37 +173,9 @@ def choose(
 
 
 def _measured(site: _Site, found: Sequence[Candidate], base: Base) -> tuple[Candidate, Decision]:
-    key, name = _key(site, found, base), site.node.name
-    seconds, failed = read_seconds(key, found), dict[str, str]()
-    how = "measured, from the cache"
-    if seconds is None:
-        if _spent["seconds"] > _BUDGET:
-            reason = f"not measured: {_BUDGET:g} s were spent on norms already; the next process goes on"
-            return found[-1], Decision((name,), PLAIN, reason)
-        start = time.perf_counter()
-        seconds, how = _measure(site, found, base, failed), "measured"
-        took = time.perf_counter() - start
-        MEASUREMENT_SECONDS["total"] += took
-        _spent["seconds"] += took
-    if not failed:
-        cache.write_json("decisions", key, {"seconds": seconds})
-    best, remark = _best(seconds)
-    why = "".join(f"; {other} failed when it was measured: {error}" for other, error in failed.items())
-    by_name = {candidate.name: candidate for candidate in found}
-    return by_name[best], Decision((name,), best, how + remark + why, seconds)
-
-
-def _best(seconds: Mapping[str, float]) -> tuple[str, str]:
-    """The candidate to run, and what the report adds where that is not the fastest."""
-    plain = seconds.get(PLAIN)
-    if plain is None:
-        return PLAIN, "; the base compiler's kernel could not be measured"
-    best = min(seconds, key=lambda name: seconds[name])
-    if best == PLAIN:
-        return PLAIN, ""
-    if plain < _SMALLEST:
-        return PLAIN, "; so short that launching decides"
-    return (best, "") if seconds[best] <= _TIE * plain else (PLAIN, "; a tie")
+    terms = Terms("norms", _spent, _BUDGET, _TIE, _SMALLEST)
+    measure = partial(_measure, site, found, base)
+    return decide(site.node.name, _key(site, found, base), found, measure, terms)
 
 
 def _measure(site: _Site, found: Sequence[Candidate], base: Base, failed: dict[str, str]) -> dict[str, float]:
@@ -218,25 +187,10 @@ def _measure(site: _Site, found: Sequence[Candidate], base: Base, failed: dict[s
     around = surroundings(site.node, site.training)
     probe = Probe(site.kind, site.settings, (x, residual, weight, bias), around, site.wanted, site.training)
     names = [candidate.name for candidate in found if candidate.name != PLAIN]
-    seconds: dict[str, float] = {}
     with torch.no_grad():
         if x.is_cuda:
             compile_together([launch for name in names for launch in probe.launches(name)])
-        # Compiling what stands around the kernels takes longer than timing them: only the faster ones get that far.
-        alone = {name: _seconds(partial(probe.launches, name), x, name, failed) for name in names}
-        for name in (PLAIN, min(alone, key=lambda name: alone[name])):
-            took = _seconds(partial(probe.calls, name, base), x, name, failed)
-            seconds |= {} if math.isinf(took) else {name: took}
-    return seconds
-
-
-def _seconds(calls: Callable[[], tuple[Callable[[], Any], ...]], x: Tensor, name: str, failed: dict[str, str]) -> float:
-    """Median seconds of all ``calls`` together; infinite, and said in ``failed``, where one fails."""
-    try:
-        return sum(median_seconds(call, x.device) for call in calls())
-    except Exception as error:  # noqa: BLE001 - what can't be measured is not chosen
-        failed.setdefault(name, str(error))
-        return math.inf
+        return measured(names, probe.launches, partial(probe.calls, base=base), x.device, failed)
 
 
 def _key(site: _Site, found: Sequence[Candidate], base: Base) -> str:

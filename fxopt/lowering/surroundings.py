@@ -1,4 +1,4 @@
-"""What stands around a residual norm, as far as it decides what a kernel of its own costs.
+"""What stands around a residual norm or a feed-forward block, as far as it decides what a kernel of its own costs.
 
 The base compiler computes pointwise operations in the kernel that makes or reads their operands; a kernel of one's own
 keeps it from that. So it is tried only where sum and norm stand alone between operations with kernels of their own:
@@ -24,7 +24,7 @@ _APART: Final = frozenset({
     "aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum",
     "aten.convolution", "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.scaled_dot_product_attention",
     "fxopt.attention", "fxopt.attention_forward", "fxopt.attention_sdpa", "fxopt.attention_values",
-    "fxopt.attention_weights_forward",
+    "fxopt.attention_weights_forward", "fxopt.mlp", "fxopt.mlp_forward",
 })  # fmt: skip
 _BIASED: Final = {"aten.linear": "bias", "aten.addmm": "self", "aten.conv1d": "bias", "aten.conv2d": "bias"}
 _VIEWS: Final = ("aten.reshape", "aten.flatten", "aten.unflatten")
@@ -54,6 +54,37 @@ def surroundings(site: Node, training: bool) -> Surroundings:
         return Surroundings(bool(total))
     biases = sum(_has_learning_bias(_origin(operand)) for operand in site.args[:2] if isinstance(operand, Node))
     return Surroundings(bool(total), max(len(normal), 1), len(total), biases)
+
+
+@dataclass(frozen=True)
+class Followers:
+    """Who reads the result of a feed-forward block.
+
+    Attributes:
+        fused: whether any reader is computed in the kernel that adds the residual, where the base compiler makes it.
+        kept: whether the result is read by anything else.
+    """
+
+    fused: bool
+    kept: bool
+
+
+def followers(site: Node) -> Followers:
+    """Those of a feed-forward block."""
+    apart = [reader.op == "output" or _stands_apart(reader) for reader, _ in _read_by(site)]
+    return Followers(not all(apart), any(apart))
+
+
+def residual_objection(site: Node) -> str | None:
+    """Why the base compiler may do better with what makes the residual of a block, or ``None`` if it doesn't: what the
+    block itself reads, or another operation, it has to write anyway.
+    """
+    given = arguments(site)
+    if given["residual"] is None:
+        return None
+    made = _origin(given["residual"])
+    alone = made is not _origin(given["x"]) and all(reader is site for reader, _ in _read_by(made))
+    return _together(made, "the sum") if alone and not _stands_apart(made) else None
 
 
 def fusion_objection(site: Node) -> str | None:
@@ -107,7 +138,11 @@ def _origin(node: Node) -> Node:
 
 def _readers(site: Node, result: int) -> Iterator[tuple[Node, Node]]:
     """Who reads a result of ``site``, behind views, each with the operand through which it does."""
-    pending = [user for user in site.users if is_call(user, operator.getitem) and user.args[1] == result]
+    return _read_by(*(user for user in site.users if is_call(user, operator.getitem) and user.args[1] == result))
+
+
+def _read_by(*nodes: Node) -> Iterator[tuple[Node, Node]]:
+    pending = list(nodes)
     while pending:
         node = pending.pop()
         for user in node.users:

@@ -27,6 +27,7 @@ _CANONICAL = {
     "attention": "attention", "attention_weights": "attention", "attention_statistics": "attention",
     "linear_attention": "attention", "layer_norm": "norm", "rms_norm": "norm",
     "residual_layer_norm": "norm", "residual_rms_norm": "norm", "glu": "mlp",
+    "mlp": "mlp",
 }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Final
 import torch
 from torch.fx import Node
 
-from fxopt.ir.nodes import arguments, has_effect, is_call, is_tensor, same_shape, scalar, shape, tensor
+from fxopt.analysis.effects import disturbance
+from fxopt.ir.nodes import arguments, is_call, is_tensor, same_shape, scalar, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
@@ -76,7 +77,7 @@ def _objection(norm: Node, addition: Node) -> str | None:
     axes = _axes(norm)
     if axes != 1:
         return f"the norm is over {axes} axes together, a residual norm over the last one"
-    disturbing = _disturbing(addition, norm)
+    disturbing = disturbance(addition, norm)
     if disturbing is not None:
         return f"{disturbing} stands between the sum and its norm and may change what they read or whether they learn"
     return None
@@ -85,17 +86,6 @@ def _objection(norm: Node, addition: Node) -> str | None:
 def _axes(norm: Node) -> int:
     given = arguments(norm)
     return int(given["axes"]) if "axes" in given else len(given["normalized_shape"])
-
-
-def _disturbing(start: Node, stop: Node) -> Node | None:
-    """The first node between the two that writes into a tensor or switches a mode; assertions do neither."""
-    node = start.next
-    while node is not stop:
-        writes = not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable
-        if node.op == "call_function" and has_effect(node) and writes:
-            return node
-        node = node.next
-    return None
 
 
 def _placed(norm: Node, addition: Node) -> Found | Rejection:

@@ -13,7 +13,7 @@ def test_every_variant_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     output = tmp_path / "slab.json"
     slab_block.main(["--quick", "--output", str(output)])
     shown = capsys.readouterr().out
-    assert shown.count("fxopt  ") == 2 and shown.count(f"{slab_block.BASE}  ") == 2
+    assert shown.count("fxopt  ") == shown.count("fxopt, fuse-mlp  ") == 2 and shown.count(f"{slab_block.BASE}  ") == 2
     assert "whole block" in output.read_text()
 
 

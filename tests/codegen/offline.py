@@ -17,6 +17,7 @@ from fxopt.codegen.attention import operator as forward
 from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.weights import operator as weights
 from fxopt.codegen.linear_attention import operator as linear
+from fxopt.codegen.mlp.narrow_mlp import operator as mlp
 from fxopt.codegen.norm.residual_norm import backward_operator as norm_backward
 from fxopt.codegen.norm.residual_norm import operator as norm
 
@@ -27,6 +28,7 @@ LAUNCHING = (
     (weights.attention_weights_forward, weights._cuda),
     (linear.linear_attention_forward, linear._cuda),
     (linear.linear_attention_backward, linear._cuda_backward),
+    (mlp.mlp_forward, mlp._cuda),
     (norm.residual_norm_forward, norm._cuda),
     (norm_backward.residual_norm_backward, norm_backward._cuda),
 )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fxopt
 from fxopt import backend, cache, driver
-from fxopt.codegen.norm.residual_norm import launching
+from fxopt.codegen import launching
 from fxopt.codegen.norm.residual_norm.config import backward_candidates, candidates
 from fxopt.codegen.norm.residual_norm.operator import residual_norm_forward
 from fxopt.frontend.export import from_export

@@ -19,6 +19,7 @@ from fxopt.frontend.export import from_export
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.lowering import residual_norm as lowering
+from fxopt.lowering.contest import Terms, best
 from fxopt.lowering.kernels import kernel_sources
 from fxopt.lowering.lower import lower
 from fxopt.lowering.options import Options
@@ -337,4 +338,7 @@ def test_measuring_inside_of_a_compilation_leaves_it_alone(monkeypatch: pytest.M
 
 
 def test_without_a_time_of_the_base_compiler_nothing_is_chosen() -> None:
-    assert lowering._best({"triton-1w4": 1e-3}) == ("aten", "; the base compiler's kernel could not be measured")
+    assert best({"triton-1w4": 1e-3}, Terms("norms", {})) == (
+        "aten",
+        "; the base compiler's kernel could not be measured",
+    )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
+from fxopt.codegen.launching import bare, key_of, launched, remembered
 from fxopt.codegen.norm.residual_norm import plain
 from fxopt.codegen.norm.residual_norm.kernel import KIND, backward_source
-from fxopt.codegen.norm.residual_norm.launching import bare, key_of, launched, remembered
 from fxopt.codegen.norm.residual_norm.problem import Problem, problem_of
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
+from fxopt.codegen.launching import DECOMPOSITIONS, bare, key_of, launched, remembered
 from fxopt.codegen.norm import reference
 from fxopt.codegen.norm.residual_norm import plain
 from fxopt.codegen.norm.residual_norm.backward_operator import residual_norm_backward
 from fxopt.codegen.norm.residual_norm.config import split_config
 from fxopt.codegen.norm.residual_norm.kernel import KIND, source
-from fxopt.codegen.norm.residual_norm.launching import DECOMPOSITIONS, bare, key_of, launched, remembered
 from fxopt.codegen.norm.residual_norm.problem import Problem, objection, problem_of
 from fxopt.errors import LoweringError
 

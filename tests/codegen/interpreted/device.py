@@ -1,17 +1,19 @@
 """Runs generated kernels on the CPU: import this before Triton, in a process of its own.
 
-Triton 3.6's interpreter departs from the device in three points, which are put right here: it reads a scalar with
-``int(array)``, which numpy refuses since 2.4; it multiplies the bit patterns of bfloat16 operands; and it truncates
-to bfloat16 instead of rounding.
+Triton 3.6's interpreter departs from the device in four points, which are put right here: it reads a scalar with
+``int(array)``, which numpy refuses since 2.4; it multiplies the bit patterns of bfloat16 operands; it truncates
+to bfloat16 instead of rounding; and it knows no assembly, of which the reciprocal is computed.
 """
 
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -43,6 +45,15 @@ def _widened(handle: Any) -> Any:
     return interpreter.TensorHandle(wide, tl.float32)
 
 
+def _assembly(self: Any, text: str, constraints: str, values: Any, dtypes: Any, pure: bool, pack: int) -> Any:
+    if not text.startswith("rcp.approx.ftz.f32 "):
+        raise NotImplementedError(text)
+    with np.errstate(divide="ignore"):
+        inverse = interpreter.TensorHandle(np.float32(1) / values[0].data, tl.float32)
+    return SimpleNamespace(get_result=lambda n: inverse)
+
+
 interpreter._patch_lang_tensor = _readable_scalars
 interpreter._convert_float = _rounded
 interpreter.InterpreterBuilder.create_dot = _dot
+interpreter.InterpreterBuilder.create_inline_asm = _assembly

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxopt.codegen import launching
 from fxopt.codegen.building import compile_together
-from fxopt.codegen.norm.residual_norm import launching
 from fxopt.codegen.norm.residual_norm.backward_operator import residual_norm_backward
 from fxopt.codegen.norm.residual_norm.operator import residual_norm_forward
 from tests.codegen.offline import Compiled, compiler

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxopt.codegen.launching import DECOMPOSITIONS, as_rows, rows_objection
 from fxopt.codegen.norm.residual_norm.backward_operator import residual_norm_backward
 from fxopt.codegen.norm.residual_norm.config import backward_candidates, candidates, read_config, split_config
 from fxopt.codegen.norm.residual_norm.kernel import backward_objection, backward_source, source
-from fxopt.codegen.norm.residual_norm.launching import DECOMPOSITIONS, as_rows, rows_objection
 from fxopt.codegen.norm.residual_norm.operator import residual_norm_forward
 from fxopt.codegen.norm.residual_norm.problem import objection
 from fxopt.errors import LoweringError
@@ -159,7 +159,7 @@ def test_sources_are_deterministic_and_short_lined() -> None:
 
 
 def test_compiled_graphs_call_the_operators_without_autograd() -> None:
-    names = {str(before): str(after) for before, after in DECOMPOSITIONS.items()}
+    names = {str(before): str(after) for before, after in DECOMPOSITIONS.items() if "norm" in str(before)}
     assert names == {
         "fxopt.residual_norm_forward.default": "fxopt.residual_norm_forward_launch.default",
         "fxopt.residual_norm_backward.default": "fxopt.residual_norm_backward_launch.default",

@@ -1,4 +1,4 @@
-"""Launching the kernels of a residual norm: as rows at one distance, and from memory where that was done before."""
+"""Launching kernels that work on rows: as rows at one distance, and from memory where that was done before."""
 
 from __future__ import annotations
 
@@ -57,21 +57,30 @@ def remembered(key: tuple[object, ...], operands: Sequence[Tensor | None]) -> tu
 
 
 def launched(
-    key: tuple[object, ...], kernel: ModuleType, operands: Sequence[Tensor | None], *options: bool
+    key: tuple[object, ...],
+    kernel: ModuleType,
+    operands: Sequence[Tensor | None],
+    *options: bool,
+    laid: Callable[[Tensor], Tensor] = as_rows,
 ) -> tuple[Tensor, ...]:
-    """What the module's launcher gives, for operands that are read as rows; remembered under ``key``."""
-    rows = [None if x is None else as_rows(x) for x in operands]
-    launch = partial(launcher(kernel), *rows, *options)
+    """What the module's launcher gives, for operands ``laid`` out as it reads them; remembered under ``key``."""
+    given = [None if x is None else laid(x) for x in operands]
+    launch = partial(_results, launcher(kernel), *given, *options)
     if only_compiles():
-        return tuple(launch())
-    results, replay = record(kernel, launch, [x for x in rows if x is not None])
+        return launch()
+    results, replay = record(kernel, launch, [x for x in given if x is not None])
     # What was copied is another tensor the next time.
-    if replay is not None and all(x is y for x, y in zip(rows, operands, strict=True)):
+    if replay is not None and all(x is y for x, y in zip(given, operands, strict=True)):
         # Lengths that grow by one would add entries for ever.
         if len(_REPLAYS) >= _MOST_REPLAYS:
             _REPLAYS.clear()
         _REPLAYS[key] = replay
     return results
+
+
+def _results(launch: Callable[..., Tensor | tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
+    found = launch(*arguments)
+    return (found,) if isinstance(found, Tensor) else found
 
 
 def bare(name: str, on_cuda: Callable[..., Any], fake: Callable[..., Any], operator: Any) -> None:

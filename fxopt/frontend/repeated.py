@@ -23,15 +23,10 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.node import map_aggregate
 
+from fxopt.ir.alike import Unlike, likeness, metadata
+
 #: What a node tells of the user's program; it goes to every node that its call becomes.
 _CARRIED_META: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "recompute", "ac_graph_id")
-_CONSTANTS: Final = (
-    bool, int, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
-
-
-class _Unlike(Exception):
-    """A call that none can be told to be like: with a symbolic size, a tensor subclass or an object for an operand."""
 
 
 @dataclass(eq=False)
@@ -124,27 +119,21 @@ class RepeatedCalls(fx.Interpreter):
     def _key(self, n: fx.Node, operands: dict[fx.Node, _Made]) -> Any:
         """All that decides what the call ``n`` becomes, or ``None``; the tensors that it reads go to ``operands``."""
         try:
-            return n.op, n.target, self._alike(n.args, operands), self._alike(n.kwargs, operands)
-        except _Unlike:
+            return n.op, n.target, self._likeness(n.args, operands), self._likeness(n.kwargs, operands)
+        except Unlike:
             return None
 
-    def _alike(self, value: Any, operands: dict[fx.Node, _Made]) -> Any:
-        if isinstance(value, fx.Node):
-            value = self.env[value]
-        if isinstance(value, _Made) and value.kind is not None:
-            operands.setdefault(value.node, value)
-            return _Made, value.kind, list(operands).index(value.node)
-        if isinstance(value, _CONSTANTS):
-            return type(value), value
-        if isinstance(value, float):
-            return float, repr(value)
-        if isinstance(value, slice):
-            return slice, *(self._alike(part, operands) for part in (value.start, value.stop, value.step))
-        if isinstance(value, dict):
-            return dict, *((name, self._alike(part, operands)) for name, part in value.items())
-        if isinstance(value, tuple | list):
-            return type(value), *(self._alike(part, operands) for part in value)
-        raise _Unlike
+    def _likeness(self, value: Any, operands: dict[fx.Node, _Made]) -> Any:
+        def of_tensor(made: Any) -> Any:
+            if not isinstance(made, _Made) or made.kind is None:
+                raise Unlike
+            operands.setdefault(made.node, made)
+            return _Made, made.kind, list(operands).index(made.node)
+
+        def of_argument(argument: Any) -> Any:
+            return likeness(self.env[argument] if isinstance(argument, fx.Node) else argument, of_tensor)
+
+        return likeness(value, of_argument)
 
     def _remember(
         self, key: Any, written: list[fx.Node], read: list[fx.Node], operands: list[_Made], result: Any
@@ -197,10 +186,15 @@ class RepeatedCalls(fx.Interpreter):
         if id(value) in self._made_of:
             self._made_of[id(value)].node = slot.proxy.node
             return self._made_of[id(value)]
-        with torch._C.DisableTorchFunction():
-            facts = None if slot.constant is not None else _metadata(value)
-        kind = None if facts is None else self._kinds.setdefault(facts, len(self._kinds))
+        kind = None if slot.constant is not None else self._kind(value)
         return self._made_of.setdefault(id(value), _Made(slot.proxy.node, value, kind))
+
+    def _kind(self, value: FakeTensor) -> int | None:
+        try:
+            with torch._C.DisableTorchFunction():
+                return self._kinds.setdefault(metadata(value), len(self._kinds))
+        except Unlike:
+            return None
 
     def _tracked(self, made: _Made) -> FakeTensor:
         if not made.own:
@@ -214,17 +208,6 @@ class RepeatedCalls(fx.Interpreter):
             with torch._C.DisableTorchFunction():
                 track_tensor_tree(made.example, proxy, constant=None, tracer=self._tracer)
         return made.example
-
-
-def _metadata(value: FakeTensor) -> Any:
-    """All that a call can ask of a tensor; ``None`` where that can't be compared: symbolic sizes, known contents."""
-    if value.layout is not torch.strided or value.constant is not None:
-        return None
-    sizes = (*value.shape, *value.stride(), value.storage_offset(), value.untyped_storage().nbytes())
-    if not all(isinstance(size, int) for size in sizes):
-        return None
-    flags = (value.requires_grad, value.is_leaf, value.is_conj(), value.is_neg(), value.is_inference())
-    return value.dim(), sizes, value.dtype, value.device, flags
 
 
 def _read_node(node: fx.Node, places: Mapping[fx.Node, _Place]) -> _Written:

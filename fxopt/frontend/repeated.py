@@ -155,7 +155,8 @@ class RepeatedCalls(fx.Interpreter):
 
     def _repeat(self, call: _Call, n: fx.Node, operands: list[_Made]) -> Any:
         """Write what ``call`` wrote once more, for ``n``, on other operands."""
-        read, written = [operand.node for operand in operands], []
+        read = [operand.node for operand in operands]
+        written: list[fx.Node] = []
         meta = {key: n.meta[key] for key in _CARRIED_META if key in n.meta}
 
         def at(place: Any) -> Any:
@@ -210,7 +211,7 @@ class RepeatedCalls(fx.Interpreter):
         return made.example
 
 
-def _read_node(node: fx.Node, places: Mapping[fx.Node, _Place]) -> _Written:
+def _read_node(node: fx.Node, places: Mapping[fx.Node, Any]) -> _Written:
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), places.__getitem__)
     assert callable(node.target)
     name = getattr(node.target, "overloadpacket", node.target).__name__
@@ -241,8 +242,9 @@ def _is_computation(written: Sequence[fx.Node], result: Any) -> bool:
 def _is_functional(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return True
-    is_operator = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    return is_operator and not node.target._schema.is_mutable and not node.is_impure(False)
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return not node.target._schema.is_mutable and not node.is_impure(False)
 
 
 def _map(kind: type[Any], function: Callable[[Any], Any], value: Any) -> Any:

@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 def test_a_tiny_bert_is_compiled_cold_warm_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "compile.json"
     arguments = ["--models", "bert-sdpa", "--quick", "--device", "cpu", "--processes", "1", "--repeats", "1"]
-    assert compile_time.main([*arguments, "--output", str(output)]) == 0
+    missed = compile_time.main([*arguments, "--goal", "0.0", "--output", str(output)])
+    assert missed == 1, "no compilation takes no time"
     document = json.loads(output.read_text())
     (result,) = document["results"]
     assert (len(result["cold"]), len(result["warm"]), len(result["again"])) == (1, 1, 2)
@@ -24,4 +25,3 @@ def test_a_tiny_bert_is_compiled_cold_warm_and_again(tmp_path: Path, capsys: pyt
     assert result["nodes"] > 50
     assert document["environment"]["import beyond torch"].endswith(" s")
     assert "bert-sdpa" in capsys.readouterr().out
-    assert compile_time.main([*arguments, "--goal", "0.0"]) == 1

@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from rich.console import Console
@@ -127,12 +127,12 @@ def _run(case: Case, options: argparse.Namespace, progress: Progress) -> Result:
     return result
 
 
-def _in_process(case: Case, options: argparse.Namespace, cache: str) -> dict[str, list[dict[str, float]]]:
+def _in_process(case: Case, options: argparse.Namespace, cache: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.compile_time", "--worker", "--models", case.name]
     command += ["--device", options.device, "--base", options.base, "--repeats", str(options.repeats)]
     command += ["--quick"] if options.quick else []
     done = subprocess.run(command, env={**os.environ, "FXOPT_CACHE_DIR": cache}, check=True, stdout=subprocess.PIPE)
-    found: dict[str, list[dict[str, float]]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

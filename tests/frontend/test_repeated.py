@@ -134,7 +134,8 @@ def test_random_draws_are_written_each() -> None:
 def test_vectorised_functions_are_run() -> None:
     def function(x: Tensor) -> Tensor:
         inner = torch.vmap(lambda row: row.exp() + torch.arange(3).exp(), in_dims=0)
-        return inner(x) + inner(x.exp()) + torch.arange(3).exp()
+        found: Tensor = inner(x) + inner(x.exp()) + torch.arange(3).exp()
+        return found
 
     _both(function, torch.randn(2, 3))
 

@@ -74,7 +74,8 @@ class _Block(nn.Module):
         y = self.down(0.5 * hidden * (1 + torch.erf(hidden / 2**0.5)))
         centred = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, keepdim=True, unbiased=False) + 1e-5)
         scores = (centred @ centred.mT * 0.25).softmax(-1)
-        return F.silu(scores @ centred) * (y / 3 + 1) + x.square().neg() - 2 * x
+        found: Tensor = F.silu(scores @ centred) * (y / 3 + 1) + x.square().neg() - 2 * x
+        return found
 
 
 def _outcome(program: Any) -> Any:

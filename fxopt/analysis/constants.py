@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
+from fxopt.ir.nodes import is_impure
 from fxopt.ir.program import Program
 
 #: Elements above which a constant is not evaluated (a 16k x 16k boolean mask still is).
@@ -90,7 +91,7 @@ class Constants:
 def _may_fold(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return True
-    if node.op != "call_function" or node.is_impure():
+    if node.op != "call_function" or is_impure(node):
         return False
     value = node.meta.get("val")
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):

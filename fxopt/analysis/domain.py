@@ -35,6 +35,12 @@ class Domain:
     columns: Size
     _memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The sizes as text: equal for domains of the same sizes, symbolic ones too."""
+        sizes = (self.batch, self.heads, self.rows, self.columns)
+        return tuple(str(size) if isinstance(size, int) else str(size.node.expr) for size in sizes)
+
     def extent(self, index: str) -> Size:
         """The size along ``index``, one of ``b h i j``."""
         return {"b": self.batch, "h": self.heads, "i": self.rows, "j": self.columns}[index]

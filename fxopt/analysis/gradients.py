@@ -11,6 +11,8 @@ def may_need_gradient(node: fx.Node) -> bool:
     """Whether a placeholder that requires a gradient lies above ``node`` (both floating), so that one may flow to
     it.
     """
+    if not any(leaf.meta.get(REQUIRES_GRAD) for leaf in node.graph.find_nodes(op="placeholder")):
+        return False
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()

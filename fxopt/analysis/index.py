@@ -22,7 +22,7 @@ from fxopt.analysis.values import is_two_valued
 from fxopt.analysis.views import Index, Unreadable, Views
 from fxopt.ir.attention import NAME_OF
 from fxopt.ir.expression import Expr, Kind, capture, const, symbol
-from fxopt.ir.nodes import Size, same_size, shape, tensor
+from fxopt.ir.nodes import same_size, shape, tensor
 
 _INDICES: Final = tuple(symbol(name) for name in "bhij")
 _HEAVY: Final = frozenset({"exp", "log", "tanh", "sigmoid", "sqrt", "rsqrt", "pow", "div", "floordiv", "mod"})
@@ -82,14 +82,9 @@ class IndexLifter:
         return Lifted(expr, tuple(walk.readings))
 
     def _walk(self, domain: Domain) -> _Walk:
-        key = tuple(_text(size) for size in (domain.batch, domain.heads, domain.rows, domain.columns))
-        if key not in self._walks:
-            self._walks[key] = _Walk(domain, self._constants)
-        return self._walks[key]
-
-
-def _text(size: Size) -> str:
-    return str(size) if isinstance(size, int) else str(size.node.expr)
+        if domain.key not in self._walks:
+            self._walks[domain.key] = _Walk(domain, self._constants)
+        return self._walks[domain.key]
 
 
 class _Walk:
@@ -169,7 +164,7 @@ class _Walk:
         return len(planes) < 2 and not any(e.op in _HEAVY for e in expr.walk())
 
     def _captured(self, expr: Expr) -> list[Reading]:
-        return [self.readings[n] for n in sorted({int(e.value or 0) for e in expr.walk() if e.op == "capture"})]
+        return [self.readings[n] for n in sorted({int(e.value or 0) for e in expr.leaves if e.op == "capture"})]
 
     def _leaf(self, node: Node, index: Index, reason: Unreadable) -> Expr:
         """``node`` captured as it is, if the kernels can read it at ``index``."""
@@ -188,7 +183,7 @@ class _Walk:
 
 def renumbered(lifted: Lifted) -> Lifted:
     """The same with only the readings that are used."""
-    used = sorted({int(e.value or 0) for e in lifted.expr.walk() if e.op == "capture"})
+    used = sorted({int(e.value or 0) for e in lifted.expr.leaves if e.op == "capture"})
 
     def change(expr: Expr) -> Expr:
         return capture(used.index(int(expr.value or 0))) if expr.op == "capture" else expr

@@ -100,6 +100,7 @@ class Bounds:
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
+        self._ranges: dict[str, tuple[float, float]] = {}
 
     def lower(self, total: Sum) -> float:
         """A number that ``total`` is never below, −∞ when none is known."""
@@ -121,6 +122,12 @@ class Bounds:
 
     def range(self, atom: Expr) -> tuple[float, float]:
         """What an atom lies between."""
+        key = str(atom)
+        if key not in self._ranges:
+            self._ranges[key] = self._range(atom)
+        return self._ranges[key]
+
+    def _range(self, atom: Expr) -> tuple[float, float]:
         if atom in (_B, _H):
             size = self.domain.batch if atom == _B else self.domain.heads
             return 0, (size - 1 if isinstance(size, int) else math.inf)
@@ -220,6 +227,5 @@ def _choose(op: str, left: Sum, right: Sum, bounds: Bounds) -> Sum:
 
 
 def reads_any(expr: Expr, atoms: Iterable[Expr]) -> bool:
-    """Whether ``expr`` reads one of ``atoms``."""
-    wanted = set(atoms)
-    return any(node in wanted for node in expr.walk())
+    """Whether ``expr`` reads one of ``atoms``, symbols or captures."""
+    return not expr.leaves.isdisjoint(atoms)

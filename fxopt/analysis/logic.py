@@ -8,6 +8,7 @@ the domain decides becomes True or False; terms that others imply are dropped. E
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from math import gcd
 from typing import Final
 
@@ -22,15 +23,37 @@ _NEGATED: Final = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "
 
 
 class Logic:
-    """Simplifies and proves over one domain; ``captures`` are the kinds of the captured tensors."""
+    """Simplifies and proves over one domain; ``captures`` are the kinds of the captured tensors.
+
+    What was simplified once is remembered, by its printed form: equal constants of different kinds differ there.
+    """
 
     def __init__(self, domain: Domain, captures: tuple[Kind, ...] = ()) -> None:
         self.bounds = Bounds(domain)
         self.domain = domain
-        self.captures = captures
+        self._captures = captures
+        self._simple: dict[tuple[str, bool], Expr] = {}
+        self._tidy: dict[str, Sum] = {}
+
+    @property
+    def captures(self) -> tuple[Kind, ...]:
+        """The kinds of the captured tensors."""
+        return self._captures
+
+    @captures.setter
+    def captures(self, kinds: tuple[Kind, ...]) -> None:
+        if kinds != self._captures:
+            self._captures = kinds
+            self._simple.clear()
 
     def simplify(self, expr: Expr, negated: bool = False) -> Expr:
         """A boolean expression, or its negation, without ``not`` above a comparison."""
+        key = str(expr), negated
+        if key not in self._simple:
+            self._simple[key] = self._simplify(expr, negated)
+        return self._simple[key]
+
+    def _simplify(self, expr: Expr, negated: bool) -> Expr:
         if expr.op == "const":
             return const(bool(expr.value) != negated)
         if expr.op == "not":
@@ -70,17 +93,29 @@ class Logic:
 
     def every_row_keeps_a_key(self, mask: Expr) -> bool:
         """Whether for each row some key is certain to satisfy ``mask``: a witness, a key that depends on the row."""
+        if J not in mask.leaves:
+            return self.simplify(mask) == TRUE and bool(self._witnesses)
+        return any(self.simplify(mask.put(J, key)) == TRUE for key in self._witnesses)
+
+    @cached_property
+    def _witnesses(self) -> tuple[Expr, ...]:
+        """Keys, as functions of the row, that there are for each row."""
         last = self.domain.last_column
         diagonal = call("sub", call("add", I, self.domain.columns_size), self.domain.rows_size)
         ends = [call("minimum", part, last) for part in (I, diagonal)]
-        witnesses = (I, diagonal, const(0), last, *ends, *(call("maximum", part, const(0)) for part in (diagonal,)))
-        return any(self._is_witness(mask, witness) for witness in witnesses)
+        found = (I, diagonal, const(0), last, *ends, *(call("maximum", part, const(0)) for part in (diagonal,)))
+        return tuple(key for key in found if self._is_key(key))
 
-    def _is_witness(self, mask: Expr, key: Expr) -> bool:
-        low, beyond = self.bounds.lower(as_sum(tidy(key, self.bounds))), call("sub", self.domain.last_column, key)
-        if low < 0 or self.bounds.lower(as_sum(tidy(beyond, self.bounds))) < 0:
-            return False
-        return self.simplify(mask.replace(lambda e: key if e == J else e)) == TRUE
+    def _is_key(self, key: Expr) -> bool:
+        beyond = call("sub", self.domain.last_column, key)
+        return all(self.bounds.lower(self._sum(end)) >= 0 for end in (key, beyond))
+
+    def _sum(self, expr: Expr) -> Sum:
+        """An integer expression in one form, as a sum."""
+        key = str(expr)
+        if key not in self._tidy:
+            self._tidy[key] = as_sum(tidy(expr, self.bounds))
+        return self._tidy[key]
 
     def _join(
         self, op: str, absorbing: Expr, neutral: Expr, implies: Callable[[Expr, Expr], bool], left: Expr, right: Expr
@@ -113,7 +148,7 @@ class Logic:
             return self._agree(left, right, op == "ne")
         if kinds != {"int"}:
             return call(op, left, right)
-        total = as_sum(tidy(right, self.bounds)) - as_sum(tidy(left, self.bounds))
+        total = self._sum(right) - self._sum(left)
         if op in ("eq", "ne"):
             return self._equality(op, total)
         total = total.times(-1) if op in ("gt", "ge") else total

@@ -16,6 +16,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
+from fxopt.frontend.repeated import RepeatedCalls
 
 _OPAQUE = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
 _IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow"})
@@ -36,8 +37,12 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
         with preserve_node_meta():
             return fx.Interpreter(module).run(*args)
 
+    def repeat(*args: Any) -> Any:
+        with preserve_node_meta():
+            return RepeatedCalls(module).run(*args)
+
     edits = any(_edits(node) for node in module.graph.nodes)
-    traced = None if edits else _trace(interpret, inputs, fake_mode)
+    traced = None if edits else _trace(repeat, inputs, fake_mode)
     if traced is None or any(_mutates(node) for node in traced.graph.nodes):
         _reject_vmap(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)

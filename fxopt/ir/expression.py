@@ -42,19 +42,63 @@ _BOOLEAN: Final[frozenset[str]] = frozenset({"lt", "le", "gt", "ge", "eq", "ne",
 _REAL: Final[frozenset[str]] = frozenset({"div", "exp", "log", "tanh", "sigmoid", "sqrt", "rsqrt", "float"})
 
 
+class _Remembered:
+    """Room for what an `Expr` is asked for again and again; unset until then."""
+
+    __slots__ = ("_hash", "_leaves", "_text")
+
+    _hash: int
+    _leaves: frozenset[Expr]
+    _text: str
+
+
 @dataclass(frozen=True, slots=True)
-class Expr:
+class Expr(_Remembered):
     """One node of an expression tree.
 
     ``op`` is a key of `ARITY`, or ``"const"`` (``value`` a number), ``"symbol"`` (``value`` a key of `SYMBOLS`) or
     ``"capture"`` (``value`` the index of the captured tensor).
+
+    Constants that Python holds equal are equal (``1``, ``1.0`` and ``True``); the printed form tells them apart.
     """
 
     op: str
     args: tuple[Expr, ...] = ()
     value: Scalar | str | None = None
 
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            object.__setattr__(self, "_hash", hash((self.op, self.args, self.value)))
+            return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Expr):
+            return NotImplemented
+        alike = hash(self) == hash(other) and self.op == other.op and self.value == other.value
+        return alike and self.args == other.args
+
     def __str__(self) -> str:
+        try:
+            return self._text
+        except AttributeError:
+            object.__setattr__(self, "_text", self._print())
+            return self._text
+
+    @property
+    def leaves(self) -> frozenset[Expr]:
+        """The symbols and captures that occur in the tree."""
+        try:
+            return self._leaves
+        except AttributeError:
+            own = {self} if self.op in ("symbol", "capture") else set()
+            object.__setattr__(self, "_leaves", frozenset(own).union(*(a.leaves for a in self.args)))
+            return self._leaves
+
+    def _print(self) -> str:
         if self.op == "const":
             return repr(self.value)
         if self.op == "symbol":
@@ -75,12 +119,28 @@ class Expr:
         yield self
 
     def reads(self, leaf: Expr) -> bool:
-        """Whether ``leaf`` occurs in the tree."""
-        return any(node == leaf for node in self.walk())
+        """Whether the symbol or capture ``leaf`` occurs in the tree."""
+        return leaf in self.leaves
 
     def replace(self, change: Callable[[Expr], Expr]) -> Expr:
-        """The tree rebuilt bottom-up, every node passed through ``change``."""
-        return change(Expr(self.op, tuple(a.replace(change) for a in self.args), self.value))
+        """The tree rebuilt bottom-up, every node passed through ``change``, which must depend on nothing else."""
+        done: dict[int, Expr] = {}
+
+        def rebuilt(expr: Expr) -> Expr:
+            known = done.get(id(expr))
+            if known is None:
+                args = tuple(rebuilt(a) for a in expr.args)
+                same = all(new is old for new, old in zip(args, expr.args, strict=True))
+                known = done[id(expr)] = change(expr if same else Expr(expr.op, args, expr.value))
+            return known
+
+        return rebuilt(self)
+
+    def put(self, leaf: Expr, value: Expr) -> Expr:
+        """The tree with ``value`` in the place of the symbol or capture ``leaf``."""
+        if leaf not in self.leaves:
+            return self
+        return value if self == leaf else Expr(self.op, tuple(a.put(leaf, value) for a in self.args), self.value)
 
 
 def const(value: Scalar) -> Expr:

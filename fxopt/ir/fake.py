@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxopt.ir.alike import Unlike, likeness, metadata
 from fxopt.ir.operators import quick_result
 
 #: Key of the metadata that keeps the operand values from which a node's own value was computed.
 COMPUTED_FROM: Final = "fxopt_computed_from"
+
+#: Results of calls by what they depend on, for each fake mode as long as it lives.
+_RESULTS: Final[WeakKeyDictionary[FakeTensorMode, dict[Any, Any]]] = WeakKeyDictionary()
 
 
 def evaluate_fake(node: fx.Node, mode: FakeTensorMode | None) -> Any:
     """What ``node`` computes on the fake values of its operands."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     assert callable(node.target)
-    function = quick_result(node.target) or node.target
+    return call_fake(node.target, args, kwargs, mode)
+
+
+def call_fake(
+    target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: FakeTensorMode | None
+) -> Any:
+    """``target`` on fake values. Calls alike, on static sizes, are run once and share the value."""
+    known = _RESULTS.setdefault(mode, {}) if mode is not None else {}
+    try:
+        switches = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = target, switches, likeness(args, metadata), likeness(dict(kwargs), metadata)
+    except Unlike:
+        return _run(target, args, kwargs, mode)
+    if key not in known:
+        known[key] = _run(target, args, kwargs, mode)
+    return known[key]
+
+
+def _run(
+    target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: FakeTensorMode | None
+) -> Any:
     with mode or torch.no_grad(), enable_python_dispatcher():
-        return function(*args, **kwargs)
+        return (quick_result(target) or target)(*args, **kwargs)
 
 
 def operand_values(node: fx.Node) -> tuple[Any, ...]:

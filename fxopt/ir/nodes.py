@@ -19,6 +19,7 @@ REQUIRES_GRAD: Final = "fxopt_requires_grad"
 #: Key of the metadata of a node that is a folded weight: computed from weights alone, so once and not at every call.
 FOLDED: Final = "fxopt_folded"
 
+_IMPURE: Final[dict[tuple[torch._ops.OpOverload, bool], bool]] = {}
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n\s*(?P<code>[^\n]*)')
 
@@ -110,4 +111,14 @@ def has_effect(node: Node) -> bool:
     Random draws are not counted (a rule decides what may become of them), nor assertions on metadata, which the graph
     proves itself.
     """
-    return node.is_impure(False) and node.target is not torch.ops.aten._assert_tensor_metadata.default
+    return is_impure(node, random=False) and node.target is not torch.ops.aten._assert_tensor_metadata.default
+
+
+def is_impure(node: Node, *, random: bool = True) -> bool:
+    """`Node.is_impure`, which of an operator's call depends on the operator alone; ``random``: draws count."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return node.is_impure(random)
+    key = node.target, random
+    if key not in _IMPURE:
+        _IMPURE[key] = node.is_impure(random)
+    return _IMPURE[key]

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.errors import VerificationError
-from fxopt.ir.fake import is_computed
-from fxopt.ir.nodes import has_effect
-from fxopt.ir.operators import quick_result
+from fxopt.ir.fake import call_fake, is_computed
+from fxopt.ir.nodes import has_effect, is_impure
 from fxopt.ir.program import Program
 
 
@@ -32,8 +31,7 @@ def verify_structure(program: Program, before: Program | None = None) -> None:
     except RuntimeError as error:
         raise VerificationError(f"the graph is not well formed: {error}") from error
     trusted = {} if before is None else {node.name: node for node in before.graph.nodes}
-    with program.fake_mode or torch.no_grad(), enable_python_dispatcher():
-        _propagate(program, trusted)
+    _propagate(program, trusted)
     if before is not None and _interface(program) != _interface(before):
         raise VerificationError(
             f"the program's interface changed: {_interface(program)} instead of {_interface(before)}"
@@ -50,15 +48,16 @@ def _interface(program: Program) -> tuple[Any, ...]:
 
 def _propagate(program: Program, trusted: dict[str, fx.Node]) -> None:
     changed: dict[fx.Node, Any] = {}
+    mode = program.fake_mode
     for node in program.graph.nodes:
         if node.op == "get_attr" and "val" not in node.meta:
             node.meta["val"] = _attribute(program, node)
-        if node.op != "call_function" or node.is_impure():
+        if node.op != "call_function" or is_impure(node):
             continue
         known = is_computed(node) or _unchanged(node, trusted)
         if known and not any(operand in changed for operand in node.all_input_nodes):
             continue
-        value = _recompute(node, changed)
+        value = _recompute(node, changed, mode)
         if not _same(node.meta.get("val"), value):
             found, recorded = _describe(value), _describe(node.meta.get("val"))
             raise VerificationError(f"{node.name} computes {found} where {recorded} is recorded")
@@ -68,16 +67,31 @@ def _propagate(program: Program, trusted: dict[str, fx.Node]) -> None:
 
 def _unchanged(node: fx.Node, trusted: dict[str, fx.Node]) -> bool:
     old = trusted.get(node.name)
-    return (
-        old is not None and old.target == node.target and str((old.args, old.kwargs)) == str((node.args, node.kwargs))
-    )
+    if old is None or old.target is not node.target:
+        return False
+    return _same_arguments(old.args, node.args) and _same_arguments(old.kwargs, node.kwargs)
 
 
-def _recompute(node: fx.Node, changed: dict[fx.Node, Any]) -> Any:
+def _same_arguments(old: Any, new: Any) -> bool:
+    """Whether arguments of nodes are the same constants, and nodes of the same names."""
+    if isinstance(old, fx.Node):
+        return isinstance(new, fx.Node) and old.name == new.name
+    if isinstance(old, tuple | list):
+        same = isinstance(new, tuple | list) and len(old) == len(new)
+        return same and all(_same_arguments(a, b) for a, b in zip(old, new, strict=True))
+    if isinstance(old, dict):
+        return isinstance(new, dict) and list(old) == list(new) and all(_same_arguments(old[k], new[k]) for k in old)
+    if isinstance(old, slice):
+        parts = ((getattr(x, name) for name in ("start", "stop", "step")) for x in (old, new))
+        return isinstance(new, slice) and _same_arguments(*map(tuple, parts))
+    return old is new or (type(old) is type(new) and repr(old) == repr(new))
+
+
+def _recompute(node: fx.Node, changed: dict[fx.Node, Any], mode: FakeTensorMode | None) -> Any:
     assert callable(node.target)
     try:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: changed.get(n, n.meta.get("val")))
-        return (quick_result(node.target) or node.target)(*args, **kwargs)
+        return call_fake(node.target, args, kwargs, mode)
     except Exception as error:
         raise VerificationError(f"{node.name} can't run on its operands: {error}") from error
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations, product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -37,6 +37,9 @@ class _Split:
 class _Gathered(Pattern):
     """Common to products and sums: try every reading of the value with as many parts as there are patterns."""
 
+    #: The operators that `splits` looks into.
+    operators: ClassVar[frozenset[object]]
+
     def __init__(self, *parts: Pattern, constant: str) -> None:
         self.parts = parts
         self.constant = constant
@@ -44,6 +47,11 @@ class _Gathered(Pattern):
     def splits(self, node: Node, limit: int) -> Iterator[_Split]:
         """The readings of ``node`` with at most ``limit`` parts, the coarsest first."""
         raise NotImplementedError
+
+    def roots(self) -> frozenset[object] | None:
+        """The operators that join parts; with one part alone, what that may be too."""
+        alone = self.parts[0].roots() if len(self.parts) == 1 else frozenset()
+        return None if alone is None else self.operators | alone
 
     def match(self, value: Any, so_far: Match) -> Match | Miss:
         """See `Pattern.match`."""
@@ -77,6 +85,11 @@ class _Gathered(Pattern):
 class Product(_Gathered):
     """A product of ``parts`` and a constant factor, which is bound to the name ``constant`` (1 when there is none)."""
 
+    operators = frozenset({
+        aten.mul.Tensor, aten.mul.Scalar, aten.neg.default, aten.square.default, aten.div.Tensor, aten.div.Scalar,
+        aten.pow.Tensor_Scalar,
+    })  # fmt: skip
+
     def splits(self, node: Node, limit: int) -> Iterator[_Split]:
         """See the base class."""
         yield _Split((node,), 1.0)
@@ -88,6 +101,8 @@ class Product(_Gathered):
 
 class Sum(_Gathered):
     """A sum of ``parts`` and a constant term, which is bound to the name ``constant`` (0 when there is none)."""
+
+    operators = frozenset({aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar})
 
     def splits(self, node: Node, limit: int) -> Iterator[_Split]:
         """See the base class."""

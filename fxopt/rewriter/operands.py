@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.ir.nodes import is_tensor, tensor
-from fxopt.rewriter.pattern import Match, Miss, Pattern, behind_identities, cast_operand
+from fxopt.rewriter.pattern import CASTS, Match, Miss, Pattern, behind_identities, cast_operand
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ class Result(Pattern):
             )
         return self.pattern.match(value.args[0], so_far.cover(value))
 
+    def roots(self) -> frozenset[object] | None:
+        """See `Pattern.roots`."""
+        return frozenset({operator.getitem})
+
 
 @dataclass(frozen=True)
 class Cast(Pattern):
@@ -76,6 +80,10 @@ class Cast(Pattern):
             return Miss(len(so_far.nodes), f"expected a cast, found {value}", so_far.root)
         step = so_far.cover(value).bind(self.name, tensor(value).dtype)
         return step if isinstance(step, Miss) else self.pattern.match(behind_identities(operand), step)
+
+    def roots(self) -> frozenset[object] | None:
+        """See `Pattern.roots`."""
+        return frozenset(CASTS)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Pattern:
         """Extend ``so_far`` by ``value``, or say why it does not fit."""
         raise NotImplementedError
 
-    def roots(self) -> frozenset[OpOverload] | None:
+    def roots(self) -> frozenset[object] | None:
         """The operators that the last node of a match can be; ``None`` when the pattern does not restrict it."""
         return None
 
@@ -166,7 +166,7 @@ class Op(Pattern):
             orders.append([names[1], names[0], *names[2:]])
         return _furthest(lambda order: self._match_arguments(value, order, result), orders)
 
-    def roots(self) -> frozenset[OpOverload] | None:
+    def roots(self) -> frozenset[object] | None:
         return frozenset(self.targets)
 
     def _match_arguments(self, node: Node, order: list[str], so_far: Match) -> Match | Miss:
@@ -197,7 +197,7 @@ class OneOf(Pattern):
     def match(self, value: Any, so_far: Match) -> Match | Miss:
         return _furthest(lambda pattern: pattern.match(value, so_far), self.alternatives)
 
-    def roots(self) -> frozenset[OpOverload] | None:
+    def roots(self) -> frozenset[object] | None:
         found = [alternative.roots() for alternative in self.alternatives]
         return None if None in found else frozenset().union(*(f for f in found if f))
 
@@ -215,7 +215,7 @@ class Optional(Pattern):
     def match(self, value: Any, so_far: Match) -> Match | Miss:
         return OneOf((self.inner(self.pattern), self.pattern)).match(value, so_far)
 
-    def roots(self) -> frozenset[OpOverload] | None:
+    def roots(self) -> frozenset[object] | None:
         return OneOf((self.inner(self.pattern), self.pattern)).roots()
 
 

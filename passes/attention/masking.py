@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch.fx import Node
@@ -61,6 +61,12 @@ class MaskProver:
         self.lifter = IndexLifter(constants)
         self.bands = BandPlanner(constants, self.lifter)
         self._known: dict[tuple[Node, int, int], _Proof | None] = {}
+        self._logics: dict[Any, Logic] = {}
+
+    def logic(self, operands: Sequence[Captured], space: Space) -> Logic:
+        """The logic over the positions of a site; sites alike share it, with all that was proved in it."""
+        logic = logic_of(operands, space)
+        return self._logics.setdefault((logic.domain.key, logic.captures), logic)
 
     def prove(self, operands: tuple[Captured, ...], space: Space, read: frozenset[int]) -> dict[int, _Proof]:
         """The proofs found of the operands that are ``read``, by their index."""
@@ -91,7 +97,7 @@ def separate_mask(
     row without keys, where `_is_uniform` allows.
     """
     proofs = prover.prove(operands, space, captures_of(expression))
-    logic = logic_of(operands, space)
+    logic = prover.logic(operands, space)
     score = settled(expression.replace(_substitute(proofs)), logic)
     safe = frozenset(proof.keep for proof in proofs.values() if proof.safe) | rows_kept(score, logic)
     taken = [_Taken(score)]

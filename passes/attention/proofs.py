@@ -31,7 +31,7 @@ def _kind(operand: Captured) -> Kind:
 
 def captures_of(*expressions: Expr | None) -> frozenset[int]:
     """The numbers of the captures that expressions read."""
-    return frozenset(int(e.value or 0) for x in expressions if x for e in x.walk() if e.op == "capture")
+    return frozenset(int(e.value or 0) for x in expressions if x for e in x.leaves if e.op == "capture")
 
 
 def settled(expression: Expr, logic: Logic) -> Expr:

@@ -17,6 +17,7 @@ from fxopt.cache import import_source
 from fxopt.codegen.attention import kernels
 from fxopt.codegen.attention.hopper.config import Config, read_config
 from fxopt.codegen.attention.hopper.kernel import candidates, objection, source
+from fxopt.codegen.attention.hopper.tile import is_tile, stages
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
@@ -49,6 +50,9 @@ SPECS = {
     "additive": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("b--j", HALF),), out_dtype=HALF),
     "band": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-h-d", HALF),), out_dtype=HALF),
     "causal-band": AttentionSpec(parse("s * 0.125 + c0"), parse("j <= i"), (Capture("bh-d", HALF),), out_dtype=HALF),
+    "tile": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-hij", HALF),), out_dtype=HALF),
+    "causal-tile": AttentionSpec(parse("s * 0.125 + c0"), parse("j <= i"), (Capture("bhij", HALF),), out_dtype=HALF),
+    "scaled-tile": AttentionSpec(parse("s * 0.17 + c0"), None, (Capture("b-ij", HALF),), out_dtype=HALF),
     "documents": AttentionSpec(
         parse("s * 0.125"), parse("(j <= i) & (c0 == c1)"),
         (Capture("b-i-", torch.int64), Capture("b--j", torch.int64)), empty_rows="zero", out_dtype=HALF,
@@ -85,6 +89,8 @@ def compiled(spec: AttentionSpec, width: int, config: Config) -> Any:
     sizes |= {"QUERIES": config.queries, "GROUPS": config.groups, "REGISTERS": config.registers, "WITH_LSE": True}
     sizes["AHEAD"] = config.ahead or 0
     sizes["HULL"] = True
+    if any(map(is_tile, spec.captures)):
+        sizes["TILE_STAGES"] = stages(config, padded(width))
     rows = {"q_source": 64, "out_target": 64, "k_source": config.keys, "v_source": config.keys}
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
@@ -96,6 +102,8 @@ def compiled(spec: AttentionSpec, width: int, config: Config) -> Any:
             constants[position,] = 1
         elif name in rows:
             signature[name] = descriptor(rows[name], padded(width))
+        elif name.endswith("_source"):
+            signature[name] = descriptor(64, config.keys)
         elif name in sizes:
             signature[name] = "constexpr"
             constants[position,] = sizes[name]

@@ -12,9 +12,11 @@ from typing import Final
 import torch
 
 from fxopt.codegen.attention import cost
+from fxopt.codegen.attention.hopper import tile
 from fxopt.codegen.attention.hopper.config import Config, read_config
 from fxopt.codegen.attention.hopper.source import HopperText
 from fxopt.codegen.attention.hopper.stream_source import StreamText
+from fxopt.codegen.attention.hopper.tile import is_tile
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
@@ -44,6 +46,14 @@ _CONFIGS_BY_KEY: Final[dict[int, tuple[Config, ...]]] = {
     128: (Config(128, 64, 3, 2, 0), Config(128, 64, 4, 2)),
     256: (Config(128, 64, 2, 1),),
 }
+#: The same where a block of keys comes with a value for each of its rows.
+_NARROW_TILED: Final = (Config(192, 128, 3, 2, 0), Config(128, 128, 3, 2, 0))
+_CONFIGS_TILED: Final[dict[int, tuple[Config, ...]]] = {
+    16: _NARROW_TILED,
+    32: _NARROW_TILED,
+    64: _NARROW_TILED,
+    128: (Config(128, 64, 3, 2, 0), Config(128, 64, 2, 2, 0)),
+}
 #: With fewer rows a program has too little work to hide where its tiles begin and end.
 _FEWEST_ROWS: Final = 256
 _HALF: Final = (torch.bfloat16, torch.float16)
@@ -65,6 +75,8 @@ def objection(problem: Problem) -> str | None:
         return "this Triton has no Gluon"
     if problem.rows is not None and problem.rows < _FEWEST_ROWS:
         return f"it is for {_FEWEST_ROWS} rows and more, and there are {problem.rows}"
+    if problem.keys is not None and problem.keys % 8 and any(map(is_tile, problem.spec.captures)):
+        return f"a captured tensor that varies with both row and key needs a multiple of 8 keys, not {problem.keys}"
     return _objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
 
 
@@ -76,12 +88,12 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
         return f"inputs and results must be bfloat16 or float16 alike, not {dtype} and {spec.out_dtype}"
     if head_dim % 8 or value_dim % 8 or padded(head_dim) != padded(value_dim) or padded(head_dim) not in _CONFIGS:
         return f"head dimensions must be multiples of 8 that pad alike, not {head_dim} and {value_dim}"
-    if any(c.is_tile and not c.is_band for c in spec.captures):
-        return "a captured tensor varies with both row and key, which the portable kernel reads better"
     bands = [c for c in spec.captures if c.is_band]
     if bands and (padded(head_dim) > 128 or any(c.dtype.itemsize != 2 for c in bands)):
         return "a band, read by row and key, needs half precision and heads up to 128 wide"
-    return None
+    if padded(head_dim) > 128 and any(map(is_tile, spec.captures)):
+        return "a captured tensor that varies with both row and key needs heads up to 128 wide"
+    return tile.objection(spec.captures, dtype)
 
 
 def candidates(problem: Problem) -> tuple[str, ...]:
@@ -90,7 +102,9 @@ def candidates(problem: Problem) -> tuple[str, ...]:
     by_key = spec.score.reads(J) or any(c.dims[3] != "-" for c in spec.captures)
     table, width = _CONFIGS_BY_KEY if by_key else _CONFIGS, padded(problem.head_dim)
     plain = width <= 64 and spec.mask is None and split_factor(spec.score)[0] == S
-    streams = any(c.is_band for c in spec.captures)
+    if any(map(is_tile, spec.captures)):
+        table = _CONFIGS_TILED
+    streams = any(c.is_tile for c in spec.captures)
     found = _PLAIN if plain else table[width]
     return tuple(str(config) for config in found if config.ahead is not None or not streams)
 
@@ -116,7 +130,9 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
     if reason is not None:
         raise LoweringError(f"no Hopper kernel for this attention: {reason} ({spec})")
     cut = read_config(config)
-    if cut.ahead is None and any(c.is_band for c in spec.captures):
-        raise LoweringError(f"no Hopper kernel for this attention: {config} reads no bands ({spec})")
+    if cut.ahead is None and any(c.is_tile for c in spec.captures):
+        raise LoweringError(f"no Hopper kernel for this attention: {config} reads no bands and tiles ({spec})")
+    if cut.ahead and any(map(is_tile, spec.captures)):
+        raise LoweringError(f"no Hopper kernel for this attention: {config} multiplies ahead of tiles ({spec})")
     text = HopperText if cut.ahead is None else StreamText
     return str(text(spec, head_dim, value_dim, dtype, cut))

@@ -37,7 +37,7 @@ from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
 
-_ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 #: By what a row without keys gives; its mean of the values is filled in afterwards.
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
@@ -45,7 +45,6 @@ _L2: Final = "32 * 2**20"
 _SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
-#: What one block of keys hands to the next, and what it reads.
 _STATE: Final = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
 CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
 
@@ -62,11 +61,7 @@ class HopperText(LogitsText):
     further_bounds: ClassVar[bool] = True
     _parts: ClassVar[tuple[str, ...]] = (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL)
     _loop_text: ClassVar[str] = LOOP
-    _barriers: ClassVar[tuple[str, ...]] = _BARRIERS
     _multiplied: ClassVar[tuple[str, ...]] = TILES
-    _state: ClassVar[tuple[str, ...]] = _STATE
-    _constants: ClassVar[tuple[str, ...]] = CONSTANTS
-    _block_constants: ClassVar[tuple[str, ...]] = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS")
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
@@ -76,6 +71,31 @@ class HopperText(LogitsText):
         script = {**holes, **script_holes(self.spec, self.dtype)}
         check = fill(REFERENCE, script) + fill(MAIN, script)
         return fill(HEADER, holes) + devices + self._functions + average + body + fill(LAUNCH, holes) + check
+
+    @property
+    def _barriers(self) -> tuple[str, ...]:
+        """What loading and multiplying groups signal by, and what is shared beside queries, keys and values."""
+        return _BARRIERS
+
+    @property
+    def _state(self) -> tuple[str, ...]:
+        """What one block of keys hands to the next, and what it reads."""
+        return _STATE
+
+    @property
+    def _constants(self) -> tuple[str, ...]:
+        """The compile-time constants of the kernel."""
+        return CONSTANTS
+
+    @property
+    def _block_constants(self) -> tuple[str, ...]:
+        """Those of a block of keys."""
+        return ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS")
+
+    @property
+    def _scores(self) -> tuple[str, ...]:
+        """What a block update is given for each row and key."""
+        return ("s",)
 
     @property
     def _functions(self) -> str:
@@ -152,7 +172,7 @@ class HopperText(LogitsText):
     @property
     def _pointers(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
-        found = [f"{c.name}_ptr" for c in self.captures] + ["hull_ptr"] * bool(self._hull)
+        found = [c.parameter for c in self.captures] + ["hull_ptr"] * bool(self._hull)
         found += [name for c in self.captures for name in (*c.strides, *c.period)]
         return tuple(found)
 
@@ -196,7 +216,7 @@ class HopperText(LogitsText):
         """The holes of the block update."""
         shared = (*self._attend_names, "start")
         constants = (*self._block_constants, "BOUNDED")
-        attend = ("s", *shared, "BLOCK_N", "BOUNDED", "SCORES")
+        attend = (*self._scores, *shared, "BLOCK_N", "BOUNDED", "SCORES")
         logits = {name: as_gluon(text) for name, text in self.logits_holes.items()}
         logits["load_captures"] = logits["load_captures"].replace("BOUNDED and not EVEN", "BOUNDED")
         return {
@@ -210,7 +230,7 @@ class HopperText(LogitsText):
     @property
     def _first_arguments(self) -> str:
         """The arguments with which the first block of a tile is worked on."""
-        return listing(("s", *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES"))
+        return listing((*self._scores, *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES"))
 
     @property
     def _partial_after_first(self) -> bool:
@@ -235,7 +255,7 @@ class HopperText(LogitsText):
             "kv_head": KV_HEAD[self.spec.kv_map],
             "range_captures": wide + as_gluon("\n".join((*(c.base for c in uniform), self._hull_limits)).strip("\n")),
             "hull_limits": as_gluon(self._hull_limits),
-            "capture_bases": as_gluon("\n".join(c.base for c in self.captures)),
+            "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
             "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
             "inverse": _INVERSE[self.spec.empty_rows],
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
@@ -267,7 +287,7 @@ class HopperText(LogitsText):
             "allocate": allocation(self.spec, self.value_dim),
             "unpack_captures": unpacked(names),
             "width": str(width),
-            "element": _ELEMENT[self.dtype],
+            "element": ELEMENT[self.dtype],
             "described_rows": "64, 128" if config.keys > 64 else "64,",
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
@@ -279,6 +299,7 @@ class HopperText(LogitsText):
             "launch_average": self._launch_average,
             "allocate_phases": "",
             "launch_phases": "",
+            "tiled": "",
             "launch_arguments": listing((*arguments, "num_warps=4")),
         }
 

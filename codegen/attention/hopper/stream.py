@@ -18,6 +18,7 @@ def load(
     The queries of a tile come with its first block of keys.
     """
     LAG: gl.constexpr = AHEAD + 1
+    size: gl.constexpr = k_source.block_type.nbytes$tile_bytes
     pair = 0
     b1, g1, n1 = 0, 0, 0
     b2, g2, n2 = 0, 0, 0
@@ -39,15 +40,16 @@ def load(
             mbarrier.wait(free.index(slot), ((pair // STAGES) & 1) ^ 1)
             n = stop - 1 - step
             if step == 0:
-                mbarrier.expect(ready.index(slot), k_source.block_type.nbytes + q_source.block_type.nbytes * GROUPS)
+                mbarrier.expect(ready.index(slot), size + q_source.block_type.nbytes * GROUPS)
                 for member in gl.static_range(GROUPS):
                     tma.async_copy_global_to_shared(
                         q_source, [b, h, first + member * 64, 0], ready.index(slot),
                         q_tiles.index(place_q * GROUPS + member),
                     )
             else:
-                mbarrier.expect(ready.index(slot), k_source.block_type.nbytes)
+                mbarrier.expect(ready.index(slot), size)
             tma.async_copy_global_to_shared(k_source, [b, g, n * BLOCK_N, 0], ready.index(slot), k_tiles.index(slot))
+            $produce_tile
             if pair >= LAG:
                 mbarrier.expect(ready.index(slot), v_source.block_type.nbytes)
                 tma.async_copy_global_to_shared(
@@ -183,10 +185,11 @@ def advance(
     q = q_tiles.index(query).reshape([64, WIDTH])
     k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
     v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-    zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
+    $beneath
     weights = unpacked(p, BLOCK_N, WEIGHTS)
-    products = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
     acc = warpgroup_mma(weights, v, acc, is_async=True)
+    $read_tile
     # Instructions don't move across waits. Without this one, for nothing, and the next one, which could come later, the
     # assembler would put the softmax before or behind the products that are to run beside it.
     mbarrier.wait(ready.index(slot), 0, pred=Sk < 0)
@@ -272,14 +275,16 @@ def multiply(
         )
         block = stop - 1
         $query
+        $scale_queries
         # What is left of the tile before is multiplied first, and leaves beside the products of this one.
         slot = pair % STAGES
         q = q_tiles.index(query).reshape([64, WIDTH])
         k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         result = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
-        zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
-        products = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        $beneath
+        products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
+        $read_tile
         acc, p = warpgroup_mma_wait(1, deps=[result, p])
         if turn > 0:
             leave(
@@ -342,6 +347,7 @@ def attention_kernel(
     k_tiles = gl.allocate_shared_memory(k_source.dtype, [STAGES] + k_source.block_shape, k_source.layout)
     v_tiles = gl.allocate_shared_memory(v_source.dtype, [STAGES] + v_source.block_shape, v_source.layout)
     out_tiles = gl.allocate_shared_memory(out_target.dtype, [GROUPS] + out_target.block_shape, out_target.layout)
+    $allocate_tile
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())

@@ -288,6 +288,7 @@ def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
     source = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor.from_tensor(source, [1, 1, rows, $width], LAYOUTS[rows])
 
+$tiled
 
 def launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = (), with_lse: bool = False

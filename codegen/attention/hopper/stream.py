@@ -190,6 +190,7 @@ def advance(
     products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
     acc = warpgroup_mma(weights, v, acc, is_async=True)
     $read_tile
+    $release_tile
     # Instructions don't move across waits. Without this one, for nothing, and the next one, which could come later, the
     # assembler would put the softmax before or behind the products that are to run beside it.
     mbarrier.wait(ready.index(slot), 0, pred=Sk < 0)
@@ -285,6 +286,7 @@ def multiply(
         $beneath
         products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
         $read_tile
+        $release_tile
         acc, p = warpgroup_mma_wait(1, deps=[result, p])
         if turn > 0:
             leave(

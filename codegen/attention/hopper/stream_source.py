@@ -76,6 +76,10 @@ class StreamText(HopperText):
         return next((c for c in self.captures if isinstance(c, StreamedTile)), None)
 
     @property
+    def _factor(self) -> float:
+        return self._beneath[1] if self._beneath else 1.0
+
+    @property
     def _tile_names(self) -> tuple[str, ...]:
         return self._tile.shared if self._tile else ()
 
@@ -87,7 +91,8 @@ class StreamText(HopperText):
     @property
     def _functions(self) -> str:
         copies = phases.PHASES + BAND if self._bands else ""
-        return super()._functions + copies + (tile.WIDENED[self.dtype] if self._tile else "")
+        widened = tile.WIDENED[self.dtype] if self._tile else ""
+        return super()._functions + copies + widened + (tile.SCALED if self._factor != 1.0 else "")
 
     @property
     def _indices(self) -> frozenset[str]:
@@ -108,7 +113,6 @@ class StreamText(HopperText):
         if self._tile is None:
             return dict.fromkeys(tile.HOLES, "") | {"beneath": tile.ZERO, "sums": "zero, use_acc=False"}
         sums = self._tile.name if self._beneath else "zero, use_acc=False"
-        factor = self._beneath[1] if self._beneath else 1.0
         read = tile.READ.format(self._tile.name)
         described = {"keys": str(self.config.keys), "element": ELEMENT[self.dtype]}
         return {
@@ -116,9 +120,10 @@ class StreamText(HopperText):
             "produce_tile": self._tile.produce,
             "allocate_tile": tile.ALLOCATE.format(self._tile.name),
             "tiled": fill(tile.DESCRIBED, described),
-            "scale_queries": tile.SCALE.format(factor) if factor != 1.0 else "",
+            "scale_queries": tile.SCALE.format(self._factor) if self._factor != 1.0 else "",
             "beneath": read if self._beneath else tile.ZERO,
             "read_tile": "" if self._beneath else read,
+            "release_tile": tile.RELEASE.format(self._tile.name),
             "sums": sums,
         }
 

@@ -37,8 +37,9 @@ for member in gl.static_range(GROUPS):
 
 READ: Final = """\
 place_{0} = pair % TILE_STAGES
-{0} = widened({0}_tiles.index(place_{0} * GROUPS + MEMBER).reshape([64, BLOCK_N]).load(SCORES))
-mbarrier.arrive({0}_free.index(place_{0}), count=1)"""
+{0} = widened({0}_tiles.index(place_{0} * GROUPS + MEMBER).reshape([64, BLOCK_N]).load(SCORES))"""
+
+RELEASE: Final = "mbarrier.arrive({0}_free.index(place_{0}), count=1)"
 
 ALLOCATE: Final = """\
 {0}_tiles = gl.allocate_shared_memory(
@@ -67,13 +68,21 @@ def widened(c):
 ''',
 }
 #: The holes of the templates that are empty without such a tensor.
-HOLES: Final = ("tile_bytes", "produce_tile", "allocate_tile", "tiled", "scale_queries", "read_tile")
+HOLES: Final = ("tile_bytes", "produce_tile", "allocate_tile", "tiled", "scale_queries", "read_tile", "release_tile")
 ZERO: Final = "zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)"
 
+SCALED: Final = '''
+@gluon.jit
+def scale(q, factor: gl.constexpr, WIDTH: gl.constexpr):
+    """Multiply queries where they are, by a power of two; in which order they lie there doesn't matter."""
+    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lines = q._reinterpret(q.dtype, [WIDTH, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    lines.store((lines.load(LINES).to(gl.float32) * factor).to(q.dtype))
+
+'''
 #: What a tile's queries go through before their products, which are added to a captured tensor.
 SCALE: Final = """\
-own = q_tiles.index(query).reshape([64, WIDTH])
-own.store((own.load(RESULT).to(gl.float32) * {}).to(own.dtype))
+scale(q_tiles.index(query), {}, WIDTH)
 fence_async_shared()"""
 
 DESCRIBED: Final = '''

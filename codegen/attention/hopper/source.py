@@ -153,12 +153,37 @@ class HopperText(LogitsText):
             **description(spec, self.head_dim, self.value_dim, config, self.captures),
             "library": "",
             "imports": IMPORTS.rstrip("\n"),
-            "order_rows": "row = gl.where(turn % halves == 0, blocks - 1 - row, row)" if self._ranged else "",
+            **self._order,
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
             "key_range": as_gluon(self._key_range),
             "start_block": "start_block" if lower else begin,
             "full_start": "full_start" if lower or self._sure else begin,
         }
+
+    @property
+    def _order(self) -> dict[str, str]:
+        """The holes of the order of tiles: without halves where all rows need as many keys."""
+        plain = {"order_rows": "", "turned": "turn", "spans": "blocks", "halved": "", "pair": "before + within % size"}
+        if not self._ranged:
+            return plain
+        order = "row = gl.where(turn % halves == 0, blocks - 1 - row, row)"
+        return {
+            **plain,
+            "order_rows": order,
+            "turned": "turn // halves",
+            "spans": "blocks // halves",
+            "halved": " * halves",
+        }
+
+    @property
+    def _group(self) -> str:
+        """How many pairs of batch entry and head go together, as the launcher computes it."""
+        return self._fitting if self._ranged else "1"
+
+    @property
+    def _fitting(self) -> str:
+        """As many as have keys and values that fit the cache."""
+        return f"min(pairs, max(1, {_L2} // ({4 * padded(self.head_dim)} * keys)))"
 
     @property
     def _key_range(self) -> str:
@@ -282,7 +307,6 @@ class HopperText(LogitsText):
         captured = (*(c.argument for c in self.captures), *hull, *values)
         options = (*switches, *hulled, "WITH_LSE=True" if self._averages else "WITH_LSE=with_lse")
         arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *options)
-        fitting = f"min(pairs, max(1, {_L2} // ({4 * width} * keys)))"
         return {
             "allocate": allocation(self.spec, self.value_dim),
             "unpack_captures": unpacked(names),
@@ -291,7 +315,7 @@ class HopperText(LogitsText):
             "described_rows": "64, 128" if config.keys > 64 else "64,",
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
-            "group": fitting if self._ranged else "1",
+            "group": self._group,
             "allocate_hull": "" if self._hull is None else self._hull.allocate,
             "launch_hull": "" if self._hull is None else self._hull.launch,
             "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),

@@ -276,13 +276,13 @@ def multiply(
         )
         block = stop - 1
         $query
-        $scale_queries
         # What is left of the tile before is multiplied first, and leaves beside the products of this one.
         slot = pair % STAGES
         q = q_tiles.index(query).reshape([64, WIDTH])
         k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         result = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
+        $scale_queries
         $beneath
         products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
         $read_tile

@@ -128,6 +128,18 @@ class StreamText(HopperText):
         }
 
     @property
+    def _order(self) -> dict[str, str]:
+        if self._tile is None or self._tile.shared_by != "batch":
+            return super()._order
+        return {**super()._order, "pair": tile.PAIR}
+
+    @property
+    def _group(self) -> str:
+        """Pairs that read the same values of a captured tensor go together, which the cache holds then."""
+        shared = self._tile.shared_by if self._tile else ""
+        return {"pairs": self._fitting}.get(shared, shared) or super()._group
+
+    @property
     def _attend(self) -> dict[str, str]:
         found = super()._attend
         return {

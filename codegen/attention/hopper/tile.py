@@ -67,6 +67,8 @@ def widened(c):
 
 ''',
 }
+#: The pair at a place in a group of all batch entries of a head.
+PAIR: Final = "within % size * (pairs // group) + before // group"
 #: The holes of the templates that are empty without such a tensor.
 HOLES: Final = ("tile_bytes", "produce_tile", "allocate_tile", "tiled", "scale_queries", "read_tile", "release_tile")
 ZERO: Final = "zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)"
@@ -137,6 +139,11 @@ class StreamedTile(CapturedTensor):
     def load_in_loop(self) -> str:
         """No line in the block update."""
         return ""
+
+    @property
+    def shared_by(self) -> str:
+        """Whose pairs of batch entry and head read the same values, as the launcher calls them; nothing where none."""
+        return {"-h": "batch", "b-": "heads", "--": "pairs", "bh": ""}[self.capture.dims[:2]]
 
     @property
     def produce(self) -> str:

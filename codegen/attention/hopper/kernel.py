@@ -23,7 +23,7 @@ from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.softmax import split_factor
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import J, S
+from fxopt.ir.expression import Expr, J, S
 
 #: Heads up to 64 wide without mask; whatever stands around the product takes registers, of which three groups of warps
 #: have fewer each.
@@ -47,7 +47,8 @@ _CONFIGS_BY_KEY: Final[dict[int, tuple[Config, ...]]] = {
     256: (Config(128, 64, 2, 1),),
 }
 #: The same where a block of keys comes with a value for each of its rows.
-_NARROW_TILED: Final = (Config(192, 128, 3, 2, 0), Config(128, 128, 3, 2, 0))
+_PLAIN_TILED: Final = (Config(192, 128, 3, 2, 0), Config(128, 128, 3, 2, 0))
+_NARROW_TILED: Final = (Config(128, 128, 3, 2, 0), Config(128, 64, 4, 2, 0))
 _CONFIGS_TILED: Final[dict[int, tuple[Config, ...]]] = {
     16: _NARROW_TILED,
     32: _NARROW_TILED,
@@ -62,6 +63,9 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 _PACE: Final = {16: 0.8, 32: 0.8, 64: 0.75, 128: 0.9, 256: 1.0}
 #: The same for each place behind the first.
 _PACE_BEHIND: Final = 0.05
+#: Cycles per score of a tensor captured by row and key, as products are added to it and as it is added to them: by the
+#: instructions that are more (85 and 155 to 64 rows and 128 keys), at what those of bands cost on an H100.
+_BENEATH, _ADDED = 0.028, 0.05
 #: Cycles of a tile beside its steps (`benchmarks/results/h100-attention-quick.json`, causal attention of 512 keys), and
 #: of a tile in a stream, whose blocks go on.
 _START, _START_STREAM = 6000, 2500
@@ -98,15 +102,21 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
 
 def candidates(problem: Problem) -> tuple[str, ...]:
     """The printed configurations to measure."""
-    spec = problem.spec
+    spec, width = problem.spec, padded(problem.head_dim)
     by_key = spec.score.reads(J) or any(c.dims[3] != "-" for c in spec.captures)
-    table, width = _CONFIGS_BY_KEY if by_key else _CONFIGS, padded(problem.head_dim)
-    plain = width <= 64 and spec.mask is None and split_factor(spec.score)[0] == S
+    plain, table = _PLAIN, _CONFIGS_BY_KEY if by_key else _CONFIGS
     if any(map(is_tile, spec.captures)):
-        table = _CONFIGS_TILED
+        plain, table = _PLAIN_TILED, _CONFIGS_TILED
+    bare = width <= 64 and spec.mask is None and split_factor(_around_sums(spec, problem.dtype))[0] == S
     streams = any(c.is_tile for c in spec.captures)
-    found = _PLAIN if plain else table[width]
+    found = plain if bare else table[width]
     return tuple(str(config) for config in found if config.ahead is not None or not streams)
+
+
+def _around_sums(spec: AttentionSpec, dtype: torch.dtype) -> Expr:
+    """The score of what the tensor cores sum."""
+    beneath = tile.beneath(spec, dtype)
+    return spec.score if beneath is None else beneath[0]
 
 
 def seconds(problem: Problem, config: str) -> float:
@@ -116,7 +126,8 @@ def seconds(problem: Problem, config: str) -> float:
     behind = places.index(config) if config in places else 0
     pace = _PACE[width] * (1 + _PACE_BEHIND * behind)
     start = _START if cut.ahead is None else _START_STREAM
-    schedule = cost.Schedule(cut.rows, cut.keys, 1, 2 * width, pace=pace, start=start, latency=0)
+    read = _ADDED if tile.beneath(problem.spec, problem.dtype) is None else _BENEATH
+    schedule = cost.Schedule(cut.rows, cut.keys, 1, 2 * width, pace=pace, start=start, latency=0, tile=read)
     return cost.seconds(problem, schedule)
 
 

@@ -37,7 +37,7 @@ from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
 
-ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 #: By what a row without keys gives; its mean of the values is filled in afterwards.
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
@@ -311,7 +311,7 @@ class HopperText(LogitsText):
             "allocate": allocation(self.spec, self.value_dim),
             "unpack_captures": unpacked(names),
             "width": str(width),
-            "element": ELEMENT[self.dtype],
+            "element": _ELEMENT[self.dtype],
             "described_rows": "64, 128" if config.keys > 64 else "64,",
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",

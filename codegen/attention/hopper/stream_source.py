@@ -12,7 +12,7 @@ from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
 from fxopt.codegen.attention.hopper import stream, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
-from fxopt.codegen.attention.hopper.source import CONSTANTS, ELEMENT, TILES, HopperText, as_gluon, parameters
+from fxopt.codegen.attention.hopper.source import CONSTANTS, TILES, HopperText, as_gluon, parameters
 from fxopt.codegen.attention.hopper.template import PLACE
 from fxopt.codegen.attention.hopper.tile import StreamedTile
 from fxopt.codegen.attention.portable import phases
@@ -86,7 +86,7 @@ class StreamText(HopperText):
     @cached_property
     def _beneath(self) -> tuple[Expr, float] | None:
         """The score of sums that begin with the captured tile, and the factor of queries."""
-        return None if self._tile is None else tile.beneath(self.spec, self._tile.index, self.dtype)
+        return tile.beneath(self.spec, self.dtype)
 
     @property
     def _functions(self) -> str:
@@ -114,7 +114,7 @@ class StreamText(HopperText):
             return dict.fromkeys(tile.HOLES, "") | {"beneath": tile.ZERO, "sums": "zero, use_acc=False"}
         sums = self._tile.name if self._beneath else "zero, use_acc=False"
         read = tile.READ.format(self._tile.name)
-        described = {"keys": str(self.config.keys), "element": ELEMENT[self.dtype]}
+        described = {"keys": str(self.config.keys), "swizzle": str(tile.swizzle(self.config))}
         return {
             "tile_bytes": self._tile.nbytes,
             "produce_tile": self._tile.produce,

@@ -88,7 +88,7 @@ scale(q_tiles.index(query), {}, WIDTH)
 fence_async_shared()"""
 
 DESCRIBED: Final = '''
-TILE_LAYOUT = gl.NVMMASharedLayout.get_default_for([1, 1, 64, $keys], gl.$element)
+TILE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=$swizzle, element_bitwidth=16, rank=4)
 
 
 def tiled(x: torch.Tensor) -> TensorDescriptor:
@@ -196,13 +196,23 @@ def stages(config: Config, width: int) -> int:
     return count
 
 
-def beneath(spec: AttentionSpec, index: int, dtype: torch.dtype) -> tuple[Expr, float] | None:
-    """The score as one of sums ``s`` that begin with captured tensor ``index``, and the factor of the queries in them.
+def swizzle(config: Config) -> int:
+    """Over how many bytes rows are swizzled in shared memory: over 64 a thread needs two addresses, over 128 four.
 
-    ``None`` where the score isn't such a function: ``s·f + c`` must be all that is read of both. Other factors than 1
-    are for bfloat16, whose exponents have room.
+    Three groups of warps have no registers for four. None of both has conflicts; 128 takes half as many copies by TMA.
     """
-    tile = capture(index)
+    return 64 if config.groups > 2 else 128
+
+
+def beneath(spec: AttentionSpec, dtype: torch.dtype) -> tuple[Expr, float] | None:
+    """The score as one of sums ``s`` that begin with a captured tile, and the factor of the queries in them.
+
+    ``None`` where there is no such tile, or where the score isn't such a function: ``s·f + c`` must be all that is read
+    of both. Other factors than 1 are for bfloat16, whose exponents have room.
+    """
+    tile = next((capture(index) for index, c in enumerate(spec.captures) if is_tile(c)), None)
+    if tile is None:
+        return None
     leaves = [leaf for e in (spec.score, spec.mask) if e is not None for leaf in e.walk() if not leaf.args]
     if leaves.count(S) != 1 or leaves.count(tile) != 1:
         return None

@@ -3,6 +3,7 @@
 From shared memory a group reads it in the order of its products, eight by eight values at once. Where the score is
 ``s·f + c`` with a power of two ``f``, its queries are multiplied by ``f``, which is exact, and the products are added
 to ``c`` as they are computed: that costs one instruction a score, which widens ``c``. Adding them afterwards costs two.
+A product of ``c`` with a multiple of the identity would cost none, but with one −∞ in ``c`` it is NaN in whole columns.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ def load(
     The queries of a tile come with its first block of keys.
     """
     LAG: gl.constexpr = AHEAD + 1
-    size: gl.constexpr = k_source.block_type.nbytes$tile_bytes
     pair = 0
     b1, g1, n1 = 0, 0, 0
     b2, g2, n2 = 0, 0, 0
@@ -40,16 +39,15 @@ def load(
             mbarrier.wait(free.index(slot), ((pair // STAGES) & 1) ^ 1)
             n = stop - 1 - step
             if step == 0:
-                mbarrier.expect(ready.index(slot), size + q_source.block_type.nbytes * GROUPS)
+                mbarrier.expect(ready.index(slot), k_source.block_type.nbytes + q_source.block_type.nbytes * GROUPS)
                 for member in gl.static_range(GROUPS):
                     tma.async_copy_global_to_shared(
                         q_source, [b, h, first + member * 64, 0], ready.index(slot),
                         q_tiles.index(place_q * GROUPS + member),
                     )
             else:
-                mbarrier.expect(ready.index(slot), size)
+                mbarrier.expect(ready.index(slot), k_source.block_type.nbytes)
             tma.async_copy_global_to_shared(k_source, [b, g, n * BLOCK_N, 0], ready.index(slot), k_tiles.index(slot))
-            $produce_tile
             if pair >= LAG:
                 mbarrier.expect(ready.index(slot), v_source.block_type.nbytes)
                 tma.async_copy_global_to_shared(
@@ -57,6 +55,7 @@ def load(
                 )
             else:
                 mbarrier.arrive(ready.index(slot), count=1)
+            $produce_tile
             if LAG == 2:
                 b2, g2, n2 = b1, g1, n1
                 b1, g1, n1 = b, g, n

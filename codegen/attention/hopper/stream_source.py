@@ -116,7 +116,6 @@ class StreamText(HopperText):
         read = tile.READ.format(self._tile.name)
         described = {"keys": str(self.config.keys), "swizzle": str(tile.swizzle(self.config))}
         return {
-            "tile_bytes": self._tile.nbytes,
             "produce_tile": self._tile.produce,
             "allocate_tile": tile.ALLOCATE.format(self._tile.name),
             "tiled": fill(tile.DESCRIBED, described),

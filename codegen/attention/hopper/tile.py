@@ -28,27 +28,31 @@ _SHARED: Final = 227 * 1024 - 512
 _SIZE: Final = 2
 
 PRODUCER: Final = """\
-place_{0} = pair % TILE_STAGES
-mbarrier.wait({0}_free.index(place_{0}), ((pair // TILE_STAGES) & 1) ^ 1)
+# Every group has a ring of its own, so that none waits for another; they come last, as groups read them late.
 for member in gl.static_range(GROUPS):
+    own = member * TILE_STAGES + (pair & (TILE_STAGES - 1))
+    mbarrier.wait({0}_free.index(own), (pair & TILE_STAGES) // TILE_STAGES ^ 1)
+    mbarrier.expect({0}_ready.index(own), {0}_source.block_type.nbytes)
     tma.async_copy_global_to_shared(
-        {0}_source, [{1}, {2}, first + member * 64, n * BLOCK_N], ready.index(slot),
-        {0}_tiles.index(place_{0} * GROUPS + member),
+        {0}_source, [{1}, {2}, first + member * 64, n * BLOCK_N], {0}_ready.index(own), {0}_tiles.index(own)
     )"""
 
 READ: Final = """\
-place_{0} = pair % TILE_STAGES
-{0} = widened({0}_tiles.index(place_{0} * GROUPS + MEMBER).reshape([64, BLOCK_N]).load(SCORES))"""
+own = MEMBER * TILE_STAGES + (pair & (TILE_STAGES - 1))
+mbarrier.wait({0}_ready.index(own), (pair & TILE_STAGES) // TILE_STAGES)
+{0} = widened({0}_tiles.index(own).reshape([64, BLOCK_N]).load(SCORES))"""
 
-RELEASE: Final = "mbarrier.arrive({0}_free.index(place_{0}), count=1)"
+RELEASE: Final = "mbarrier.arrive({0}_free.index(own), count=1)"
 
 ALLOCATE: Final = """\
 {0}_tiles = gl.allocate_shared_memory(
     {0}_source.dtype, [TILE_STAGES * GROUPS] + {0}_source.block_shape, {0}_source.layout
 )
-{0}_free = gl.allocate_shared_memory(gl.int64, [TILE_STAGES, 1], mbarrier.MBarrierLayout())
-for n in gl.static_range(TILE_STAGES):
-    mbarrier.init({0}_free.index(n), count=GROUPS)"""
+{0}_ready = gl.allocate_shared_memory(gl.int64, [TILE_STAGES * GROUPS, 1], mbarrier.MBarrierLayout())
+{0}_free = gl.allocate_shared_memory(gl.int64, [TILE_STAGES * GROUPS, 1], mbarrier.MBarrierLayout())
+for n in gl.static_range(TILE_STAGES * GROUPS):
+    mbarrier.init({0}_ready.index(n), count=1)
+    mbarrier.init({0}_free.index(n), count=1)"""
 
 #: By the dtype of the inputs.
 WIDENED: Final = {
@@ -71,7 +75,7 @@ def widened(c):
 #: The pair at a place in a group of all batch entries of a head.
 PAIR: Final = "within % size * (pairs // group) + before // group"
 #: The holes of the templates that are empty without such a tensor.
-HOLES: Final = ("tile_bytes", "produce_tile", "allocate_tile", "tiled", "scale_queries", "read_tile", "release_tile")
+HOLES: Final = ("produce_tile", "allocate_tile", "tiled", "scale_queries", "read_tile", "release_tile")
 ZERO: Final = "zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)"
 
 SCALED: Final = '''
@@ -153,14 +157,9 @@ class StreamedTile(CapturedTensor):
         return PRODUCER.format(self.name, b, h)
 
     @property
-    def nbytes(self) -> str:
-        """How much that is."""
-        return f" + {self.parameter}.block_type.nbytes * GROUPS"
-
-    @property
     def shared(self) -> tuple[str, ...]:
-        """The names of the shared memory that it takes, and of the barriers that say that this was read."""
-        return (f"{self.name}_tiles", f"{self.name}_free")
+        """The names of the shared memory that it takes, and of barriers that say when it may be read and written."""
+        return (f"{self.name}_tiles", f"{self.name}_ready", f"{self.name}_free")
 
 
 def is_tile(captured: Capture) -> bool:
@@ -184,14 +183,14 @@ def objection(captures: Sequence[Capture], dtype: torch.dtype) -> str | None:
 
 
 def stages(config: Config, width: int) -> int:
-    """How many blocks are in flight beside those of keys and values, for heads padded to ``width``.
+    """How many blocks are in flight beside those of keys and values, for heads padded to ``width``: one or two.
 
     Raises:
         LoweringError: not even one fits.
     """
     rows = (config.queries + 1) * config.rows * width * _SIZE
     keys = config.stages * 2 * config.keys * width * _SIZE
-    count = min(config.stages, (_SHARED - rows - keys) // (config.rows * config.keys * _SIZE))
+    count = min(2, (_SHARED - rows - keys) // (config.rows * config.keys * _SIZE))
     if count < 1:
         raise LoweringError(f"{config} leaves no shared memory for a captured tensor that varies with row and key")
     return count

@@ -48,7 +48,7 @@ _CONFIGS_BY_KEY: Final[dict[int, tuple[Config, ...]]] = {
 }
 #: The same where a block of keys comes with a value for each of its rows.
 _PLAIN_TILED: Final = (Config(192, 128, 3, 2, 0), Config(128, 128, 3, 2, 0))
-_NARROW_TILED: Final = (Config(128, 128, 3, 2, 0), Config(128, 64, 4, 2, 0))
+_NARROW_TILED: Final = (Config(128, 128, 4, 2, 0), Config(128, 64, 4, 2, 0))
 _CONFIGS_TILED: Final[dict[int, tuple[Config, ...]]] = {
     16: _NARROW_TILED,
     32: _NARROW_TILED,
@@ -95,9 +95,7 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
     bands = [c for c in spec.captures if c.is_band]
     if bands and (padded(head_dim) > 128 or any(c.dtype.itemsize != 2 for c in bands)):
         return "a band, read by row and key, needs half precision and heads up to 128 wide"
-    if padded(head_dim) > 128 and any(map(is_tile, spec.captures)):
-        return "a captured tensor that varies with both row and key needs heads up to 128 wide"
-    return tile.objection(spec.captures, dtype)
+    return tile.objection(spec, padded(head_dim), dtype)
 
 
 def candidates(problem: Problem) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ A product of ``c`` with a multiple of the identity would cost none, but with one
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +16,7 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.hopper.config import Config
+from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.softmax import split_factor
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import NAME_OF, AttentionSpec, Capture
@@ -34,7 +34,8 @@ for member in gl.static_range(GROUPS):
     mbarrier.wait({0}_free.index(own), (pair & TILE_STAGES) // TILE_STAGES ^ 1)
     mbarrier.expect({0}_ready.index(own), {0}_source.block_type.nbytes)
     tma.async_copy_global_to_shared(
-        {0}_source, [{1}, {2}, first + member * 64, n * BLOCK_N], {0}_ready.index(own), {0}_tiles.index(own)
+        {0}_source, [{1}, {2}, first + member * 64, n * BLOCK_N], {0}_ready.index(own),
+        {0}_tiles.index(own),
     )"""
 
 READ: Final = """\
@@ -167,18 +168,20 @@ def is_tile(captured: Capture) -> bool:
     return captured.is_tile and not captured.is_band
 
 
-def objection(captures: Sequence[Capture], dtype: torch.dtype) -> str | None:
-    """Why those of ``captures`` that vary with row and key can't be streamed, or ``None`` when they can."""
-    tiles = [c for c in captures if is_tile(c)]
+def objection(spec: AttentionSpec, width: int, dtype: torch.dtype) -> str | None:
+    """Why what varies with row and key can't be streamed beside heads padded to ``width``, ``None`` when it can."""
+    tiles = [c for c in spec.captures if is_tile(c)]
     if len(tiles) > 1:
         return "more than one captured tensor varies with both row and key"
     if any(c.dims[0] == "p" for c in tiles):
         return "a captured tensor that varies with both row and key is periodic"
     if any(c.dtype is not dtype for c in tiles):
-        found = NAME_OF[tiles[0].dtype]
-        return (
-            f"a captured tensor that varies with both row and key must be {NAME_OF[dtype]} as the inputs, not {found}"
-        )
+        wanted = f"{NAME_OF[dtype]} as the inputs, not {NAME_OF[tiles[0].dtype]}"
+        return f"a captured tensor that varies with both row and key must be {wanted}"
+    if tiles and width > 128:
+        return "a captured tensor that varies with both row and key needs heads up to 128 wide"
+    if tiles and width > 64 and possible_keys(spec, sure=True) is not None:
+        return "beside a captured tensor that varies with both row and key, vectors limit keys of heads up to 64 wide"
     return None
 
 

@@ -28,7 +28,7 @@ _SHARED: Final = 227 * 1024 - 512
 _SIZE: Final = 2
 
 PRODUCER: Final = """\
-# Every group has a ring of its own, so that none waits for another; they come last, as groups read them late.
+# A ring for every group, so that none waits for another; they come last, as they are read last.
 for member in gl.static_range(GROUPS):
     own = member * TILE_STAGES + (pair & (TILE_STAGES - 1))
     mbarrier.wait({0}_free.index(own), (pair & TILE_STAGES) // TILE_STAGES ^ 1)
@@ -222,8 +222,13 @@ def beneath(spec: AttentionSpec, dtype: torch.dtype) -> tuple[Expr, float] | Non
     for node in spec.score.walk():
         factor = _factor(node, tile)
         if factor is not None and (factor == 1.0 or dtype is torch.bfloat16):
-            return spec.score.replace(lambda other, sum_=node: S if other == sum_ else other), factor
+            return _within(spec.score, node), factor
     return None
+
+
+def _within(score: Expr, sums: Expr) -> Expr:
+    """``score`` with ``s`` in the place of ``sums``."""
+    return score.replace(lambda node: S if node == sums else node)
 
 
 def _factor(node: Expr, tile: Expr) -> float | None:

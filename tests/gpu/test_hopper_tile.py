@@ -92,8 +92,8 @@ def test_tiles_of_a_long_sequence() -> None:
         pytest.skip(str(hopper.objection(asked)))
     eager = reference.attention(q, k, v, [bias], str(spec))
     wide = str(dataclasses.replace(spec, out_dtype=torch.float64))
-    entries = [(x[n : n + 1].double() for x in (q, k, v)) for n in range(8)]
-    exact = torch.cat([reference.attention(*entry, [bias.double()], wide) for entry in entries])
+    parts = zip(*(x.double().split(1) for x in (q, k, v)), strict=True)
+    exact = torch.cat([reference.attention(part[0], part[1], part[2], [bias.double()], wide) for part in parts])
     for config in hopper.candidates(asked):
         out, _ = attention_forward(q, k, v, [bias], str(spec), config, False)
         assert_within_budget(out, eager, exact)

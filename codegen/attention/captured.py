@@ -29,6 +29,11 @@ class CapturedTensor:
         return self.name
 
     @property
+    def parameter(self) -> str:
+        """What the kernel calls that."""
+        return f"{self.name}_ptr"
+
+    @property
     def period(self) -> tuple[str, ...]:
         """The kernel argument that holds its size along a periodic batch."""
         return (f"{self.name}_period",) if self.capture.dims[0] == "p" else ()

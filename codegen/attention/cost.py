@@ -88,6 +88,7 @@ class Schedule:
         latency: cycles of a step that waits for everything.
         served: query heads whose rows lie in the same block.
         even: whether the work is cut evenly over the device, whatever the number of blocks.
+        tile: cycles per score of a captured tensor read by row and key that comes by TMA, ``None`` where none does.
     """
 
     rows: int
@@ -99,6 +100,7 @@ class Schedule:
     latency: float = 1000.0
     served: int = 1
     even: bool = False
+    tile: float | None = None
 
 
 def device_of(capability: tuple[int, int]) -> Device:
@@ -138,14 +140,14 @@ def _step(problem: Problem, schedule: Schedule, device: Device) -> float:
     rate = _SINGLE_PRODUCTS if problem.dtype is torch.float32 else device.products
     computed = scores * (2 * schedule.widths / rate + 1 / _EXPONENTIALS) * schedule.pace
     moved = schedule.keys * schedule.widths * problem.dtype.itemsize / device.cache
-    return max(computed + scores * around(problem), moved)
+    return max(computed + scores * around(problem, schedule.tile), moved)
 
 
-def around(problem: Problem) -> float:
-    """Cycles per score of what is read and computed around its product."""
+def around(problem: Problem, streamed: float | None = None) -> float:
+    """Cycles per score of what is read and computed around its product; ``streamed`` as `Schedule.tile`."""
     spec = problem.spec
     aligned = (problem.keys or _LENGTH) * 2 % 16 == 0
-    tile = _TILE * (1 if aligned else _UNALIGNED)
+    tile = _TILE * (1 if aligned else _UNALIGNED) if streamed is None else streamed
     read = sum(tile if c.is_tile else _BAND if c.is_band else 0.0 for c in spec.captures)
     return read + _OPERATION * sum(bool(node.args) for node in spec.score.walk())
 

@@ -17,6 +17,7 @@ from fxopt.cache import import_source
 from fxopt.codegen.attention import kernels
 from fxopt.codegen.attention.hopper.config import Config, read_config
 from fxopt.codegen.attention.hopper.kernel import candidates, objection, source
+from fxopt.codegen.attention.hopper.tile import beneath, is_tile, stages, swizzle
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
@@ -49,6 +50,14 @@ SPECS = {
     "additive": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("b--j", HALF),), out_dtype=HALF),
     "band": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-h-d", HALF),), out_dtype=HALF),
     "causal-band": AttentionSpec(parse("s * 0.125 + c0"), parse("j <= i"), (Capture("bh-d", HALF),), out_dtype=HALF),
+    "tile": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-hij", HALF),), out_dtype=HALF),
+    "causal-tile": AttentionSpec(parse("s * 0.125 + c0"), parse("j <= i"), (Capture("bhij", HALF),), out_dtype=HALF),
+    "unscaled-tile": AttentionSpec(parse("s + c0"), None, (Capture("--ij", HALF),), out_dtype=HALF),
+    "softcap-tile": AttentionSpec(
+        parse("20.0 * tanh((s * 0.125 + c0) / 20.0)"), parse("(j <= i) & c1"),
+        (Capture("-hij", HALF), Capture("b--j", torch.bool)), empty_rows="zero", out_dtype=HALF,
+    ),
+    "scaled-tile": AttentionSpec(parse("s * 0.17 + c0"), None, (Capture("b-ij", HALF),), out_dtype=HALF),
     "documents": AttentionSpec(
         parse("s * 0.125"), parse("(j <= i) & (c0 == c1)"),
         (Capture("b-i-", torch.int64), Capture("b--j", torch.int64)), empty_rows="zero", out_dtype=HALF,
@@ -60,6 +69,9 @@ CASES = [
     ("causal", 64), ("softcap-window", 64), ("padding", 64), ("alibi", 64), ("prefix", 64), ("documents", 64),
     ("documents", 128), ("padding", 32), ("relative", 64), ("additive", 64),
     ("band", 48), ("band", 64), ("band", 128), ("causal-band", 64), ("causal-band", 128),
+    ("tile", 16), ("tile", 32), ("tile", 64), ("tile", 128), ("causal-tile", 64), ("causal-tile", 128),
+    ("unscaled-tile", 64), ("unscaled-tile", 128), ("softcap-tile", 64), ("softcap-tile", 32),
+    ("scaled-tile", 32), ("scaled-tile", 64), ("scaled-tile", 80),
 ]  # fmt: skip
 
 
@@ -74,6 +86,13 @@ def descriptor(rows: int, width: int) -> str:
     return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
 
 
+def tile_descriptor(config: Config) -> str:
+    from triton.experimental.gluon import language as gl
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle(config), element_bitwidth=16, rank=4)
+    return f"tensordesc<bf16{[1, 1, 64, config.keys]},{layout!r}>"
+
+
 def compiled(spec: AttentionSpec, width: int, config: Config) -> Any:
     """The kernel as Triton would specialise it for aligned, contiguous operands."""
     from triton.backends.compiler import GPUTarget
@@ -85,6 +104,8 @@ def compiled(spec: AttentionSpec, width: int, config: Config) -> Any:
     sizes |= {"QUERIES": config.queries, "GROUPS": config.groups, "REGISTERS": config.registers, "WITH_LSE": True}
     sizes["AHEAD"] = config.ahead or 0
     sizes["HULL"] = True
+    if any(map(is_tile, spec.captures)):
+        sizes["TILE_STAGES"] = stages(config, padded(width))
     rows = {"q_source": 64, "out_target": 64, "k_source": config.keys, "v_source": config.keys}
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
@@ -96,6 +117,8 @@ def compiled(spec: AttentionSpec, width: int, config: Config) -> Any:
             constants[position,] = 1
         elif name in rows:
             signature[name] = descriptor(rows[name], padded(width))
+        elif name.endswith("_source"):
+            signature[name] = tile_descriptor(config)
         elif name in sizes:
             signature[name] = "constexpr"
             constants[position,] = sizes[name]
@@ -161,6 +184,80 @@ def test_bands_are_read_in_pairs(width: int) -> None:
     ptx = compiled(SPECS["band"], width, config).asm["ptx"]
     loads = re.findall(r"ld\.global\S*", ptx)
     assert loads and all(load.endswith("b32") for load in loads)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("name", "most"), [("tile", 100), ("scaled-tile", 170)])
+def test_tiles_cost_an_instruction_or_two_a_score(name: str, most: int, tmp_path: Path) -> None:
+    """Beside plain attention, for 64 rows and 128 keys: eight reads, 64 conversions, and 64 additions if need be."""
+    counts = []
+    for spec, config in (("plain", "hopper:128x128s4q2a0"), (name, "hopper:128x128s3q2a0")):
+        text = disassembled(compiled(SPECS[spec], 64, read_config(config)).asm["cubin"], tmp_path)
+        loops = [loop for loop in steady_loops(text) if sum("HGMMA" in line for line in loop) >= 8]
+        assert all(sum("LDSM" in line for line in loop) == 8 * (spec != "plain") for loop in loops)
+        assert not re.search(r"\bLDG", text)
+        counts.append(max(sum(";" in line for line in loop) for loop in loops))
+    assert counts[1] - counts[0] <= most
+
+
+def test_tiles_that_streams_do_not_read_are_refused() -> None:
+    def refusal(captures: tuple[Capture, ...], width: int = 64, **sizes: Any) -> str:
+        score = " + ".join(("s", *(f"c{n}" for n in range(len(captures)))))
+        return str(objection(problem(AttentionSpec(parse(score), None, captures, out_dtype=HALF), width, **sizes)))
+
+    tile = Capture("bhij", HALF)
+    assert refusal((tile,)) == "None" and refusal((tile, Capture("b--j", HALF), Capture("-h-d", HALF))) == "None"
+    assert "more than one" in refusal((tile, tile))
+    assert "periodic" in refusal((Capture("p-ij", HALF),))
+    assert "must be bf16" in refusal((Capture("bhij", torch.float32),))
+    assert "must be bf16" in refusal((Capture("bhij", torch.float16),))
+    assert "up to 128" in refusal((tile,), 256)
+    assert "vectors limit" in str(objection(problem(SPECS["softcap-tile"], 128)))
+    assert "multiple of 8 keys, not 197" in refusal((tile,), keys=197)
+    assert refusal((tile,), keys=200) == "None"
+    masked = AttentionSpec(parse("s"), parse("c0"), (Capture("b-ij", torch.bool),), out_dtype=HALF)
+    assert "must be bf16" in str(objection(problem(masked, 64)))
+    for config in ("hopper:128x64s4q2", "hopper:128x64s4q3a1", "hopper:192x128s4q2a0"):
+        with pytest.raises(LoweringError):
+            source(SPECS["tile"], 64, 64, HALF, config)
+
+
+@pytest.mark.parametrize(("score", "mask", "dtype", "factor"), [
+    ("s * 0.125 + c0", None, HALF, 0.125),
+    ("c0 + s / 8.0", None, HALF, 0.125),
+    ("s + c0", "j <= i", torch.float16, 1.0),
+    ("20.0 * tanh((s * 0.25 + c0) / 20.0) + c1", None, HALF, 0.25),
+    ("s * 0.125 + c0", None, torch.float16, None),
+    ("s * 0.17 + c0", None, HALF, None),
+    ("s * -0.125 + c0", None, HALF, None),
+    ("s * 0.125 - c0", None, HALF, None),
+    ("s * c1 + c0", None, HALF, None),
+    ("s * 0.125 + c0 * c1", None, HALF, None),
+    ("(s * 0.125 + c1) + c0", None, HALF, None),
+    ("(s * 0.125 + c0) * s", None, HALF, None),
+    ("(s * 0.125 + c0) + c0", None, HALF, None),
+    ("s * 0.125 + c0", "c0 > -10.0", HALF, None),
+    ("s * 0.125 + c1", "c0 > -10.0", HALF, None),
+])  # fmt: skip
+def test_products_are_added_to_a_tile_where_nothing_else_is_read_of_both(
+    score: str, mask: str | None, dtype: torch.dtype, factor: float | None
+) -> None:
+    captures = (Capture("bhij", dtype), Capture("-h--", torch.float32))
+    spec = AttentionSpec(parse(score), None if mask is None else parse(mask), captures, out_dtype=dtype)
+    found = beneath(spec, dtype)
+    assert (None if found is None else found[1]) == factor
+    text = source(spec, 64, 64, dtype, "hopper:128x128s3q2a0")
+    assert ("zero, use_acc=False" in text) == (factor is None)
+    assert ("scale(q_tiles" in text) == (factor not in (None, 1.0))
+
+
+def test_tiles_of_the_same_values_follow_each_other() -> None:
+    group = {"-hij": "batch", "b-ij": "heads", "bhij": "1"}
+    for dims, wanted in group.items():
+        spec = AttentionSpec(parse("s + c0"), None, (Capture(dims, HALF),), out_dtype=HALF)
+        text = source(spec, 64, 64, HALF, "hopper:128x128s3q2a0")
+        assert f"group = {wanted}\n" in text
+        assert ("within % size * (pairs // group)" in text) == (dims == "-hij")
 
 
 def test_bands_that_streams_do_not_read_are_refused() -> None:

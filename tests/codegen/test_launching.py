@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from fxopt.codegen.attention import kernels, operator
 from fxopt.codegen.attention.backward import operator as backward
-from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
+from tests.codegen.offline import compiler
 
 triton = pytest.importorskip("triton")
 
@@ -99,3 +102,36 @@ def test_a_call_only_looks_up_what_it_asked_before(monkeypatch: pytest.MonkeyPat
     for _ in range(3):
         operator._cuda(*operands, [], spec, "64x64w4s3", False)
     assert len(asked) == 1
+
+
+TILED = AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-hij", HALF),), out_dtype=HALF)
+TILE_CONFIGS = ("hopper:128x128s3q2a0", "hopper:192x128s3q2a0")
+
+
+@pytest.mark.parametrize("config", TILE_CONFIGS)
+@pytest.mark.parametrize("keys", [200, 197])
+def test_tiles_are_copied_only_where_descriptors_cannot_read_them(config: str, keys: int) -> None:
+    found = operator.module(str(TILED), 64, 64, HALF, config)
+    whole = torch.randn(1, 4, 300, 208, dtype=HALF)
+    for tile in (whole[..., :keys], whole[..., :keys].contiguous(), whole[..., 1 : keys + 1], whole.mT[..., :keys]):
+        described = found.tiled(tile)
+        assert (described.base is tile) == found.describable(tile)
+        assert described.base.equal(tile) and found.describable(described.base)
+        assert list(described.shape) == list(tile.shape) and described.block_shape == [1, 1, 64, 128]
+    assert found.describable(whole[..., :keys]) and found.describable(whole[..., :keys].contiguous()) == (keys == 200)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("config", TILE_CONFIGS)
+def test_launches_that_copy_no_tile_are_remembered(config: str, tmp_path: Path) -> None:
+    q, k = torch.zeros(2, 4, 300, 64, dtype=HALF), torch.zeros(2, 2, 208, 64, dtype=HALF)
+    whole = torch.zeros(1, 4, 300, 216, dtype=HALF)
+    operator._REPLAYS.clear()
+    with compiler(tmp_path, launches=True) as compiled:
+        for tile, remembered in ((whole[..., 1:209], 0), (whole[..., :208], 1)):
+            for _ in range(2):
+                out, lse = operator._cuda(q, k, k, [tile], str(TILED), config, False)
+            assert out.shape == q.shape and lse.numel() == 0
+            assert len(operator._REPLAYS) == remembered
+    assert {kernel.name for kernel in compiled} == {"attention_kernel"}
+    operator._REPLAYS.clear()

@@ -12,16 +12,18 @@ from typing import Final
 import torch
 
 from fxopt.codegen.attention import cost
+from fxopt.codegen.attention.hopper import tile
 from fxopt.codegen.attention.hopper.config import Config, read_config
 from fxopt.codegen.attention.hopper.source import HopperText
 from fxopt.codegen.attention.hopper.stream_source import StreamText
+from fxopt.codegen.attention.hopper.tile import is_tile
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.softmax import split_factor
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import J, S
+from fxopt.ir.expression import Expr, J, S
 
 #: Heads up to 64 wide without mask; whatever stands around the product takes registers, of which three groups of warps
 #: have fewer each.
@@ -44,6 +46,15 @@ _CONFIGS_BY_KEY: Final[dict[int, tuple[Config, ...]]] = {
     128: (Config(128, 64, 3, 2, 0), Config(128, 64, 4, 2)),
     256: (Config(128, 64, 2, 1),),
 }
+#: The same where a block of keys comes with a value for each of its rows.
+_PLAIN_TILED: Final = (Config(192, 128, 3, 2, 0), Config(128, 128, 3, 2, 0))
+_NARROW_TILED: Final = (Config(128, 128, 4, 2, 0), Config(128, 64, 4, 2, 0))
+_CONFIGS_TILED: Final[dict[int, tuple[Config, ...]]] = {
+    16: _NARROW_TILED,
+    32: _NARROW_TILED,
+    64: _NARROW_TILED,
+    128: (Config(128, 64, 3, 2, 0), Config(128, 64, 2, 2, 0)),
+}
 #: With fewer rows a program has too little work to hide where its tiles begin and end.
 _FEWEST_ROWS: Final = 256
 _HALF: Final = (torch.bfloat16, torch.float16)
@@ -52,6 +63,9 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 _PACE: Final = {16: 0.8, 32: 0.8, 64: 0.75, 128: 0.9, 256: 1.0}
 #: The same for each place behind the first.
 _PACE_BEHIND: Final = 0.05
+#: Cycles per score of a tensor captured by row and key, as products are added to it and as it is added to them: by the
+#: instructions that are more (85 and 155 to 64 rows and 128 keys), at what those of bands cost on an H100.
+_BENEATH, _ADDED = 0.028, 0.05
 #: Cycles of a tile beside its steps (`benchmarks/results/h100-attention-quick.json`, causal attention of 512 keys), and
 #: of a tile in a stream, whose blocks go on.
 _START, _START_STREAM = 6000, 2500
@@ -65,6 +79,8 @@ def objection(problem: Problem) -> str | None:
         return "this Triton has no Gluon"
     if problem.rows is not None and problem.rows < _FEWEST_ROWS:
         return f"it is for {_FEWEST_ROWS} rows and more, and there are {problem.rows}"
+    if problem.keys is not None and problem.keys % 8 and any(map(is_tile, problem.spec.captures)):
+        return f"a captured tensor that varies with both row and key needs a multiple of 8 keys, not {problem.keys}"
     return _objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
 
 
@@ -76,23 +92,29 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
         return f"inputs and results must be bfloat16 or float16 alike, not {dtype} and {spec.out_dtype}"
     if head_dim % 8 or value_dim % 8 or padded(head_dim) != padded(value_dim) or padded(head_dim) not in _CONFIGS:
         return f"head dimensions must be multiples of 8 that pad alike, not {head_dim} and {value_dim}"
-    if any(c.is_tile and not c.is_band for c in spec.captures):
-        return "a captured tensor varies with both row and key, which the portable kernel reads better"
     bands = [c for c in spec.captures if c.is_band]
     if bands and (padded(head_dim) > 128 or any(c.dtype.itemsize != 2 for c in bands)):
         return "a band, read by row and key, needs half precision and heads up to 128 wide"
-    return None
+    return tile.objection(spec, padded(head_dim), dtype)
 
 
 def candidates(problem: Problem) -> tuple[str, ...]:
     """The printed configurations to measure."""
-    spec = problem.spec
+    spec, width = problem.spec, padded(problem.head_dim)
     by_key = spec.score.reads(J) or any(c.dims[3] != "-" for c in spec.captures)
-    table, width = _CONFIGS_BY_KEY if by_key else _CONFIGS, padded(problem.head_dim)
-    plain = width <= 64 and spec.mask is None and split_factor(spec.score)[0] == S
-    streams = any(c.is_band for c in spec.captures)
-    found = _PLAIN if plain else table[width]
+    plain, table = _PLAIN, _CONFIGS_BY_KEY if by_key else _CONFIGS
+    if any(map(is_tile, spec.captures)):
+        plain, table = _PLAIN_TILED, _CONFIGS_TILED
+    bare = width <= 64 and spec.mask is None and split_factor(_around_sums(spec, problem.dtype))[0] == S
+    streams = any(c.is_tile for c in spec.captures)
+    found = plain if bare else table[width]
     return tuple(str(config) for config in found if config.ahead is not None or not streams)
+
+
+def _around_sums(spec: AttentionSpec, dtype: torch.dtype) -> Expr:
+    """The score of what the tensor cores sum."""
+    beneath = tile.beneath(spec, dtype)
+    return spec.score if beneath is None else beneath[0]
 
 
 def seconds(problem: Problem, config: str) -> float:
@@ -102,7 +124,8 @@ def seconds(problem: Problem, config: str) -> float:
     behind = places.index(config) if config in places else 0
     pace = _PACE[width] * (1 + _PACE_BEHIND * behind)
     start = _START if cut.ahead is None else _START_STREAM
-    schedule = cost.Schedule(cut.rows, cut.keys, 1, 2 * width, pace=pace, start=start, latency=0)
+    read = _ADDED if tile.beneath(problem.spec, problem.dtype) is None else _BENEATH
+    schedule = cost.Schedule(cut.rows, cut.keys, 1, 2 * width, pace=pace, start=start, latency=0, tile=read)
     return cost.seconds(problem, schedule)
 
 
@@ -116,7 +139,9 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
     if reason is not None:
         raise LoweringError(f"no Hopper kernel for this attention: {reason} ({spec})")
     cut = read_config(config)
-    if cut.ahead is None and any(c.is_band for c in spec.captures):
-        raise LoweringError(f"no Hopper kernel for this attention: {config} reads no bands ({spec})")
+    if cut.ahead is None and any(c.is_tile for c in spec.captures):
+        raise LoweringError(f"no Hopper kernel for this attention: {config} reads no bands and tiles ({spec})")
+    if cut.ahead and any(map(is_tile, spec.captures)):
+        raise LoweringError(f"no Hopper kernel for this attention: {config} multiplies ahead of tiles ({spec})")
     text = HopperText if cut.ahead is None else StreamText
     return str(text(spec, head_dim, value_dim, dtype, cut))

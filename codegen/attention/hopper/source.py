@@ -45,7 +45,6 @@ _L2: Final = "32 * 2**20"
 _SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
-#: What one block of keys hands to the next, and what it reads.
 _STATE: Final = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
 CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
 
@@ -62,11 +61,7 @@ class HopperText(LogitsText):
     further_bounds: ClassVar[bool] = True
     _parts: ClassVar[tuple[str, ...]] = (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL)
     _loop_text: ClassVar[str] = LOOP
-    _barriers: ClassVar[tuple[str, ...]] = _BARRIERS
     _multiplied: ClassVar[tuple[str, ...]] = TILES
-    _state: ClassVar[tuple[str, ...]] = _STATE
-    _constants: ClassVar[tuple[str, ...]] = CONSTANTS
-    _block_constants: ClassVar[tuple[str, ...]] = ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS")
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
@@ -76,6 +71,31 @@ class HopperText(LogitsText):
         script = {**holes, **script_holes(self.spec, self.dtype)}
         check = fill(REFERENCE, script) + fill(MAIN, script)
         return fill(HEADER, holes) + devices + self._functions + average + body + fill(LAUNCH, holes) + check
+
+    @property
+    def _barriers(self) -> tuple[str, ...]:
+        """What loading and multiplying groups signal by, and what is shared beside queries, keys and values."""
+        return _BARRIERS
+
+    @property
+    def _state(self) -> tuple[str, ...]:
+        """What one block of keys hands to the next, and what it reads."""
+        return _STATE
+
+    @property
+    def _constants(self) -> tuple[str, ...]:
+        """The compile-time constants of the kernel."""
+        return CONSTANTS
+
+    @property
+    def _block_constants(self) -> tuple[str, ...]:
+        """Those of a block of keys."""
+        return ("BLOCK_N", "WIDTH", "STAGES", "SCORES", "WEIGHTS")
+
+    @property
+    def _scores(self) -> tuple[str, ...]:
+        """What a block update is given for each row and key."""
+        return ("s",)
 
     @property
     def _functions(self) -> str:
@@ -133,12 +153,37 @@ class HopperText(LogitsText):
             **description(spec, self.head_dim, self.value_dim, config, self.captures),
             "library": "",
             "imports": IMPORTS.rstrip("\n"),
-            "order_rows": "row = gl.where(turn % halves == 0, blocks - 1 - row, row)" if self._ranged else "",
+            **self._order,
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
             "key_range": as_gluon(self._key_range),
             "start_block": "start_block" if lower else begin,
             "full_start": "full_start" if lower or self._sure else begin,
         }
+
+    @property
+    def _order(self) -> dict[str, str]:
+        """The holes of the order of tiles: without halves where all rows need as many keys."""
+        plain = {"order_rows": "", "turned": "turn", "spans": "blocks", "halved": "", "pair": "before + within % size"}
+        if not self._ranged:
+            return plain
+        order = "row = gl.where(turn % halves == 0, blocks - 1 - row, row)"
+        return {
+            **plain,
+            "order_rows": order,
+            "turned": "turn // halves",
+            "spans": "blocks // halves",
+            "halved": " * halves",
+        }
+
+    @property
+    def _group(self) -> str:
+        """How many pairs of batch entry and head go together, as the launcher computes it."""
+        return self._fitting if self._ranged else "1"
+
+    @property
+    def _fitting(self) -> str:
+        """As many as have keys and values that fit the cache."""
+        return f"min(pairs, max(1, {_L2} // ({4 * padded(self.head_dim)} * keys)))"
 
     @property
     def _key_range(self) -> str:
@@ -152,7 +197,7 @@ class HopperText(LogitsText):
     @property
     def _pointers(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
-        found = [f"{c.name}_ptr" for c in self.captures] + ["hull_ptr"] * bool(self._hull)
+        found = [c.parameter for c in self.captures] + ["hull_ptr"] * bool(self._hull)
         found += [name for c in self.captures for name in (*c.strides, *c.period)]
         return tuple(found)
 
@@ -196,7 +241,7 @@ class HopperText(LogitsText):
         """The holes of the block update."""
         shared = (*self._attend_names, "start")
         constants = (*self._block_constants, "BOUNDED")
-        attend = ("s", *shared, "BLOCK_N", "BOUNDED", "SCORES")
+        attend = (*self._scores, *shared, "BLOCK_N", "BOUNDED", "SCORES")
         logits = {name: as_gluon(text) for name, text in self.logits_holes.items()}
         logits["load_captures"] = logits["load_captures"].replace("BOUNDED and not EVEN", "BOUNDED")
         return {
@@ -210,7 +255,7 @@ class HopperText(LogitsText):
     @property
     def _first_arguments(self) -> str:
         """The arguments with which the first block of a tile is worked on."""
-        return listing(("s", *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES"))
+        return listing((*self._scores, *self._attend_names, "block * BLOCK_N", "BLOCK_N", "True", "SCORES"))
 
     @property
     def _partial_after_first(self) -> bool:
@@ -235,7 +280,7 @@ class HopperText(LogitsText):
             "kv_head": KV_HEAD[self.spec.kv_map],
             "range_captures": wide + as_gluon("\n".join((*(c.base for c in uniform), self._hull_limits)).strip("\n")),
             "hull_limits": as_gluon(self._hull_limits),
-            "capture_bases": as_gluon("\n".join(c.base for c in self.captures)),
+            "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
             "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
             "inverse": _INVERSE[self.spec.empty_rows],
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
@@ -262,7 +307,6 @@ class HopperText(LogitsText):
         captured = (*(c.argument for c in self.captures), *hull, *values)
         options = (*switches, *hulled, "WITH_LSE=True" if self._averages else "WITH_LSE=with_lse")
         arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *options)
-        fitting = f"min(pairs, max(1, {_L2} // ({4 * width} * keys)))"
         return {
             "allocate": allocation(self.spec, self.value_dim),
             "unpack_captures": unpacked(names),
@@ -271,7 +315,7 @@ class HopperText(LogitsText):
             "described_rows": "64, 128" if config.keys > 64 else "64,",
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
-            "group": fitting if self._ranged else "1",
+            "group": self._group,
             "allocate_hull": "" if self._hull is None else self._hull.allocate,
             "launch_hull": "" if self._hull is None else self._hull.launch,
             "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
@@ -279,6 +323,7 @@ class HopperText(LogitsText):
             "launch_average": self._launch_average,
             "allocate_phases": "",
             "launch_phases": "",
+            "tiled": "",
             "launch_arguments": listing((*arguments, "num_warps=4")),
         }
 

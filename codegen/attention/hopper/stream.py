@@ -55,6 +55,7 @@ def load(
                 )
             else:
                 mbarrier.arrive(ready.index(slot), count=1)
+            $produce_tile
             if LAG == 2:
                 b2, g2, n2 = b1, g1, n1
                 b1, g1, n1 = b, g, n
@@ -183,10 +184,12 @@ def advance(
     q = q_tiles.index(query).reshape([64, WIDTH])
     k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
     v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-    zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
+    $beneath
     weights = unpacked(p, BLOCK_N, WEIGHTS)
-    products = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
     acc = warpgroup_mma(weights, v, acc, is_async=True)
+    $read_tile
+    $release_tile
     # Instructions don't move across waits. Without this one, for nothing, and the next one, which could come later, the
     # assembler would put the softmax before or behind the products that are to run beside it.
     mbarrier.wait(ready.index(slot), 0, pred=Sk < 0)
@@ -262,8 +265,11 @@ def multiply(
         k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         result = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
-        zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
-        products = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        $scale_queries
+        $beneath
+        products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
+        $read_tile
+        $release_tile
         $beside_products
         acc, p = warpgroup_mma_wait(1, deps=[result, p])
         if turn > 0:
@@ -354,6 +360,7 @@ def attention_kernel(
     k_tiles = gl.allocate_shared_memory(k_source.dtype, [STAGES] + k_source.block_shape, k_source.layout)
     v_tiles = gl.allocate_shared_memory(v_source.dtype, [STAGES] + v_source.block_shape, v_source.layout)
     out_tiles = gl.allocate_shared_memory(out_target.dtype, [GROUPS] + out_target.block_shape, out_target.layout)
+    $allocate_tile
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())

@@ -8,16 +8,19 @@ from typing import ClassVar, Final
 
 import torch
 
-from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
-from fxopt.codegen.attention.hopper import stream
+from fxopt.codegen.attention.hopper import stream, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
 from fxopt.codegen.attention.hopper.source import CONSTANTS, TILES, HopperText, as_gluon, parameters
 from fxopt.codegen.attention.hopper.template import PLACE
+from fxopt.codegen.attention.hopper.tile import StreamedTile
 from fxopt.codegen.attention.portable import phases
+from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.loops import row_limits
 from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
+from fxopt.ir.attention import Capture
 from fxopt.ir.expression import Expr, J, Kind, S, call, capture, conjunction
 
 _PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
@@ -36,26 +39,60 @@ class StreamText(HopperText):
 
     _parts: ClassVar[tuple[str, ...]] = (PLACE, stream.PRODUCER, stream.ATTEND, stream.CONSUMER, stream.KERNEL)
     _loop_text: ClassVar[str] = stream.LOOP
-    _barriers: ClassVar[tuple[str, ...]] = _STREAM_BARRIERS
     _multiplied: ClassVar[tuple[str, ...]] = (*TILES, "out_tiles")
-    _state: ClassVar[tuple[str, ...]] = _STREAM_STATE
-    _constants: ClassVar[tuple[str, ...]] = (*CONSTANTS, "AHEAD")
-    _block_constants: ClassVar[tuple[str, ...]] = ("BLOCK_N", "WIDTH", "STAGES", "AHEAD", "SCORES", "WEIGHTS")
+
+    @property
+    def _barriers(self) -> tuple[str, ...]:
+        return (*_STREAM_BARRIERS, *self._tile_names)
+
+    @property
+    def _state(self) -> tuple[str, ...]:
+        return (*_STREAM_STATE, *self._tile_names)
+
+    @property
+    def _constants(self) -> tuple[str, ...]:
+        return (*CONSTANTS, "AHEAD", *(("TILE_STAGES",) if self._tile else ()))
+
+    @property
+    def _block_constants(self) -> tuple[str, ...]:
+        streamed = ("MEMBER", "GROUPS", "TILE_STAGES") if self._tile else ()
+        return ("BLOCK_N", "WIDTH", "STAGES", "AHEAD", "SCORES", "WEIGHTS", *streamed)
+
+    @property
+    def _scores(self) -> tuple[str, ...]:
+        return ("s", self._tile.name) if self._tile and not self._beneath else ("s",)
 
     @cached_property
     def captures(self) -> tuple[CapturedTensor, ...]:
-        """The captured tensors, bands by two phases."""
-        plain = captured_tensors(self.spec)
-        return tuple(PairedBand(c.index, c.capture) if c.capture.is_band else c for c in plain)
+        """The captured tensors, bands by two phases and what varies with row and key by blocks in shared memory."""
+        return tuple(_kind(c)(index, c) for index, c in enumerate(self.spec.captures))
 
     @property
     def _bands(self) -> tuple[PairedBand, ...]:
         return tuple(c for c in self.captures if isinstance(c, PairedBand))
 
+    @cached_property
+    def _tile(self) -> StreamedTile | None:
+        return next((c for c in self.captures if isinstance(c, StreamedTile)), None)
+
+    @property
+    def _factor(self) -> float:
+        return self._beneath[1] if self._beneath else 1.0
+
+    @property
+    def _tile_names(self) -> tuple[str, ...]:
+        return self._tile.shared if self._tile else ()
+
+    @cached_property
+    def _beneath(self) -> tuple[Expr, float] | None:
+        """The score of sums that begin with the captured tile, and the factor of queries."""
+        return tile.beneath(self.spec, self.dtype)
+
     @property
     def _functions(self) -> str:
         copies = phases.PHASES + BAND if self._bands else ""
-        return super()._functions + copies
+        widened = tile.WIDENED[self.dtype] if self._tile else ""
+        return super()._functions + copies + widened + (tile.SCALED if self._factor != 1.0 else "")
 
     @property
     def _indices(self) -> frozenset[str]:
@@ -67,7 +104,39 @@ class StreamText(HopperText):
             **super()._launch,
             "allocate_phases": phases.allocate(self._bands, self.config.keys),
             "launch_phases": phases.launch(self._bands),
+            **self._streaming,
         }
+
+    @property
+    def _streaming(self) -> dict[str, str]:
+        """The holes of a captured tensor that is brought with the keys."""
+        if self._tile is None:
+            return dict.fromkeys(tile.HOLES, "") | {"beneath": tile.ZERO, "sums": "zero, use_acc=False"}
+        sums = self._tile.name if self._beneath else "zero, use_acc=False"
+        read = tile.READ.format(self._tile.name)
+        described = {"keys": str(self.config.keys), "swizzle": str(tile.swizzle(self.config))}
+        return {
+            "produce_tile": self._tile.produce,
+            "allocate_tile": tile.ALLOCATE.format(self._tile.name),
+            "tiled": fill(tile.DESCRIBED, described),
+            "scale_queries": tile.SCALE.format(self._factor) if self._factor != 1.0 else "",
+            "beneath": read if self._beneath else tile.ZERO,
+            "read_tile": "" if self._beneath else read,
+            "release_tile": tile.RELEASE.format(self._tile.name),
+            "sums": sums,
+        }
+
+    @property
+    def _order(self) -> dict[str, str]:
+        if self._tile is None or self._tile.shared_by != "batch":
+            return super()._order
+        return {**super()._order, "pair": tile.PAIR}
+
+    @property
+    def _group(self) -> str:
+        """Pairs that read the same values of a captured tensor go together, which the cache holds then."""
+        shared = self._tile.shared_by if self._tile else ""
+        return {"pairs": self._fitting}.get(shared, shared) or super()._group
 
     @property
     def _attend(self) -> dict[str, str]:
@@ -90,6 +159,7 @@ class StreamText(HopperText):
     def _sums(self) -> tuple[str, str]:
         """The text of the logits, and the lines of what all logits of a row have aside of it, which the shift takes."""
         captures = self.spec.captures
+        inner = self._beneath[0] if self._beneath else self.exponent.inner
         column, start = capture(len(captures)), capture(len(captures) + 1)
         slopes: list[str] = []
 
@@ -105,7 +175,7 @@ class StreamText(HopperText):
                 return captures[index].dims[3] != "-"
             return leaf in (S, J) or (index >= 0 and leaf != start)
 
-        score = split_distances(self.exponent.inner, captures, column, start)
+        score = split_distances(inner, captures, column, start)
         score, aside = apart(score.replace(sloped), moving) if score.reads(S) else (score, None)
         texts = ("column", "start", *slopes)
         names = {str(capture(len(captures) + n)): text for n, text in enumerate(texts)}
@@ -146,7 +216,14 @@ class StreamText(HopperText):
 
     @property
     def _constant_values(self) -> dict[str, object]:
-        return {**super()._constant_values, "AHEAD": self.config.ahead}
+        count = {"TILE_STAGES": tile.stages(self.config, padded(self.head_dim))} if self._tile else {}
+        return {**super()._constant_values, "AHEAD": self.config.ahead, **count}
+
+
+def _kind(captured: Capture) -> type[CapturedTensor]:
+    if tile.is_tile(captured):
+        return StreamedTile
+    return PairedBand if captured.is_band else CapturedTensor
 
 
 def _recalled(turn: str) -> str:

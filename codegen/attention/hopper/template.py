@@ -19,20 +19,20 @@ def place(turn, blocks, halves, group, pairs):
 
     With two ``halves`` a long row block and the short one opposite to it follow each other, so that all take the same.
     """
-    index = gl.program_id(0) + turn // halves * gl.num_programs(0)
-    spans = blocks // halves
+    index = gl.program_id(0) + $turned * gl.num_programs(0)
+    spans = $spans
     before = index // (group * spans) * group
     within = index % (group * spans)
     size = gl.minimum(group, pairs - before)
     row = within // size
     $order_rows
-    return row, before + within % size
+    return row, $pair
 
 
 @gluon.jit
 def turns_of(blocks, halves, pairs):
     """How many tiles the program takes."""
-    return gl.cdiv(pairs * (blocks // halves) - gl.program_id(0), gl.num_programs(0)) * halves
+    return gl.cdiv(pairs * ($spans) - gl.program_id(0), gl.num_programs(0))$halved
 
 
 @gluon.jit
@@ -288,6 +288,7 @@ def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
     source = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor.from_tensor(source, [1, 1, rows, $width], LAYOUTS[rows])
 
+$tiled
 
 def launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = (), with_lse: bool = False

@@ -63,9 +63,16 @@ class Shared:
     def store(self, x: Tensor) -> None:
         self.data.copy_(x)
 
+    def load(self, layout: Any) -> Tensor:
+        return self.data.clone()
+
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
+        assert dtype is self.dtype
+        return self.reshape(shape)
+
 
 class Descriptor:
-    """A tensor as blocks of rows; what lies beyond it reads as zero and is not written."""
+    """A tensor as blocks of rows and columns; what lies beyond it reads as zero and is not written."""
 
     layout = None
 
@@ -74,8 +81,8 @@ class Descriptor:
         self.block_type = SimpleNamespace(nbytes=rows * width * tensor.element_size())
 
     def part(self, place: Sequence[Any]) -> Tensor:
-        b, h, i, _ = map(int, place)
-        return self.tensor[b, h, i : i + self.block_shape[2]]
+        b, h, i, j = map(int, place)
+        return self.tensor[b, h, i : i + self.block_shape[2], j : j + self.block_shape[3]]
 
 
 class Pointer:
@@ -179,7 +186,8 @@ def _language(program: int, programs: int) -> SimpleNamespace:
         num_programs=lambda axis: programs,
         constexpr=int, float32=torch.float32, int32=torch.int32, int64=torch.int64,
         bfloat16=torch.bfloat16, float16=torch.float16,
-        SliceLayout=nothing, NVMMADistributedLayout=nothing, DotOperandLayout=nothing,
+        SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing, NVMMADistributedLayout=nothing,
+        DotOperandLayout=nothing,
         allocate_shared_memory=_allocate, warp_specialize=_together, static_range=range,
         cdiv=lambda a, b: -(-a // b), cast=lambda x, dtype: x,
         minimum=_scalars(torch.minimum, min), maximum=_scalars(torch.maximum, max),
@@ -197,6 +205,7 @@ def _language(program: int, programs: int) -> SimpleNamespace:
 _ASSEMBLY: dict[str, Any] = {
     "anew": lambda x: x,
     "unpacked": lambda p, *_: p,
+    "widened": lambda c: c.float(),
     "tanh": lambda x, _: torch.tanh(x),
     "sigmoid": torch.sigmoid,
 }
@@ -209,7 +218,7 @@ def _rounding(dtype: torch.dtype) -> Callable[[Tensor, int], Tensor]:
 def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
     """Run the kernel of the module ``text`` in ``grid`` programs, one after the other."""
     body = text[text.index("@gluon.jit\ndef place(") : text.index("#: How blocks of so many rows")]
-    helpers = re.findall(r"@gluon\.jit\ndef (?:modulo|floor_divide|band)\(.*?\n\n\n", text, re.DOTALL)
+    helpers = re.findall(r"@gluon\.jit\ndef (?:modulo|floor_divide|band|scale)\(.*?\n\n\n", text, re.DOTALL)
     body = re.sub(r"@gluon\.jit.*\n", "", "".join(helpers) + body)
     body = re.sub(r"\.type\.layout|\.to\(gl\.int(32|64)\)", "", body)
     for program in range(grid):

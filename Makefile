@@ -4,7 +4,7 @@
 #   TORCH   what to install when it has none; a CUDA build where there is an NVIDIA GPU, else the version CI tests
 #   PYTEST  further options for pytest
 #   GPU_WORKERS  processes of make test-gpu, most of whose time goes into compiling kernels
-#   SANITIZER  NVIDIA's compute-sanitizer, which comes with CUDA and as the package nvidia-cuda-sanitizer-api
+#   SANITIZER  NVIDIA's compute-sanitizer, which comes with CUDA and as the package nvidia-cuda-sanitizer-api (13.5; 13.0 lacks its launcher)
 
 PYTHON ?= python3
 VENV ?= .venv

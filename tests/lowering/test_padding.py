@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_copies_that_padding_would_double(
 
 @pytest.mark.parametrize(("settings", "expected"), [({}, False), ({"comprehensive_padding": True}, True)])
 def test_such_graphs_are_compiled_without_padding_unless_it_is_asked_for(
-    settings: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, object]] = []
 
@@ -60,7 +61,8 @@ def test_such_graphs_are_compiled_without_padding_unless_it_is_asked_for(
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     torch._dynamo.reset()
     x = torch.randn(2, 14, 14, 96, dtype=torch.bfloat16)
-    compiled = torch.compile(windows, backend="fxopt", options={"inductor": settings})
+    options: dict[str, Any] = {"inductor": settings}
+    compiled = torch.compile(windows, backend="fxopt", options=options)
     assert torch.equal(compiled(x), windows(x))
     assert [patches["comprehensive_padding"] for patches in seen] == [expected]
 

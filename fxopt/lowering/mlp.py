@@ -141,8 +141,6 @@ def _unmeasured(site: _Site) -> str | None:
     sizes = [size for value in site.values if value is not None for size in (*value.shape, *value.stride())]
     if not all(map(has_hint, sizes)):
         return "not measured: the sizes are not known"
-    if x.dtype == torch.float32:
-        return "not measured: products of float32 take longer than what hidden elements cost in memory"
     rows = _rows(x)
     if rows < _FEWEST:
         return f"not measured: {rows} rows; with fewer than {_FEWEST} there is little to gain"

@@ -43,8 +43,10 @@ def test_kernels_are_within_the_budget_of_eager(name: str, dtype: torch.dtype) -
     for config in found:
         results = [outcomes(case, dtype, str(config), seed) for seed in range(draws)]
         # Together: the largest error of one small result is a matter of luck, eager's too.
-        for actual, usual, exactly in zip(*(together(side) for side in zip(*results, strict=True)), strict=True):
-            assert_within_budget(actual, usual, exactly)
+        sides = [together(side) for side in zip(*results, strict=True)]
+        for n, (actual, usual, exactly) in enumerate(zip(*sides, strict=True)):
+            # In float32 it is the terms of a gradient's differences whose rounding shows; they are of this size.
+            assert_within_budget(actual, usual, exactly, floor=4.0 if n and dtype is torch.float32 else 0.0)
 
 
 def outcomes(

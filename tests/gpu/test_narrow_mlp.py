@@ -51,7 +51,7 @@ def test_it_is_within_the_budget_of_eager(name: str, width: int, rows: int) -> N
 
 
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 192])
-@pytest.mark.parametrize("name", ["gelu bf16", "gelu f32"])
+@pytest.mark.parametrize("name", ["gelu bf16", "gelu f16"])
 def test_every_configuration(name: str, width: int) -> None:
     case = CASES[name]
     for config in configs(case, width):
@@ -64,19 +64,6 @@ def test_results_may_be_wider_or_narrower(name: str, width: int, hidden: int, ou
     case = CASES[name]
     operands = case.operands(777, width=width, hidden=hidden, out=out, device="cuda")
     check(case, operands, candidates(case.problem(width, hidden, out))[0])
-
-
-def test_products_of_float32_in_tf32() -> None:
-    case = CASES["gelu f32"]
-    operands = case.operands(1000, width=96, hidden=384, device="cuda")
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        found, exact = mlp_forward(*operands, "gelu", configs(case, 96)[0]), case.meaning(wide(operands))
-        # Eleven bits of every factor.
-        torch.testing.assert_close(found.double(), exact, rtol=0, atol=4e-3 * float(exact.abs().max()))
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_nan_and_infinity_stay_in_their_rows() -> None:

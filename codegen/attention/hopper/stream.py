@@ -205,6 +205,7 @@ def advance(
     else:
         acc, p, fresh = warpgroup_mma_wait(0, deps=[acc, p, fresh])
     mbarrier.arrive(free.index(slot), count=1)
+    $release_added
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
     return acc, fresh, s, total, peak, pair + 1
 
@@ -292,6 +293,7 @@ def multiply(
         if AHEAD:
             fresh, s = warpgroup_mma_wait(0, deps=[fresh, products])
         mbarrier.arrive(free.index(slot), count=1)
+        $release_added
         p = fresh
         pair += 1
         block -= 1

@@ -113,7 +113,7 @@ class StreamText(HopperText):
         if self._tile is None:
             return dict.fromkeys(tile.HOLES, "") | {"beneath": tile.ZERO, "sums": "zero, use_acc=False"}
         sums = self._tile.name if self._beneath else "zero, use_acc=False"
-        read = tile.READ.format(self._tile.name)
+        read, release = (text.format(self._tile.name) for text in (tile.READ, tile.RELEASE))
         described = {"keys": str(self.config.keys), "swizzle": str(tile.swizzle(self.config))}
         return {
             "produce_tile": self._tile.produce,
@@ -122,7 +122,9 @@ class StreamText(HopperText):
             "scale_queries": tile.SCALE.format(self._factor) if self._factor != 1.0 else "",
             "beneath": read if self._beneath else tile.ZERO,
             "read_tile": "" if self._beneath else read,
-            "release_tile": tile.RELEASE.format(self._tile.name),
+            "release_tile": release if self._beneath else "",
+            # What has been asked for from shared memory may still be on its way: only what used it tells that it came.
+            "release_added": "" if self._beneath else release,
             "sums": sums,
         }
 

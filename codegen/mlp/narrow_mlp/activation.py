@@ -1,6 +1,6 @@
 """Activations as text for the kernel.
 
-In half precision those of the family ``x·sigmoid`` are computed as ``x / (1 + 2^(x·p(x²)))``, with the polynomials of
+Those of the family ``x·sigmoid`` are computed as ``x / (1 + 2^(x·p(x²)))``, with the polynomials of
 ``codegen/mlp/gelu.py``: one exponential, one reciprocal and a dozen products and sums.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Final
-
-import torch
 
 from fxopt.codegen.mlp.gelu import LARGEST, NORMAL, TANH
 
@@ -35,15 +33,7 @@ _TITLES: Final = {
     "relu": "ReLU, which NaN passes",
     "sigmoid": "1 / (1 + exp(-x))",
 }
-#: In float32, where an activation must be as good as PyTorch's.
-_SINGLE: Final = {
-    "silu": "return x / (1 + tl.exp(-x))",
-    "gelu": f"return 0.5 * x * (1 + tl.erf(x * {math.sqrt(0.5)!r}))",
-    "gelu_tanh": f"return x / (1 + tl.exp(-x * ({TANH[0]!r} + {TANH[1]!r} * x * x)))",
-    "relu": "return tl.where(x < 0, 0.0, x)",
-    "sigmoid": "return 1 / (1 + tl.exp(-x))",
-}
-#: The same in float64 PyTorch, for the script of a generated file.
+#: The functions in float64 PyTorch, for the script of a generated file.
 IN_TORCH: Final = {
     "silu": "torch.nn.functional.silu(x)",
     "gelu": "torch.nn.functional.gelu(x)",
@@ -53,15 +43,15 @@ IN_TORCH: Final = {
 }
 
 
-def definition(name: str, dtype: torch.dtype) -> str:
-    """The function ``activation(x)`` of float32 values that ``dtype`` was rounded from or will be rounded to."""
-    single = dtype == torch.float32
-    lines = [_SINGLE[name]] if single or name == "relu" else _half(name)
-    text = _FUNCTION.format(_TITLES[name], "\n".join(f"    {line}" for line in lines))
-    return text if single or name == "relu" else _RECIPROCAL + text
+def definition(name: str) -> str:
+    """The function ``activation(x)`` of float32 values that will be rounded to half precision."""
+    text = _FUNCTION.format(_TITLES[name], "\n".join(f"    {line}" for line in _lines(name)))
+    return text if name == "relu" else _RECIPROCAL + text
 
 
-def _half(name: str) -> list[str]:
+def _lines(name: str) -> list[str]:
+    if name == "relu":
+        return ["return tl.where(x < 0, 0.0, x)"]
     if name in ("silu", "sigmoid"):
         factor = "x * " if name == "silu" else ""
         return [f"return {factor}reciprocal(1 + tl.exp2(x * {-1 / math.log(2)!r}))"]

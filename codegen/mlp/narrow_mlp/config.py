@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-import torch
-
 from fxopt.codegen.mlp.narrow_mlp.problem import PIECE, Problem
 from fxopt.errors import LoweringError
 
@@ -18,16 +16,14 @@ _FORM: Final = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)(?:r(\d+))?")
 #: of wider ones a program of 128 rows does, or two of 64. Every program reads all weights again: more rows at a time
 #: read less. With three stages the weights of a chunk arrive while the one before is computed; with two they would be
 #: waited for.
-_HALF: Final[dict[int, tuple[str, ...]]] = {
+_ON_HOPPER: Final[dict[int, tuple[str, ...]]] = {
     64: ("128x64w8s3", "64x64w4s3", "128x32w8s3"),
     96: ("128x64w8s3r128", "128x32w8s3", "64x32w4s3"),
     128: ("128x32w8s3", "64x32w4s3", "128x64w8s3"),
     192: ("128x32w8s3", "64x32w4s3", "128x64w8s3"),
 }
 #: Before Hopper operands of a product are held in registers, of which there are too few for some of these.
-_HALF_BEFORE_HOPPER: Final = _HALF | {96: ("128x32w8s3", "64x32w4s3"), 192: ("128x32w8s3", "64x32w4s3")}
-#: Products of float32 take twice the memory, and without tensor cores many registers.
-_SINGLE: Final[dict[int, tuple[str, ...]]] = {96: ("64x32w8s1", "32x32w8s1"), 192: ("32x32w8s1",)}
+_BEFORE_HOPPER: Final = _ON_HOPPER | {96: ("128x32w8s3", "64x32w4s3"), 192: ("128x32w8s3", "64x32w4s3")}
 _HOPPER: Final = 90
 
 
@@ -67,8 +63,7 @@ def read_config(text: str) -> Config:
 
 def candidates(problem: Problem, architecture: int = _HOPPER) -> tuple[str, ...]:
     """The configurations worth measuring on devices of an architecture (``90`` is sm_90), best guess first."""
-    half = _HALF if architecture >= _HOPPER else _HALF_BEFORE_HOPPER
-    table = _SINGLE if problem.dtype == torch.float32 else half
+    table = _ON_HOPPER if architecture >= _HOPPER else _BEFORE_HOPPER
     widest = max(problem.width, problem.out)
     listed = next(found for most, found in table.items() if widest <= most)
     fitting = [text for text in listed if problem.hidden % read_config(text).chunk == 0]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
-from fxopt.codegen.attention.replay import precision
 from fxopt.codegen.launching import DECOMPOSITIONS, as_rows, bare, key_of, launched, remembered
 from fxopt.codegen.mlp import reference
 from fxopt.codegen.mlp.narrow_mlp.kernel import KIND, source
@@ -73,7 +72,7 @@ def _cuda(
     config: str,
 ) -> Tensor:
     operands = (x, up, up_bias, down, down_bias, residual)
-    key = key_of((activation, config, precision(x.dtype)), operands)
+    key = key_of((activation, config), operands)
     known = remembered(key, operands)
     if known is not None:
         return known[0]

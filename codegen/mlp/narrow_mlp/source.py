@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Final
 
-import torch
-
 from fxopt.codegen.mlp.narrow_mlp import template
 from fxopt.codegen.mlp.narrow_mlp.activation import IN_TORCH, definition
 from fxopt.codegen.mlp.narrow_mlp.config import Config
@@ -30,16 +28,12 @@ class Text:
 
     def __str__(self) -> str:
         holes = {**self._sizes, **self._parameters, **self._loop, **self._end, **self._script}
-        kernel = definition(self.problem.activation, self.problem.dtype) + fill(template.KERNEL, holes)
+        kernel = definition(self.problem.activation) + fill(template.KERNEL, holes)
         return fill(template.HEADER, holes) + kernel + fill(template.LAUNCH, holes) + fill(template.MAIN, holes)
 
     @property
     def _dtype(self) -> str:
         return str(self.problem.dtype).removeprefix("torch.")
-
-    @property
-    def _single(self) -> bool:
-        return self.problem.dtype == torch.float32
 
     @property
     def _sizes(self) -> dict[str, str]:
@@ -69,18 +63,14 @@ class Text:
 
     @property
     def _parameters(self) -> dict[str, str]:
-        problem, single = self.problem, self._single
+        problem = self.problem
         given = {"x": True, "up": True, "up_bias": problem.up_bias, "down": True, "down_bias": problem.down_bias}
         names = [name for name, there in {**given, "residual": problem.residual, "y": True}.items() if there]
-        precision = 'precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"'
         return {
             "parameters": listing(f"{name}_ptr" for name in names),
             "arguments": listing(names),
             "residual_stride": "residual_stride," if problem.residual else "",
             "residual_distance": "row_distance(residual)," if problem.residual else "",
-            "precision_parameter": "PRECISION: tl.constexpr," if single else "",
-            "precision_argument": "PRECISION=precision," if single else "",
-            "precision": precision if single else "",
         }
 
     @property
@@ -105,11 +95,11 @@ class Text:
         }
 
     def _dot(self, left: str, right: str, onto: str) -> str:
-        precision = ", input_precision=PRECISION" if self._single else ""
-        return f"tl.dot({left}, {right}{', ' if onto else ''}{onto}{precision})"
+        return f"tl.dot({left}, {right}{', ' if onto else ''}{onto})"
 
-    def _wide(self, text: str) -> str:
-        return text if self._single else f"{text}.to(tl.float32)"
+    @staticmethod
+    def _wide(text: str) -> str:
+        return f"{text}.to(tl.float32)"
 
     @property
     def _end(self) -> dict[str, str]:
@@ -118,7 +108,7 @@ class Text:
         place = "tl.load(residual_row + d{n}[None, :], mask=there, other=0.0)"
         residual = ["residual_row = residual_ptr + (row * residual_stride)[:, None]"]
         residual += [f"y{n} += {self._wide(place.format(n=n))}" for n in range(count)]
-        value = "y{n}" if self._single else f"y{{n}}.to(tl.{self._dtype})"
+        value = f"y{{n}}.to(tl.{self._dtype})"
         store = [f"tl.store(y_row + d{n}[None, :], {value.format(n=n)}, mask=there)" for n in range(count)]
         return {
             "add_down_bias": "\n".join(bias) if problem.down_bias else "",

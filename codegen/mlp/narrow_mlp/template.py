@@ -33,7 +33,6 @@ def forward_kernel(
     UP_COLUMN: tl.constexpr,
     DOWN_ROW: tl.constexpr,
     DOWN_COLUMN: tl.constexpr,
-    $precision_parameter
 ):
     """$block rows: $chunk hidden elements at a time are made, and multiplied on."""
     row = tl.program_id(0).to(tl.int64) * $block + tl.arange(0, $block)
@@ -80,7 +79,6 @@ def launch(
     y = torch.empty((*x.shape[:-1], $out), dtype=torch.$dtype, device=x.device)
     if rows == 0:
         return y
-    $precision
     with torch.cuda.device_of(x):
         forward_kernel[((rows + $last) // $block,)](
             $arguments
@@ -91,7 +89,6 @@ def launch(
             UP_COLUMN=up.stride(1),
             DOWN_ROW=down.stride(0),
             DOWN_COLUMN=down.stride(1),
-            $precision_argument
             num_warps=$warps,
             num_stages=$stages,
             $limit

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from fxopt.codegen import launching
@@ -68,15 +67,3 @@ def test_what_is_not_there_is_no_argument(compiled: list[Compiled]) -> None:
     forward(operands, "relu bf16")
     (replay,) = launching._REPLAYS.values()
     assert len(replay.launches[0].tensors) == 5, "x, two weights, the residual and the result"
-
-
-def test_the_precision_of_products_is_part_of_what_is_remembered(compiled: list[Compiled]) -> None:
-    operands = CASES["gelu f32"].operands(64, width=32, hidden=64)
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        for precision in ("ieee", "tf32"):
-            torch.backends.cuda.matmul.fp32_precision = precision
-            forward(operands, "gelu f32", "32x32w8s1")
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    assert len(launching._REPLAYS) == 2 and len(compiled) == 2

@@ -24,7 +24,7 @@ def operands(name: str = "gelu bf16", out: int = 32) -> Operands:
     return CASES[name].operands(3, 5, width=32, hidden=64, out=out)
 
 
-@pytest.mark.parametrize("name", ["gelu f32", "silu f32"])
+@pytest.mark.parametrize("name", ["gelu f16", "silu bf16"])
 def test_opcheck(name: str) -> None:
     results = torch.library.opcheck(mlp_forward, (*operands(name), CASES[name].activation, CONFIG))
     assert set(results.values()) == {"SUCCESS"}
@@ -46,7 +46,7 @@ def test_results_and_their_fakes_agree() -> None:
 
 
 def test_it_has_no_gradients() -> None:
-    x, *rest = operands("gelu f32")
+    x, *rest = operands("gelu f16")
     out = mlp_forward(x.requires_grad_(), *rest, "gelu", CONFIG)
     with pytest.raises(RuntimeError, match="autograd"):
         out.sum().backward()
@@ -111,7 +111,7 @@ def test_other_texts_are_refused(text: str) -> None:
         read_config(text)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_every_problem_has_few_configurations_that_fit(architecture: int, dtype: torch.dtype) -> None:
     for width in range(16, 193, 16):

@@ -17,7 +17,7 @@ from tests.codegen.narrow_mlp.cases import CASES
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS = {
     "narrow_mlp_gelu": source(CASES["gelu bf16"].problem(96, 384), "128x64w8s3r128"),
-    "narrow_mlp_silu_float32": source(CASES["silu f32"].problem(32, 64, 48), "32x32w8s1"),
+    "narrow_mlp_silu": source(CASES["silu bf16"].problem(32, 64, 48), "64x64w4s3"),
 }
 
 

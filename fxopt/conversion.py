@@ -22,7 +22,7 @@ from fxopt.ir.site import Site, Source
 from fxopt.lowering.options import Options, read_options
 from fxopt.report.report import Report
 from fxopt.rewriter.passes import Pass
-from fxopt.rewriter.progressive import StudentHook, exchange, progressive_modules
+from fxopt.rewriter.progressive import Progressive, StudentHook, exchange, progressive_modules
 from fxopt.rewritten import RewrittenModule
 from fxopt.testing.oracle import double_precision, oracle, upcast
 from fxopt.training import Prepared, kind_of, prepared, unwrapped
@@ -74,12 +74,7 @@ def convert(
         _recalibrate(trained, data)
     example = _as_now(record, trained)
     converted = _rewritten(_plain(trained), example, options)
-    converted.report = _report(
-        _plain(trained),
-        example,
-        options,
-        [name for name, module in progressive_modules(trained).items() if module.folds],
-    )
+    converted.report = _report(_plain(trained), example, options, progressive_modules(trained))
     if verify:
         _verify(trained, example, options)
     return converted
@@ -161,7 +156,7 @@ def _rewritten(plain: nn.Module, example: Prepared, options: Options) -> Rewritt
     )
 
 
-def _report(plain: nn.Module, example: Prepared, options: Options, names: Sequence[str]) -> Report:
+def _report(plain: nn.Module, example: Prepared, options: Options, exchanged: Mapping[str, Progressive]) -> Report:
     """What the passes do with the plain model, and of every exchanged norm whether something of it is left."""
     program = capture(plain, example.args, example.kwargs, example.dynamic_shapes)
     result = driver.rewrite(program, options)
@@ -169,8 +164,10 @@ def _report(plain: nn.Module, example: Prepared, options: Options, names: Sequen
     told = {site.source.module for site in report.sites if site.status == "kept"}
     misses = (miss.site for miss in result.near_misses if miss.site is not None)
     refused = {site.source.module: site for site in misses if site.kind == "norm"}
+    names = [name for name, module in exchanged.items() if module.folds]
     left = (site for site in _left_over(result.program, names, refused) if site.source.module not in told)
-    lines = {(site.kind, site.source.module): site.source for site in example.report.sites}
+    before = (site for site in example.report.sites if site.source.module in exchanged)
+    lines = {(site.kind, site.source.module): site.source for site in before}
     # What took the place of a module was written here; the line to show is the one that was exchanged.
     sites = (*report.sites, *left)
     return replace(

@@ -6,6 +6,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
+from typing import Final
 
 from fxopt.errors import OptionError
 from fxopt.ir.decision import Decision
@@ -37,19 +39,36 @@ class Outcome:
         return Report.of(self.result, self.decisions)
 
 
+@dataclass
+class _Pauses:
+    """The pauses of Python's collector that have begun and not ended, of all threads; whether it ran before them."""
+
+    lock: Lock = field(default_factory=Lock)
+    depth: int = 0
+    enabled: bool = True
+
+
+_PAUSES: Final = _Pauses()
+
+
 @contextmanager
 def garbage_waits() -> Iterator[None]:
     """Python's collector of cycles pauses inside the block: graphs are cycles, and still needed.
 
     It would look through all of them again and again, for a tenth to a quarter of the time and without finding any.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    with _PAUSES.lock:
+        if not _PAUSES.depth:
+            _PAUSES.enabled = gc.isenabled()
+            gc.disable()
+        _PAUSES.depth += 1
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _PAUSES.lock:
+            _PAUSES.depth -= 1
+            if not _PAUSES.depth and _PAUSES.enabled:
+                gc.enable()
 
 
 def selected_passes(options: Options) -> tuple[Pass, ...]:

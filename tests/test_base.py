@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ import torch._dynamo
 import torch._inductor.compile_fx
 from torch import Tensor, nn
 
-from fxopt.lowering.base import without_attention_patterns
+from fxopt.driver import garbage_waits
+from fxopt.lowering.base import _decompositions, without_attention_patterns
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,6 +40,28 @@ def test_the_patterns_are_back_afterwards() -> None:
         fewer = sum(map(len, joint_graph.patterns.patterns.values()))
     assert fewer < sum(map(len, before.values()))
     assert {key: list(entries) for key, entries in joint_graph.patterns.patterns.items()} == before
+
+
+def test_one_table_of_decompositions_serves_all_compilations() -> None:
+    """PyTorch keeps what it traces by a table as long as it lives."""
+    assert _decompositions(False) is _decompositions(False)
+
+
+def test_pauses_of_the_collector_in_two_threads_leave_it_as_it_was() -> None:
+    both, either = threading.Barrier(2), threading.Event()
+
+    def pause(first: bool) -> None:
+        with garbage_waits():
+            both.wait(10)
+            assert not gc.isenabled()
+            if not first:
+                either.wait(10)
+        if first:
+            either.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(pause, (True, False)))
+    assert gc.isenabled()
 
 
 class Masked(nn.Module):

@@ -148,7 +148,7 @@ def around(problem: Problem, streamed: float | None = None) -> float:
     spec = problem.spec
     aligned = (problem.keys or _LENGTH) * 2 % 16 == 0
     tile = _TILE * (1 if aligned else _UNALIGNED) if streamed is None else streamed
-    read = sum(tile if c.is_tile else _BAND if c.is_band else 0.0 for c in spec.captures)
+    read = sum(_BAND if c.is_band else tile if c.is_tile else 0.0 for c in spec.captures)
     return read + _OPERATION * sum(bool(node.args) for node in spec.score.walk())
 
 

@@ -69,7 +69,7 @@ _F16: Final[dict[int, tuple[_Cut, _Cut]]] = {
 }
 _SINGLE: Final[dict[int, tuple[_Cut, _Cut]]] = {
     32: ((32, 32, 4), (32, 32, 8)),
-    64: ((32, 32, 8), (32, 32, 8)),
+    64: ((32, 32, 8), (16, 32, 8)),
     128: ((16, 32, 8), (16, 16, 8)),
 }
 _BF16_CAUSAL: Final[dict[int, tuple[_Cut, _Cut]]] = {

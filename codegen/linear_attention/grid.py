@@ -56,6 +56,7 @@ class Grid:
             "below": "tile" if self.tiles == 1 else f"(tile // {self.tiles})",
             "from_left": "" if self.tiles == 1 else f" + tile % {self.tiles} * {ACROSS}",
             "behind": f" + {first}" if self.first else "",
+            "on_grid": "(tile >= 0) & " if self.first else "",
             "side": str(self.side),
             "taps": str(self.taps),
             "margin": str(self.taps // 2),

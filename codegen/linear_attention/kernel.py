@@ -65,7 +65,7 @@ def candidates(
             LinearConfig("quadratic", whole, columns, warps, 1, _GROUP),
         )
     found = [LinearConfig("linear", block, columns, warps, 1)]
-    if 0 < longest <= block and not spec.causal:
+    if 0 < longest <= block and (whole or block) <= block and not spec.causal:
         # Windows: few products a program, so fewer warps, or several sequences one after the other.
         few = LinearConfig("linear", whole or block, columns, max(warps // 2, 1), 1)
         found = [few, LinearConfig("linear", whole or block, columns, warps, 1, _GROUP), *found]
@@ -92,6 +92,10 @@ def source(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtype, 
         LoweringError: no kernel can be generated; `objection` says why.
     """
     reason = objection(spec, head_dim, value_dim, dtype, operands)
+    cut = read_linear_config(config)
+    if reason is None and operands.taps and cut.association == "quadratic":
+        whole = Grid(spec.side, spec.first, operands.taps).places(cut.block) == cut.block
+        reason = None if whole else f"{config} does not hold all tokens of the grid in one block"
     if reason is not None:
         raise LoweringError(f"no Triton kernel for this linear attention: {reason}; lower it to ATen instead")
-    return str(LinearText(spec, head_dim, value_dim, dtype, operands, read_linear_config(config)))
+    return str(LinearText(spec, head_dim, value_dim, dtype, operands, cut))

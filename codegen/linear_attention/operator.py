@@ -168,6 +168,9 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, optional: Optional, spec: str) -> 
         raise LoweringError("a convolution needs both weight and bias; lower it to ATen instead")
     # Elsewhere than on CUDA no kernel is generated, and float64 serves as an oracle.
     reason = objection(meaning, q.shape[3], v.shape[3], q.dtype, operands_of(*optional)) if q.is_cuda else None
+    tokens = meaning.first + meaning.side**2
+    if meaning.side and any(isinstance(x.shape[2], int) and x.shape[2] != tokens for x in (q, k)):
+        reason = f"{q.shape[2]} queries and {k.shape[2]} keys are not the {tokens} tokens of the grid"
     if reason is not None:
         raise LoweringError(f"no Triton kernel for this linear attention: {reason}; lower it to ATen instead")
     return meaning

@@ -49,7 +49,7 @@ def store_tokens(x, base, n, count, c, stride_n, stride_c, WIDTH: tl.constexpr, 
 @triton.jit
 def rectified(x):
     """relu(x), NaN where x is."""
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def $name(
     # One row of taps at a time: all of them at once would not fit the registers.
     for row in tl.range(0, $taps, num_stages=1):
         y = rows $sign (row - $margin)
-        inside = ((y >= 0) & (y < $side))[:, None]$e_mask
+        inside = ($on_grid(y >= 0) & (y < $side))[:, None]$e_mask
         at = x + (y * $side$from_left$behind).to(tl.int64)[:, None] * stride_n + e[None, :] * stride_e
         tap = weight + e * weight_stride_e + row * weight_stride_y
         $load_taps

@@ -197,6 +197,8 @@ def _pooled(node: Node, axis: int, shifted: bool) -> Answer:
     axes = 2 if "2d" in operator_name(node) else 1
     if axis >= rank - axes:
         return f"{operator_name(node)} runs over the channels"
+    if shifted and given.get("divisor_override") is not None:
+        return "the average divides by a number of its own"
     padding = given.get("padding", 0)
     padded = any(padding if isinstance(padding, list | tuple) else [padding]) and given.get("count_include_pad", True)
     return "zero padding lies between" if padded and shifted else axis

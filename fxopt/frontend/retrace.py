@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, disable_functional_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CaptureError
 from fxopt.frontend.repeated import RepeatedCalls
 
+_BACKWARD = (torch.autograd.grad, torch.autograd.backward)
 _OPAQUE = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
 _IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow"})
 
@@ -47,6 +49,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
         _reject_vmap(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
     traced.graph.eliminate_dead_code()
+    _reject_lost(traced)
     traced.recompile()
     return traced
 
@@ -113,3 +116,13 @@ def _reject_opaque(module: fx.GraphModule) -> None:
         name = getattr(node.target, "__name__", "")
         if node.op == "call_function" and name in _OPAQUE:
             raise CaptureError(f"the graph holds {name}, whose recomputation marks a retrace would lose")
+        if node.target in _BACKWARD or (node.op == "call_method" and node.target == "backward"):
+            raise CaptureError("the graph computes gradients inside, which depend on how its tensors came about")
+
+
+def _reject_lost(traced: fx.GraphModule) -> None:
+    """Functional transforms (vmap, grad) hide from the trace what they compute: it becomes a constant without value."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        value = getattr(traced, str(node.target), None)
+        if isinstance(value, FakeTensor) or (isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value)):
+            raise CaptureError("the graph holds a functional transform (vmap, grad, …), whose results a retrace loses")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -17,8 +16,9 @@ from fxopt.ir.operators import quick_result
 #: Key of the metadata that keeps the operand values from which a node's own value was computed.
 COMPUTED_FROM: Final = "fxopt_computed_from"
 
-#: Results of calls by what they depend on, for each fake mode as long as it lives.
-_RESULTS: Final[WeakKeyDictionary[FakeTensorMode, dict[Any, Any]]] = WeakKeyDictionary()
+#: The attribute of a fake mode that keeps results of calls by what they depend on. They hold the mode themselves: kept
+#: anywhere else, neither would ever be freed.
+_RESULTS: Final = "fxopt_results"
 
 
 def evaluate_fake(node: fx.Node, mode: FakeTensorMode | None) -> Any:
@@ -32,15 +32,32 @@ def call_fake(
     target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: FakeTensorMode | None
 ) -> Any:
     """``target`` on fake values. Calls alike, on static sizes, are run once and share the value."""
-    known = _RESULTS.setdefault(mode, {}) if mode is not None else {}
+    known: dict[Any, Any] = vars(mode).setdefault(_RESULTS, {}) if mode is not None else {}
     try:
-        switches = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        key = target, switches, likeness(args, metadata), likeness(dict(kwargs), metadata)
+        key = target, _switches(), likeness(args, metadata), likeness(dict(kwargs), metadata)
+        if key in known:
+            return known[key]
+        value = _run(target, args, kwargs, mode)
     except Unlike:
         return _run(target, args, kwargs, mode)
-    if key not in known:
-        known[key] = _run(target, args, kwargs, mode)
-    return known[key]
+    if _is_static(value):
+        known[key] = value
+    return value
+
+
+def _switches() -> tuple[Any, ...]:
+    """What results depend on besides operands."""
+    casts = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), casts
+
+
+def _is_static(value: Any) -> bool:
+    """Whether no size of a result is one of its own, as that of ``nonzero`` is."""
+    try:
+        likeness(value, metadata)
+    except Unlike:
+        return False
+    return True
 
 
 def _run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
 from threading import RLock
 from typing import Any, Final
@@ -34,16 +35,26 @@ def compile_base(
         return aot_eager(module, list(inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
     unpadded = {"comprehensive_padding": False} if pads_what_is_merged(module.graph) else {}
     patches = {**unpadded, **(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
-        usual = select_decomp_table()
-        own = {**DECOMPOSITIONS, **linear_attention.DECOMPOSITIONS, **launching.DECOMPOSITIONS}
-        table = {**usual, **own, **gelu.decompositions(usual)}
+        table = _decompositions(torch._inductor.config.fallback_random)
         compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=table)
         return compiled  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=2)
+def _decompositions(fallback_random: bool) -> dict[Any, Any]:
+    """Inductor's decompositions and our own: one table for all compilations, as PyTorch keeps what it traces by it.
+
+    Inductor has two tables, by its setting ``fallback_random``.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    usual = select_decomp_table()
+    own = {**DECOMPOSITIONS, **linear_attention.DECOMPOSITIONS, **launching.DECOMPOSITIONS}
+    return {**usual, **own, **gelu.decompositions(usual)}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import fx
 from torch._inductor import config
 from torch.fx import Node
 
-from fxopt.ir.nodes import is_call, shape, tensor
+from fxopt.ir.nodes import is_call, is_tensor, shape, tensor
 
 aten = torch.ops.aten
 _RESHAPES: Final = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
@@ -28,7 +28,10 @@ def pads_what_is_merged(graph: fx.Graph) -> bool:
 
 def _is_padded(node: Node) -> bool:
     source = node.args[0]
-    if not isinstance(source, Node) or not all(isinstance(size, int) for size in (*shape(source), *shape(node))):
+    # A graph that was left alone as Dynamo wrote it knows no values.
+    if not isinstance(source, Node) or not is_tensor(source) or not is_tensor(node):
+        return False
+    if not all(isinstance(size, int) for size in (*shape(source), *shape(node))):
         return False
     value = tensor(source)
     if value.is_contiguous() or len(shape(node)) >= len(shape(source)):

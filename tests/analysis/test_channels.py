@@ -70,6 +70,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...], tuple[int, ...]
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 1, 1), (0, 1), ()),
     "avg_pool2d padded": (lambda x: F.avg_pool2d(x, 2, 1, 1), (), (0, 1)),
     "avg_pool2d padded, not counted": (lambda x: F.avg_pool2d(x, 2, 1, 1, count_include_pad=False), (0, 1), ()),
+    "avg_pool2d, divided by 3": (lambda x: F.avg_pool2d(x, 1, 1, divisor_override=3), (), (0, 1)),
     "pad": (lambda x: F.pad(x, (1, 2, 0, 0, 1, 0)), (), (0, 2)),
     "pad by nothing": (lambda x: F.pad(x, (0, 0, 0, 0)), ALL, ()),
     "pad by ones": (lambda x: F.pad(x, (1, 2), value=1.0), (), ()),

@@ -98,4 +98,5 @@ CASES: dict[str, LinearCase] = {
     "causal-padded": LinearCase(24, 48, 70, 70, "k", causal=True),
     "short": LinearCase(64, 64, 9, 9, "p"),
     "one-query": LinearCase(16, 16, 1, 3),
+    "class-token before tiles": LinearCase(16, 16, 101, 101, "pc3", side=10, first=1, batch=1),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -177,3 +179,28 @@ def test_source_is_deterministic_and_readable() -> None:
     assert "grid=0+7x7" in text.splitlines()[9] or "grid=0+7x7" in text
     assert max(map(len, text.splitlines())) <= 160
     assert "def launch(" in text and 'if __name__ == "__main__":' in text
+
+
+@pytest.mark.parametrize(("side", "first", "config", "serves"), [
+    (7, 0, "quadratic-64x16w4s1g1", True), (4, 0, "quadratic-32x16w4s1g1", True),
+    (5, 0, "quadratic-32x16w4s1g1", False), (4, 0, "quadratic-16x16w4s1g1", False),
+    (5, 1, "quadratic-64x16w4s1g1", False),
+])  # fmt: skip
+def test_tokens_that_all_meet_lie_in_one_block(side: int, first: int, config: str, serves: bool) -> None:
+    spec, operands = LinearSpec(side=side, first=first), read_operands("pc3")
+    with contextlib.nullcontext() if serves else pytest.raises(LoweringError, match="in one block"):
+        source(spec, 16, 16, torch.float32, operands, config)
+
+
+def test_tokens_before_a_grid_read_nothing_of_it() -> None:
+    case = CASES["class-token before tiles"]
+    text = source(case.spec(HALF), 16, 16, HALF, case.optional, "linear-64x16w4s1g1")
+    assert text.count("inside = ((tile >= 0) & (y >= 0)") == 2
+
+
+@pytest.mark.parametrize("tokens", [20, 30])
+def test_tokens_that_are_no_grid_are_refused(tokens: int) -> None:
+    case = LinearCase(16, 16, tokens, tokens, "pc3", side=5)
+    with torch._subclasses.FakeTensorMode(), pytest.raises(LoweringError, match="are not the 25 tokens of the grid"):
+        given = [None if x is None else torch.empty(x.shape, dtype=x.dtype) for x in case.draw(HALF)]
+        linear_attention_forward(*given, str(case.spec(HALF)), "linear-32x16w4s1g1", False)

@@ -29,6 +29,7 @@ PLAIN = LinearSpec(out_dtype=HALF)
 #: Architecture, specification, head dimension, tokens where they are known, operands, dtype.
 CASES: list[tuple[int, LinearSpec, int, int | None, str, torch.dtype]] = [
     (90, WINDOW, 32, 49, "pc5", HALF),
+    (90, LinearSpec(side=5), 64, 25, "pc3", SINGLE),
     (80, WINDOW, 32, 49, "pc5", HALF),
     (100, WINDOW, 32, 49, "pc5", HALF),
     (90, LinearSpec(side=14, out_dtype=HALF), 64, 196, "pc5", HALF),
@@ -118,3 +119,10 @@ def test_every_kernel_compiles_without_spills(
         assert not re.search(r"(?<![\w.])(atom|red)\.", ptx), "sums must not depend on the order of blocks"
         if dtype is HALF and name != "filters_kernel":
             assert "mma" in ptx, what
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_results_in_bfloat16_are_products_of_bfloat16(width: int) -> None:
+    """Of the sum in two parts, which are as exact as the result."""
+    for text in texts(PLAIN, width, None, Operands(), HALF):
+        assert "tf32" not in compiled(text, "forward_kernel", 90).asm["ptx"]

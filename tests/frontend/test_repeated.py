@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fxopt.errors import CaptureError, FxoptWarning
 from fxopt.frontend import retrace as frontend
 from fxopt.frontend.dynamo import from_dynamo
 from fxopt.frontend.repeated import RepeatedCalls
@@ -131,13 +132,40 @@ def test_random_draws_are_written_each() -> None:
     _both(function, torch.randn(3))
 
 
-def test_vectorised_functions_are_run() -> None:
-    def function(x: Tensor) -> Tensor:
-        inner = torch.vmap(lambda row: row.exp() + torch.arange(3).exp(), in_dims=0)
-        found: Tensor = inner(x) + inner(x.exp()) + torch.arange(3).exp()
-        return found
+TRANSFORMED: dict[str, Function] = {
+    "vmap": lambda x: torch.vmap(lambda row: row.exp() + torch.arange(3).exp())(x) * x,
+    "vmap of what is made": lambda x: x + torch.vmap(lambda i: i * 2.0)(torch.arange(3)),
+    "grad": lambda x: torch.func.grad(lambda y: y.sin().sum())(x) * x,
+    "vjp": lambda x: torch.func.vjp(torch.sin, x)[1](x)[0],
+    "jacrev": lambda x: torch.func.jacrev(torch.sin)(x[0]),
+}
 
-    _both(function, torch.randn(2, 3))
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_graphs_with_functional_transforms_are_left_alone(name: str) -> None:
+    function, x = TRANSFORMED[name], torch.randn(2, 3)
+    torch._dynamo.reset()
+    with pytest.warns(FxoptWarning, match="functional transform|inside vmap"):
+        found = torch.compile(function, backend="fxopt", options={"base": "aot_eager"})(x)
+    torch.testing.assert_close(found, function(x))
+
+
+def test_gradients_computed_inside_of_a_graph_leave_it_alone() -> None:
+    def function(x: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad((x * x).sum(), x, retain_graph=True)
+        (second,) = torch.autograd.grad(x.exp().sum(), x, retain_graph=True)
+        return first + second
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    total = graph.call_function(torch.sum, (x,))
+    graph.output(graph.call_function(torch.autograd.grad, (total, x)))
+    module, given = fx.GraphModule(nn.Module(), graph), torch.randn(3, requires_grad=True)
+    with pytest.raises(CaptureError, match="computes gradients inside"):
+        frontend.retrace(module, (given,), None)
+    torch._dynamo.reset()
+    found = torch.compile(function, backend="fxopt", options={"base": "aot_eager"})(given)
+    torch.testing.assert_close(found, function(given))
 
 
 def test_symbolic_sizes_are_run() -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
+from fxopt.errors import FxoptWarning
 from fxopt.frontend.export import from_export
 from fxopt.lowering.padding import pads_what_is_merged
 
@@ -71,3 +73,18 @@ def test_dynamic_sizes_are_left_alone() -> None:
     batch = torch.export.Dim("batch", min=2, max=64)
     program = from_export(windows, (torch.randn(4, 14, 14, 96).bfloat16(),), dynamic_shapes=(({0: batch},),))
     assert not pads_what_is_merged(program.graph)
+
+
+def test_a_graph_that_was_left_alone_is_compiled() -> None:
+    """It knows no values, and may call operators of the dialect all the same."""
+
+    def function(x: Tensor) -> Tensor:
+        checked: Tensor = checkpoint(torch.exp, x, use_reentrant=False)
+        flat: Tensor = torch.ops.aten.reshape.default(x.transpose(1, 2), [4, -1])
+        return checked.sum() + flat.sin().sum()
+
+    torch._dynamo.reset()
+    x = torch.randn(4, 6, 8, requires_grad=True)
+    with pytest.warns(FxoptWarning):
+        found = torch.compile(function, backend="fxopt")(x)
+    torch.testing.assert_close(found, function(x))

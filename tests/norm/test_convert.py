@@ -76,6 +76,26 @@ def test_the_report_says_of_every_exchanged_norm_what_became_of_it() -> None:
     )
 
 
+class Written(nn.Module):
+    """A norm that is a module between two that are calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.layer_norm(self.linear(x), (8,)).relu()
+        x = self.linear(self.norm(x)).relu()
+        y: Tensor = nn.functional.layer_norm(x, (8,)).relu()
+        return y
+
+
+def test_norms_that_were_not_exchanged_keep_their_lines() -> None:
+    student = fxopt.prepare(Written(), (torch.randn(3, 8),), passes=[RepBatchNorm(steps=0)])
+    sites = [site for site in fxopt.convert(student).report.sites if site.kind == "norm"]
+    assert len({site.source.location for site in sites}) == 3
+
+
 def first_norm(student: nn.Module) -> nn.Module:
     return student.get_submodule("blocks.0.norm")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -43,6 +45,39 @@ def test_gradients_switched_off_are_another_call() -> None:
     with torch.no_grad():
         assert not call_fake(aten.exp.default, (x,), {}, mode).requires_grad
     assert recorded.requires_grad
+
+
+def test_results_go_with_their_mode() -> None:
+    mode = FakeTensorMode()
+    with mode:
+        x = torch.empty(3, 4)
+    kept = weakref.ref(call_fake(aten.exp.default, (x,), {}, mode))
+    assert kept() is call_fake(aten.exp.default, (x,), {}, mode)
+    del mode, x
+    gc.collect()
+    assert kept() is None
+
+
+def test_what_a_result_depends_on_besides_operands_is_told_apart() -> None:
+    mode = FakeTensorMode()
+    with mode:
+        x, weight, counts = torch.empty(3, 4), torch.empty(4, 4), torch.empty(3).long()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call_fake(aten.linear.default, (x, weight), {}, mode).dtype is torch.bfloat16
+    assert call_fake(aten.linear.default, (x, weight), {}, mode).dtype is torch.float32
+    assert call_fake(aten.div.Tensor, (counts, 2), {}, mode).dtype is torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert call_fake(aten.div.Tensor, (counts, 2), {}, mode).dtype is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_sizes_of_a_result_s_own_are_not_shared() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    x = mode.from_tensor(torch.ones(3, 4), static_shapes=True)
+    first, second = (call_fake(aten.nonzero.default, (x + n,), {}, mode) for n in range(2))
+    assert str(first.shape[0]) != str(second.shape[0])
 
 
 def test_symbolic_sizes_are_like_nothing() -> None:

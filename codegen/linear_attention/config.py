@@ -13,43 +13,41 @@ from fxopt.errors import LoweringError
 
 Association = Literal["linear", "quadratic"]
 
-_TEXT: Final = re.compile(r"(linear|quadratic)-(\d+)x(\d+)w(\d+)s(\d+)g(\d+)")
+_TEXT: Final = re.compile(r"(linear|quadratic)-(\d+)x(\d+)w(\d+)g(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class LinearConfig:
-    """``block`` tokens by ``columns`` channels at a time, by ``num_warps`` warps, ``num_stages`` loads deep.
+    """``block`` tokens by ``columns`` channels at a time, by ``num_warps`` warps.
 
     ``association`` says whether ``Kᵀv`` or ``QKᵀ`` is computed first; the latter holds all tokens in one block, so it
     is for short sequences. A program works on ``group`` sequences one after the other. Prints as
-    ``linear-64x32w4s2g1``; `read_linear_config` is the inverse.
+    ``linear-64x32w4g1``; `read_linear_config` is the inverse.
     """
 
     association: Association
     block: int
     columns: int
     num_warps: int
-    num_stages: int
     group: int = 1
 
     def __post_init__(self) -> None:
         sizes = (self.block, self.columns, self.num_warps)
         powers = all(n > 0 and n & (n - 1) == 0 for n in sizes)
-        if not powers or min(sizes[:2]) < 16 or min(self.num_stages, self.group) < 1:
+        if not powers or min(sizes[:2]) < 16 or self.group < 1:
             raise LoweringError(f"{self} is not a kernel configuration: blocks are powers of two from 16, warps of two")
         if self.association not in get_args(Association):
             raise LoweringError(f"{self.association!r} is no way to associate; they are {get_args(Association)}")
 
     def __str__(self) -> str:
-        cut = f"{self.block}x{self.columns}w{self.num_warps}s{self.num_stages}g{self.group}"
-        return f"{self.association}-{cut}"
+        return f"{self.association}-{self.block}x{self.columns}w{self.num_warps}g{self.group}"
 
 
 def read_linear_config(text: str) -> LinearConfig:
     """Read what ``str(LinearConfig)`` printed; raises `LoweringError` on anything else."""
     match = _TEXT.fullmatch(text)
     if match is None:
-        raise LoweringError(f"not a kernel configuration: {text!r}; an example is 'linear-64x32w4s2g1'")
+        raise LoweringError(f"not a kernel configuration: {text!r}; an example is 'linear-64x32w4g1'")
     return LinearConfig(match[1], *map(int, match.groups()[1:]))  # type: ignore[arg-type]  # the pattern names both
 
 

@@ -61,14 +61,14 @@ def candidates(
     whole = _whole(spec, operands, longest)
     if longest and not is_linear(*sizes, *dims) and whole and whole <= min(_LARGEST_BLOCK, block, gradients):
         return (
-            LinearConfig("quadratic", whole, columns, warps, 1),
-            LinearConfig("quadratic", whole, columns, warps, 1, _GROUP),
+            LinearConfig("quadratic", whole, columns, warps),
+            LinearConfig("quadratic", whole, columns, warps, _GROUP),
         )
-    found = [LinearConfig("linear", block, columns, warps, 1)]
+    found = [LinearConfig("linear", block, columns, warps)]
     if 0 < longest <= block and (whole or block) <= block and not spec.causal:
         # Windows: few products a program, so fewer warps, or several sequences one after the other.
-        few = LinearConfig("linear", whole or block, columns, max(warps // 2, 1), 1)
-        found = [few, LinearConfig("linear", whole or block, columns, warps, 1, _GROUP), *found]
+        few = LinearConfig("linear", whole or block, columns, max(warps // 2, 1))
+        found = [few, LinearConfig("linear", whole or block, columns, warps, _GROUP), *found]
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
-from fxopt.codegen.attention.replay import Replay, layouts, record
+from fxopt.codegen.attention.replay import Replay, layouts, precision, record, remember
 from fxopt.codegen.building import launcher, only_compiles
 from fxopt.codegen.linear_attention import reference
 from fxopt.codegen.linear_attention.gradients import Optional, gradients
@@ -26,7 +26,6 @@ from fxopt.ir.linear_attention import LinearSpec
 
 #: Launches to repeat, by specification, configuration and layouts of the operands.
 _REPLAYS: Final[dict[tuple[object, ...], Replay]] = {}
-_MOST_REPLAYS: Final = 1024
 
 
 @torch.library.custom_op("fxopt::linear_attention_forward", mutates_args=(), device_types="cpu")
@@ -88,7 +87,7 @@ def _cuda(
     optional = (positions, keep, weight, bias)
     given = tuple(x for x in optional if x is not None)
     operands = (q, k, v, *given)
-    key = (spec, config, with_sums, _precision(q.dtype), *(x is None for x in optional), *layouts(operands))
+    key = (spec, config, with_sums, precision(q.dtype), *(x is None for x in optional), *layouts(operands))
     replay = None if only_compiles() else _REPLAYS.get(key)
     # A replay runs on the current device.
     if replay is not None and q.get_device() == torch.cuda.current_device():
@@ -98,17 +97,8 @@ def _cuda(
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, operands_of(*optional), config)
     launch = partial(launcher(kernel), *operands, with_sums=with_sums)
     (out, attended, sums), replay = (launch(), None) if only_compiles() else record(kernel, launch, operands)
-    if replay is not None:
-        # Lengths that grow by one would add entries for ever.
-        if len(_REPLAYS) >= _MOST_REPLAYS:
-            _REPLAYS.clear()
-        _REPLAYS[key] = replay
+    remember(_REPLAYS, key, replay)
     return out, attended, sums
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """What launchers read besides their operands: how products of float32 are computed."""
-    return str(torch.backends.cuda.matmul.fp32_precision) if dtype == torch.float32 else ""
 
 
 def operands_of(positions: Tensor | None, keep: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Operands:

@@ -23,8 +23,8 @@ _AXES: Final = {
     **dict.fromkeys(("q", "k"), "bhnd"), **dict.fromkeys(("v", "g", "o"), "bhne"), "positions": "hnd", "keep": "bn",
     "weight": "eyx", "bias": "e",
 }  # fmt: skip
-#: Loads don't run ahead: Triton 3.6 let them overwrite, in a buffer of one block, what other warps had yet to read
-#: (gradients of the values, eight warps, on an H100).
+#: How many loads are under way: they don't run ahead. Triton 3.6 let them overwrite, in a buffer of one block, what
+#: other warps had yet to read (gradients of the values, eight warps, on an H100).
 _STAGES: Final = 1
 _NOTHING: Final = "torch.empty(0, dtype=q.dtype, device=q.device)"
 
@@ -91,7 +91,7 @@ class HostText:
             "saved": "saved = attended if with_sums else out" if self.of.operands.taps else "",
             "state_parts": "" if quadratic else parts,
             "state": "" if quadratic else self._state({**state, "length": "state_length"}, "Sk"),
-            "forward_arguments": self._arguments("forward_kernel", values, self.of.config.num_stages),
+            "forward_arguments": self._arguments("forward_kernel", values),
         }
 
     def _state(self, given: dict[str, str], count: str) -> str:
@@ -99,7 +99,7 @@ class HostText:
         columns = str(self.blocks["by_key_channel"][3])
         name = f"{given['name']}_state_kernel"
         values = {"parts": given["parts"], "part_length": given["length"], "o": "attended"}
-        arguments = self._arguments(name, values, _STAGES)
+        arguments = self._arguments(name, values)
         new = text(template.NEW_PARTS, {**self.holes, **given})
         return text(template.STATE, {**given, "new": new, "state_columns": columns, "arguments": arguments})
 
@@ -130,11 +130,11 @@ class HostText:
             ),
             "backward_columns": str(self.blocks["by_key_channel"][3]),
             "values_columns": str(self.blocks["by_value_channel"][3]),
-            "queries_arguments": self._arguments("queries_kernel", keys, _STAGES),
-            "keys_arguments": self._arguments("keys_kernel", {**rows, "r": "dk"}, _STAGES),
+            "queries_arguments": self._arguments("queries_kernel", keys),
+            "keys_arguments": self._arguments("keys_kernel", {**rows, "r": "dk"}),
             "value_parts": value_parts,
             "values_arguments": self._arguments(
-                "values_kernel", {**rows, **values, "r": "dv"}, _STAGES
+                "values_kernel", {**rows, **values, "r": "dv"}
             ),
             "positions_gradient": "found.append(dk.sum(0, dtype=torch.float32).to(positions.dtype))"
             if operands.positions
@@ -145,10 +145,10 @@ class HostText:
     @property
     def _filters(self) -> str:
         columns = str(self.blocks["by_value_channel"][3])
-        arguments = self._arguments("filters_kernel", {"sums": "kept"}, 1)
+        arguments = self._arguments("filters_kernel", {"sums": "kept"})
         return text(template.FILTERS, {**self.holes, "filters_arguments": arguments, "values_columns": columns})
 
-    def _arguments(self, name: str, values: Mapping[str, str], stages: int) -> str:
+    def _arguments(self, name: str, values: Mapping[str, str]) -> str:
         kernel = self.kernels[name]
         block, keys, channels, columns, warps = self.blocks[kernel.kind]
         constants = {
@@ -157,7 +157,7 @@ class HostText:
             "EVEN_E": str(self.of.value_dim % channels == 0), "PRECISION": "PRECISION",
         }  # fmt: skip
         result_axes = "bhnd" if kernel.kind == "by_key_channel" else "bhne"
-        options = (f"num_warps={warps}", f"num_stages={stages}")
+        options = (f"num_warps={warps}", f"num_stages={_STAGES}")
         return kernel.arguments({**constants, **values}, {**_AXES, "r": result_axes}, options)
 
     @property

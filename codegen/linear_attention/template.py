@@ -17,7 +17,7 @@ computed as $association_maths. The result is $out_dtype.
 
 Specification:
 $spec
-Configuration: $config (tokens x columns, warps, stages, sequences a program); head dimensions $head_dim and $value_dim
+Configuration: $config (tokens x columns, warps, sequences a program); head dimensions $head_dim and $value_dim
 """
 
 from __future__ import annotations

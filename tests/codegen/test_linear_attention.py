@@ -20,7 +20,7 @@ from fxopt.ir.operators import overload, quick_result
 from tests.codegen.linear_cases import CASES, LinearCase, leaves, widened
 
 DOUBLE, HALF = torch.float64, torch.bfloat16
-CONFIG = "linear-32x16w4s1g1"
+CONFIG = "linear-32x16w4g1"
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -137,7 +137,7 @@ def test_nonsense_is_no_specification(text: str) -> None:
         read_linear_spec(text)
 
 
-@pytest.mark.parametrize("text", ["linear-32", "other-32x32w4s1g1", "linear-8x32w4s1g1", "linear-48x32w4s1g1"])
+@pytest.mark.parametrize("text", ["linear-32", "other-32x32w4g1", "linear-8x32w4g1", "linear-48x32w4g1"])
 def test_nonsense_is_no_configuration(text: str) -> None:
     with pytest.raises(LoweringError):
         read_linear_config(text)
@@ -182,9 +182,9 @@ def test_source_is_deterministic_and_readable() -> None:
 
 
 @pytest.mark.parametrize(("side", "first", "config", "serves"), [
-    (7, 0, "quadratic-64x16w4s1g1", True), (4, 0, "quadratic-32x16w4s1g1", True),
-    (5, 0, "quadratic-32x16w4s1g1", False), (4, 0, "quadratic-16x16w4s1g1", False),
-    (5, 1, "quadratic-64x16w4s1g1", False),
+    (7, 0, "quadratic-64x16w4g1", True), (4, 0, "quadratic-32x16w4g1", True),
+    (5, 0, "quadratic-32x16w4g1", False), (4, 0, "quadratic-16x16w4g1", False),
+    (5, 1, "quadratic-64x16w4g1", False),
 ])  # fmt: skip
 def test_tokens_that_all_meet_lie_in_one_block(side: int, first: int, config: str, serves: bool) -> None:
     spec, operands = LinearSpec(side=side, first=first), read_operands("pc3")
@@ -194,7 +194,7 @@ def test_tokens_that_all_meet_lie_in_one_block(side: int, first: int, config: st
 
 def test_tokens_before_a_grid_read_nothing_of_it() -> None:
     case = CASES["class-token before tiles"]
-    text = source(case.spec(HALF), 16, 16, HALF, case.optional, "linear-64x16w4s1g1")
+    text = source(case.spec(HALF), 16, 16, HALF, case.optional, "linear-64x16w4g1")
     assert text.count("inside = ((tile >= 0) & (y >= 0)") == 2
 
 
@@ -203,4 +203,4 @@ def test_tokens_that_are_no_grid_are_refused(tokens: int) -> None:
     case = LinearCase(16, 16, tokens, tokens, "pc3", side=5)
     with torch._subclasses.FakeTensorMode(), pytest.raises(LoweringError, match="are not the 25 tokens of the grid"):
         given = [None if x is None else torch.empty(x.shape, dtype=x.dtype) for x in case.draw(HALF)]
-        linear_attention_forward(*given, str(case.spec(HALF)), "linear-32x16w4s1g1", False)
+        linear_attention_forward(*given, str(case.spec(HALF)), "linear-32x16w4g1", False)

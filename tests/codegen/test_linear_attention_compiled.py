@@ -74,7 +74,7 @@ def compiled(text: LinearText, name: str, architecture: int) -> Any:
     fixed = {(n,): constants[p] for n, p in enumerate(kernel.arg_names) if p in constants}
     aligned = {(n,): [["tt.divisibility", 16]] for n, p in enumerate(kernel.arg_names) if _aligned(p, constants)}
     source = ASTSource(kernel, signature, fixed, aligned)
-    options = {"num_warps": warps, "num_stages": text.config.num_stages}
+    options = {"num_warps": warps, "num_stages": 1}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -25,6 +25,7 @@ from fxopt.codegen.attention.hopper.template import (
     LOOP,
     PLACE,
     PRODUCER,
+    TILE,
 )
 from fxopt.codegen.attention.interval import is_uniform
 from fxopt.codegen.attention.logits import LogitsText
@@ -276,11 +277,15 @@ class HopperText(LogitsText):
         spans += [("start", True)] * self._partial_at_start
         uniform = [c for c in self.captures if c.name in self._range_names and is_uniform(c.capture)]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
+        place = {
+            "hull_limits": as_gluon(self._hull_limits),
+            "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
+            "range_arguments": self._lists["range_arguments"],
+        }
         return {
             "kv_head": KV_HEAD[self.spec.kv_map],
             "range_captures": wide + as_gluon("\n".join((*(c.base for c in uniform), self._hull_limits)).strip("\n")),
-            "hull_limits": as_gluon(self._hull_limits),
-            "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
+            "tile": fill(TILE, place).rstrip("\n"),
             "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
             "inverse": _INVERSE[self.spec.empty_rows],
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",

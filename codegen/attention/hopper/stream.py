@@ -313,26 +313,6 @@ def multiply(
 
 '''
 
-#: Where a tile lies, and the blocks of keys that its rows need. One that runs ahead needs that for its first products;
-#: else its many divisions stand beside them.
-TILE: Final = """\
-row, head = place(turn, blocks, halves, group, pairs)
-first = row * ROWS
-last = gl.minimum(first + ROWS, Sq) - 1
-b = head // heads
-h = head % heads
-b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)
-rows = first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-# Rows beyond the end repeat the last one, so that nothing outside the captured tensors is read.
-i = gl.minimum(rows, Sq - 1)[:, None]
-n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-$capture_bases
-$hull_limits
-start, full_start, full_stop, stop = key_blocks(
-    $range_arguments
-)
-block = stop - 1
-"""
 #: Where the tile before lies, made anew.
 RECALL: Final = "row_before, head_before = place($turn, blocks, halves, group, pairs)"
 #: The queries of a tile's first products where none run ahead.

@@ -202,9 +202,9 @@ class StreamText(HopperText):
     @property
     def _consumer(self) -> dict[str, str]:
         found = super()._consumer
-        tile = fill(stream.TILE, {**found, "range_arguments": self._lists["range_arguments"]}).rstrip("\n")
+        tile = f"{found['tile']}\nblock = stop - 1"
         if self.config.ahead or self.config.groups > 2:
-            # Three groups of warps have no registers to spare.
+            # One that runs ahead needs that for its first products; three groups of warps have no registers to spare.
             recall = {"recall": _recalled("turn - 1"), "recall_last": _recalled("turns_of(blocks, halves, pairs) - 1")}
             early = {"before_products": f"{tile}\n{stream.QUERY}", "beside_products": ""}
             return {**found, **early, **recall, "no_tile": "", "remember": ""}

@@ -143,6 +143,25 @@ def advance(
 
 '''
 
+#: Where a tile lies, and the blocks of keys that its rows need.
+TILE: Final = """\
+row, head = place(turn, blocks, halves, group, pairs)
+first = row * ROWS
+last = gl.minimum(first + ROWS, Sq) - 1
+b = head // heads
+h = head % heads
+b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)
+rows = first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+# Rows beyond the end repeat the last one, so that nothing outside the captured tensors is read.
+i = gl.minimum(rows, Sq - 1)[:, None]
+n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+$capture_bases
+$hull_limits
+start, full_start, full_stop, stop = key_blocks(
+    $range_arguments
+)
+"""
+
 CONSUMER: Final = '''
 @gluon.jit
 def multiply(
@@ -154,21 +173,7 @@ def multiply(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
     pair = 0
     for turn in range(turns_of(blocks, halves, pairs)):
-        row, head = place(turn, blocks, halves, group, pairs)
-        first = row * ROWS
-        last = gl.minimum(first + ROWS, Sq) - 1
-        b = head // heads
-        h = head % heads
-        b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)
-        rows = first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-        # Rows beyond the end repeat the last one, so that nothing outside the captured tensors is read.
-        i = gl.minimum(rows, Sq - 1)[:, None]
-        n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        $capture_bases
-        $hull_limits
-        start, full_start, full_stop, stop = key_blocks(
-            $range_arguments
-        )
+        $tile
         acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
         total = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, SCORES))
         peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))

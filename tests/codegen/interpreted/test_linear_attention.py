@@ -34,7 +34,7 @@ def poisoned_outputs() -> Iterator[None]:
 def config_of(case: LinearCase) -> str:
     tokens = max(case.rows, case.keys)
     whole = 64 if 32 < tokens <= 64 else 32
-    return f"quadratic-{16}x16w4s1g2" if tokens < 16 and case.head_dim > 16 else f"linear-{whole}x16w4s1g2"
+    return f"quadratic-{16}x16w4g2" if tokens < 16 and case.head_dim > 16 else f"linear-{whole}x16w4g2"
 
 
 def module_of(case: LinearCase, spec: LinearSpec, dtype: torch.dtype) -> Any:

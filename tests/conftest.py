@@ -1,8 +1,16 @@
-"""What holds for every test: no GPU test without a GPU, a cache of the tests' own, no deadline on a busy machine."""
+"""What holds for every test: the same draws in every run, no GPU test without a GPU, a cache of the tests' own.
+
+Draws depend on the test's name alone, not on what ran before it in the same process. `FXOPT_TEST_SEED` gives others, to
+find tests that hold for some draws only.
+"""
 
 from __future__ import annotations
 
+import os
+import random
+import zlib
 from collections.abc import Iterator
+from typing import Final
 
 import hypothesis
 import pytest
@@ -10,6 +18,26 @@ import torch
 
 hypothesis.settings.register_profile("fxopt", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fxopt")
+
+_SEED: Final = os.environ.get("FXOPT_TEST_SEED", "0")
+
+
+def _seed(name: str) -> None:
+    seed = zlib.crc32(f"{_SEED} {name}".encode())
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Models and tensors of a module's own are drawn when it is imported, which is when it is collected."""
+    if isinstance(collector, pytest.Module):
+        _seed(collector.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed before any fixture of the test is set up."""
+    _seed(item.nodeid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,8 @@
 
 Each model runs with its own norms, with RepBatchNorm at the end of its training (`fxopt.prepare`, `fxopt.convert`:
 the norms are in the weights), and with the norms deleted, which is the bound: no fold can be faster than no norm. All
-run through Inductor and through fxopt, in turn in one process. Weights are random: norms cost the same trained.
+run through Inductor and through fxopt, in turn in one process. Weights are random, those of language models scaled as
+after training: norms cost the same trained.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -66,6 +68,8 @@ CASES: Final[dict[str, Case]] = {
 }  # fmt: skip
 #: The cases whose launches, one by one, would be what is timed.
 _GRAPHED: Final = ("swin-1",)
+#: Layers of transformers' decoders that write to the stream.
+_WRITERS: Final = (".o_proj", ".down_proj")
 
 
 @dataclass
@@ -137,7 +141,8 @@ def measure(case: Case, options: argparse.Namespace, progress: Progress) -> list
     truth: dict[str, tuple[Reference, float]] = {}  # of every change of the norms, and eager's own error against it
     for norms, peer in product(options.norms, _peers(case, options)):
         with torch.no_grad():
-            model, plain = NORMS[norms](case.build(device, dtype, quick=options.quick).eval(), inputs, peer)
+            built = _steadied(case.build(device, dtype, quick=options.quick).eval())
+            model, plain = NORMS[norms](built, inputs, peer)
             if norms not in truth:
                 expected = reference(plain, inputs)
                 truth[norms] = expected, compare(main_output(plain(**inputs)), expected).relative
@@ -154,6 +159,22 @@ def measure(case: Case, options: argparse.Namespace, progress: Progress) -> list
     for arm in arms:
         arm.timing = timings.get(arm.name)
     return arms
+
+
+def _steadied(model: nn.Module) -> nn.Module:
+    """A language model's weights scaled so that its branches add little to the stream, as they do after training.
+
+    Token embeddings have standard deviation 1 and the N layers that write to the stream are divided by √N (GPT-2's
+    initialisation). With branches as large as the stream nothing without a norm of each token is steady: gated layers
+    square what is large, and 24 of them carry it out of the numbers there are.
+    """
+    writers = [m for name, m in model.named_modules() if name.endswith(_WRITERS) and isinstance(m, nn.Linear)]
+    for writer in writers:
+        writer.weight.div_(math.sqrt(len(writers)))
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+    return model
 
 
 def _folds(model: nn.Module) -> dict[str, int] | None:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fxopt.codegen.attention.replay import Replay, layouts, record
 from fxopt.codegen.building import launcher, only_compiles
+from fxopt.codegen.replay import Replay, layouts, record, remember
 
 #: Launches to repeat, by what they depend on.
 _REPLAYS: Final[dict[tuple[object, ...], Replay]] = {}
-_MOST_REPLAYS: Final = 4096
 _LIBRARY: Final = torch.library.Library("fxopt", "FRAGMENT")
 #: What base compilers replace after autograd: operators by the same without PyTorch's layers of Python for autograd.
 DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {}
@@ -70,11 +69,8 @@ def launched(
         return launch()
     results, replay = record(kernel, launch, [x for x in given if x is not None])
     # What was copied is another tensor the next time.
-    if replay is not None and all(x is y for x, y in zip(given, operands, strict=True)):
-        # Lengths that grow by one would add entries for ever.
-        if len(_REPLAYS) >= _MOST_REPLAYS:
-            _REPLAYS.clear()
-        _REPLAYS[key] = replay
+    if all(x is y for x, y in zip(given, operands, strict=True)):
+        remember(_REPLAYS, key, replay)
     return results
 
 
@@ -84,7 +80,16 @@ def _results(launch: Callable[..., Tensor | tuple[Tensor, ...]], *arguments: Any
 
 
 def bare(name: str, on_cuda: Callable[..., Any], fake: Callable[..., Any], operator: Any) -> None:
-    """``fxopt::<name>_launch``: the custom operator ``fxopt::<name>`` without its layers."""
+    """Define ``fxopt::<name>_launch``: the custom operator ``fxopt::<name>`` without its layers, 10 µs a call.
+
+    Base compilers put it in the operator's place (`DECOMPOSITIONS`), when autograd is done with the graph.
+
+    Args:
+        name: the operator's name.
+        on_cuda: what it does on CUDA.
+        fake: its fake implementation.
+        operator: the custom operator itself, whose function is what it does on the CPU.
+    """
     whole = getattr(torch.ops.fxopt, name).default
     _LIBRARY.define(f"{name}_launch{str(whole._schema).partition(name)[2]}", tags=whole.tags)
     _LIBRARY.impl(f"{name}_launch", on_cuda, "CUDA")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -45,6 +47,21 @@ def test_the_patterns_are_back_afterwards() -> None:
 def test_one_table_of_decompositions_serves_all_compilations() -> None:
     """PyTorch keeps what it traces by a table as long as it lives."""
     assert _decompositions(False) is _decompositions(False)
+
+
+_LAUNCHED = """
+import fxopt.lowering.lower
+from fxopt.lowering.base import _decompositions
+print(*(operator for operator, by in _decompositions(False).items() if str(by).startswith("fxopt.")))
+"""
+
+
+def test_every_operator_with_a_launch_is_replaced_after_autograd() -> None:
+    """In a process that lowers its first graph: the table is made once, so all must be there by then."""
+    command = [sys.executable, "-W", "ignore", "-c", _LAUNCHED]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    kinds = "attention_forward attention_backward linear_attention_forward mlp_forward residual_norm_forward"
+    assert sorted(found) == sorted(f"fxopt.{kind}.default" for kind in [*kinds.split(), "residual_norm_backward"])
 
 
 def test_pauses_of_the_collector_in_two_threads_leave_it_as_it_was() -> None:

@@ -6,7 +6,7 @@ stands in graphs like any other operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, Final
@@ -17,14 +17,14 @@ from torch import Tensor
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward.config import split_config
-from fxopt.codegen.attention.backward.operator import DECOMPOSITIONS as BACKWARD_DECOMPOSITIONS
 from fxopt.codegen.attention.backward.operator import attention_backward
 from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.kernels import family, source
 from fxopt.codegen.attention.portable.config import widened
 from fxopt.codegen.attention.portable.kernel import KIND, objection
-from fxopt.codegen.attention.replay import Replay, layouts, precision, record, remember
 from fxopt.codegen.building import launcher, only_compiles
+from fxopt.codegen.launching import bare
+from fxopt.codegen.replay import Replay, layouts, precision, record, remember
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -199,19 +199,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
-
-#: The same without PyTorch's layers of Python for autograd, 10 µs a call: for graphs that autograd is done with.
-_LIBRARY: Final = torch.library.Library("fxopt", "FRAGMENT")
-_LIBRARY.define(
-    "attention_launch" + str(torch.ops.fxopt.attention_forward.default._schema).partition("forward")[2],
-    tags=torch.ops.fxopt.attention_forward.default.tags,
-)
-_LIBRARY.impl("attention_launch", _cuda, "CUDA")
-_LIBRARY.impl("attention_launch", attention_forward._init_fn, "CPU")
-torch.library.register_fake("fxopt::attention_launch", _fake, lib=_LIBRARY)
-
-#: What base compilers replace after autograd.
-DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
-    torch.ops.fxopt.attention_forward.default: torch.ops.fxopt.attention_launch.default,
-    **BACKWARD_DECOMPOSITIONS,
-}
+bare("attention_forward", _cuda, _fake, attention_forward)

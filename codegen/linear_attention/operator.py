@@ -6,7 +6,6 @@ they stand in graphs like any other operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, Final
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
-from fxopt.codegen.attention.replay import Replay, layouts, precision, record, remember
 from fxopt.codegen.building import launcher, only_compiles
+from fxopt.codegen.launching import bare
 from fxopt.codegen.linear_attention import reference
 from fxopt.codegen.linear_attention.gradients import Optional, gradients
 from fxopt.codegen.linear_attention.kernel import KIND, objection, source
 from fxopt.codegen.linear_attention.operands import Operands
+from fxopt.codegen.replay import Replay, layouts, precision, record, remember
 from fxopt.errors import LoweringError
 from fxopt.ir.linear_attention import LinearSpec
 
@@ -282,18 +282,4 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[An
 
 
 linear_attention_forward.register_autograd(_backward, setup_context=_setup_context)
-
-#: The same without PyTorch's layers of Python for autograd, 10 µs a call: for graphs that autograd is done with.
-_LIBRARY: Final = torch.library.Library("fxopt", "FRAGMENT")
-_LIBRARY.define(
-    "linear_attention_launch" + str(torch.ops.fxopt.linear_attention_forward.default._schema).partition("forward")[2],
-    tags=torch.ops.fxopt.linear_attention_forward.default.tags,
-)
-_LIBRARY.impl("linear_attention_launch", _cuda, "CUDA")
-_LIBRARY.impl("linear_attention_launch", linear_attention_forward._init_fn, "CPU")
-torch.library.register_fake("fxopt::linear_attention_launch", _fake, lib=_LIBRARY)
-
-#: What base compilers replace after autograd.
-DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
-    torch.ops.fxopt.linear_attention_forward.default: torch.ops.fxopt.linear_attention_launch.default
-}
+bare("linear_attention_forward", _cuda, _fake, linear_attention_forward)

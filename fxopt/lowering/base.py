@@ -12,9 +12,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from fxopt.codegen import launching
-from fxopt.codegen.attention.operator import DECOMPOSITIONS
-from fxopt.codegen.linear_attention import operator as linear_attention
+from fxopt.codegen.launching import DECOMPOSITIONS
 from fxopt.codegen.mlp import gelu
 from fxopt.lowering.options import Options
 from fxopt.lowering.padding import pads_what_is_merged
@@ -53,8 +51,7 @@ def _decompositions(fallback_random: bool) -> dict[Any, Any]:
     from torch._inductor.decomposition import select_decomp_table
 
     usual = select_decomp_table()
-    own = {**DECOMPOSITIONS, **linear_attention.DECOMPOSITIONS, **launching.DECOMPOSITIONS}
-    return {**usual, **own, **gelu.decompositions(usual)}
+    return {**usual, **DECOMPOSITIONS, **gelu.decompositions(usual)}
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.aot_autograd import aot_function
 
 from fxopt.codegen.attention import reference
-from fxopt.codegen.attention.operator import DECOMPOSITIONS, attention_forward
+from fxopt.codegen.attention.operator import attention_forward
+from fxopt.codegen.launching import DECOMPOSITIONS
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
@@ -20,7 +21,7 @@ from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, 
 from tests.codegen.vectors import VECTORS
 
 CONFIG = "64x32w4s2"
-attention_launch = torch.ops.fxopt.attention_launch.default
+attention_launch = torch.ops.fxopt.attention_forward_launch.default
 
 
 def leaves(name: str, shape: str) -> tuple[AttentionSpec, list[Tensor], list[Tensor]]:

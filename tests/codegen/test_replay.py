@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxopt.codegen.attention.replay import Replay, layouts, record
+from fxopt.codegen.replay import Replay, layouts, record
 
 Launcher = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -6,10 +6,10 @@ On CUDA it runs generated kernels where they can serve; elsewhere the weights ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from fxopt.codegen.attention.backward import families, kernel
 from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.portable.config import widened
-from fxopt.codegen.attention.replay import Replay, layouts, precision, record, remember
 from fxopt.codegen.building import launcher, only_compiles
+from fxopt.codegen.launching import bare
+from fxopt.codegen.replay import Replay, layouts, precision, record, remember
 from fxopt.ir.attention import AttentionSpec
 
 #: Launches to repeat, by specification, configuration and layouts of the operands.
@@ -222,17 +223,4 @@ def _empty(spec: AttentionSpec, x: Tensor) -> Tensor:
     return x.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
-#: The same without PyTorch's layers of Python around an operator of its own: for graphs that autograd is done with.
-_LIBRARY: Final = torch.library.Library("fxopt", "FRAGMENT")
-_LIBRARY.define(
-    "attention_backward_launch" + str(torch.ops.fxopt.attention_backward.default._schema).partition("backward")[2],
-    tags=torch.ops.fxopt.attention_backward.default.tags,
-)
-_LIBRARY.impl("attention_backward_launch", _cuda, "CUDA")
-_LIBRARY.impl("attention_backward_launch", attention_backward._init_fn, "CPU")
-torch.library.register_fake("fxopt::attention_backward_launch", _fake, lib=_LIBRARY)
-
-#: What base compilers replace after autograd.
-DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
-    torch.ops.fxopt.attention_backward.default: torch.ops.fxopt.attention_backward_launch.default
-}
+bare("attention_backward", _cuda, _fake, attention_backward)

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
-from fxopt.codegen.launching import DECOMPOSITIONS, as_rows, bare, key_of, launched, remembered
+from fxopt.codegen.launching import as_rows, bare, key_of, launched, remembered
 from fxopt.codegen.mlp import reference
 from fxopt.codegen.mlp.narrow_mlp.kernel import KIND, source
 from fxopt.codegen.mlp.narrow_mlp.problem import Problem, objection, operands_objection, problem_of
 from fxopt.errors import LoweringError
-
-__all__ = ["DECOMPOSITIONS", "mlp_forward"]
 
 #: Elements of a weight, from its first to its last, that 32 bits can count.
 _FAR = 2**31

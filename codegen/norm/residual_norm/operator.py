@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
-from fxopt.codegen.launching import DECOMPOSITIONS, bare, key_of, launched, remembered
+from fxopt.codegen.launching import bare, key_of, launched, remembered
 from fxopt.codegen.norm import reference
 from fxopt.codegen.norm.residual_norm import plain
 from fxopt.codegen.norm.residual_norm.backward_operator import residual_norm_backward
@@ -22,8 +22,6 @@ from fxopt.codegen.norm.residual_norm.config import split_config
 from fxopt.codegen.norm.residual_norm.kernel import KIND, source
 from fxopt.codegen.norm.residual_norm.problem import Problem, objection, problem_of
 from fxopt.errors import LoweringError
-
-__all__ = ["DECOMPOSITIONS", "residual_norm_forward"]
 
 
 @torch.library.custom_op("fxopt::residual_norm_forward", mutates_args=(), device_types="cpu")

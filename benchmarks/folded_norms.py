@@ -29,8 +29,8 @@ from rich.table import Table
 from torch import nn
 
 import fxopt
+from benchmarks.accuracy import Reference, compare, reference
 from benchmarks.environment import environment
-from benchmarks.model_accuracy import Reference, compare, reference
 from benchmarks.model_cases import CASES as MODELS
 from benchmarks.model_cases import Case, Inputs
 from benchmarks.model_peers import PEERS, Forward, Peer, main_output

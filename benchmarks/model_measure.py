@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy import Reference, compare, reference
 from benchmarks.kernels import kernel_times
-from benchmarks.model_accuracy import Reference, compare, reference
 from benchmarks.model_cases import Case, Inputs
 from benchmarks.model_peers import Forward, Peer, main_output
 from benchmarks.model_results import CaseResult, PeerResult, judge

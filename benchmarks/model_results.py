@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from benchmarks.model_accuracy import Error
+from benchmarks.accuracy import Error
 from benchmarks.model_peers import PEERS
 from benchmarks.timing import Timing
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.accuracy import largest_error
 from benchmarks.environment import environment
 from benchmarks.timing import Candidate, Timing, cuda_graph, interleave
 from fxopt.codegen.mlp.narrow_mlp.config import candidates
@@ -139,18 +140,12 @@ def measure(
 def _right(functions: dict[str, Function], operands: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, Candidate]:
     runs: dict[str, Candidate] = {}
     for name, function in functions.items():
-        error = _error(function(*operands), exact)
+        error = largest_error(function(*operands), exact)
         if error < _TOLERANCE:
             runs[name] = partial(function, *operands)
         else:
             print(f"  {name} is wrong: error {error:.3g}")
     return runs
-
-
-def _error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    pairs = zip(found, exact, strict=True)
-    errors = [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs]
-    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def show(case: Case, timings: dict[str, Timing]) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.accuracy import largest_error
 from benchmarks.environment import environment
 from benchmarks.timing import Candidate, Timing, cuda_graph, interleave
 from fxopt.codegen.norm.residual_norm.config import backward_candidates, candidates
@@ -115,7 +116,7 @@ def measure(case: Case, configs: Sequence[str], rounds: int, device: str) -> dic
     )
     runs: dict[str, Candidate] = {}
     for name, function in functions.items():
-        error = _error(_results(case, function, operands, cotangents), exact)
+        error = largest_error(_results(case, function, operands, cotangents), exact)
         if error < _TOLERANCE:
             runs[name] = _run(case, function, operands, cotangents)
         else:
@@ -146,12 +147,6 @@ def _results(case: Case, function: Function, operands: Sequence[Tensor], cotange
     results = function(*operands)
     given = [cotangent.to(result.dtype) for cotangent, result in zip(cotangents, results, strict=True)]
     return [*(result.detach() for result in results), *torch.autograd.grad(results, operands, given)]
-
-
-def _error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    pairs = zip(found, exact, strict=True)
-    errors = [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs]
-    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def show(case: Case, timings: dict[str, Timing]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import models
-from benchmarks.model_accuracy import Reference, compare
+from benchmarks.accuracy import Reference, compare
 from benchmarks.model_cases import CASES
 from benchmarks.model_peers import PEERS, SLOW_PEERS
 from benchmarks.model_results import CaseResult, PeerResult, judge

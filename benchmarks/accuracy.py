@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,13 @@ def compare(output: torch.Tensor, expected: Reference) -> Error:
         return Error(math.inf, math.inf)
     norm = expected.output.norm().clamp(min=1e-30)
     return Error(float(difference.abs().max()), float(difference.norm() / norm))
+
+
+def largest_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """The largest of max |found - exact| / max |exact| over pairs of tensors; infinite where one is not a number."""
+    pairs = zip(found, exact, strict=True)
+    errors = [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs]
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def _upcast(model: Any, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:

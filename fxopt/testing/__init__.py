@@ -10,7 +10,7 @@ Users test their own passes and kernels with what fxopt tests its own with:
 from __future__ import annotations
 
 from fxopt.testing.budget import UNIT_ROUNDOFF, ErrorReport, assert_within_budget, compare
-from fxopt.testing.evaluation import Evaluation, evaluate
+from fxopt.testing.evaluation import Evaluation, evaluate, together
 from fxopt.testing.graphs import assert_operators, count_operators
 from fxopt.testing.inputs import DISTINCT, DISTRIBUTIONS, SIZE_COLLISIONS, Sizes, draw, padding_mask, row_mask
 from fxopt.testing.oracle import DoublePrecision, double_precision, oracle, oracle_gradients, upcast
@@ -35,5 +35,6 @@ __all__ = [
     "oracle_gradients",
     "padding_mask",
     "row_mask",
+    "together",
     "upcast",
 ]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 _COMPILED_PREFIX: Final = "_orig_mod."
+_Result = TypeVar("_Result")
 _GRID: Final = 32  # cotangents are multiples of 1/32 in [-1, 1], exact in every floating dtype
 
 
@@ -47,6 +48,28 @@ def evaluate(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Evaluati
     return Evaluation(
         detached(outputs), {name: grad for name, grad in zip(sources, gradients, strict=True) if grad is not None}
     )
+
+
+def together(runs: Sequence[_Result]) -> _Result:
+    """Several runs of one program, on inputs of the same sizes, as one: tensors of their nests are stacked.
+
+    For `assert_within_budget` where results are small: the largest error of a few numbers is a matter of luck, the
+    eager program's too, which the budget derives from. That of several draws isn't.
+
+    Args:
+        runs: what `evaluate`, `oracle_gradients` or the program itself gave, one for each draw.
+
+    Returns:
+        The same nest with ``[len(runs), ...]`` for each tensor, and the first run's values for all else.
+    """
+    if isinstance(runs[0], Evaluation):
+        outputs, gradients = (together([getattr(run, side) for run in runs]) for side in ("outputs", "gradients"))
+        return replace(runs[0], outputs=outputs, gradients=gradients)
+    return tree_map(_stacked, *runs)  # type: ignore[no-any-return]
+
+
+def _stacked(*leaves: Any) -> Any:
+    return torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
 
 
 def detached(values: Any) -> Any:

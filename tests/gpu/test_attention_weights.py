@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from fxopt.codegen.attention.weights.operator import attention_weights_forward
 from fxopt.codegen.attention.weights.reference import exact_weights, reduction
 from fxopt.codegen.attention.weights.source import KINDS
 from fxopt.ir.attention import AttentionSpec
-from fxopt.testing import Sizes, assert_within_budget, evaluate, oracle_gradients
+from fxopt.testing import Sizes, assert_within_budget, evaluate, oracle_gradients, together
 from tests.attention.case import Case
 from tests.attention.weight_readers import WEIGHT_READERS
 from tests.codegen.cases import EXPRESSIONS, in_turn, specification
@@ -93,8 +92,3 @@ def test_sites_run_end_to_end(case: Case, lower: str) -> None:
         results = [(compiled(*args), module(*args), oracle_gradients(module, *args).outputs) for args in calls]
     # Together: the largest error of one small result is a matter of luck, eager's too.
     assert_within_budget(*(together(side) for side in zip(*results, strict=True)), floor=1.0)
-
-
-def together(outputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """The outputs of several calls, each beside those of the others."""
-    return tuple(torch.stack(tensors) for tensors in zip(*outputs, strict=True))

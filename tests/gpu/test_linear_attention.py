@@ -10,9 +10,8 @@ import fxopt
 from fxopt.codegen.linear_attention.kernel import candidates
 from fxopt.codegen.linear_attention.operator import linear_attention_forward
 from fxopt.passes import LinearAttention, SimplifiedLinearAttention
-from fxopt.testing import assert_within_budget
+from fxopt.testing import assert_within_budget, together
 from tests.codegen.linear_cases import CASES, LinearCase, eager, exact, leaves
-from tests.gpu.test_attention_weights import together
 from tests.linear_attention.models import Causal, Written, inputs, mixer, optimizer_of, train
 
 pytestmark = pytest.mark.gpu

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxopt.testing import draw, evaluate
+from fxopt.testing import draw, evaluate, together
 
 
 def test_evaluate_keeps_strides_and_the_callers_values() -> None:
@@ -47,3 +47,13 @@ def test_cotangents_are_equal_in_every_dtype() -> None:
     ]
     assert all(torch.equal(gradients[0], other) for other in gradients[1:])
     assert len(torch.unique(gradients[0])) > 10
+
+
+def test_together_stacks_the_tensors_of_several_runs() -> None:
+    module = nn.Linear(3, 2, bias=False)
+    runs = [evaluate(lambda x: {"y": module(x), "n": x.shape[0]}, torch.full((4, 3), float(n))) for n in range(5)]
+    whole = together(runs)
+    assert whole.outputs["n"] == 4 and whole.outputs["y"].shape == (5, 4, 2)
+    assert all(torch.equal(whole.outputs["y"][n], run.outputs["y"]) for n, run in enumerate(runs))
+    gradients = together([evaluate(module, torch.full((4, 3), float(n))) for n in range(2)]).gradients
+    assert list(gradients) == ["parameters.weight"] and gradients["parameters.weight"].shape == (2, 2, 3)

@@ -12,6 +12,7 @@ Names load on first use, so that importing fxopt costs next to nothing.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from fxopt.training import advance, prepare, prepared
 
 __version__: Final = "0.1.0"
+
+# In a checkout passes/ and codegen/ stand beside this folder; installing puts them into it. Python that is started in a
+# checkout finds this folder first, whatever is installed.
+if not os.path.isdir(os.path.join(__path__[0], "passes")):
+    __path__.append(os.path.dirname(__path__[0]))
 
 _HOME: Final[dict[str, str]] = {
     "Program": "fxopt.api",

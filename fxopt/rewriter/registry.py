@@ -52,7 +52,7 @@ def resolve_pass(wanted: str | Pass) -> Pass:
     known = registered_passes()
     if wanted not in known:
         close = difflib.get_close_matches(wanted, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise UnknownPassError(f"there is no pass called {wanted!r}{hint} The passes are: {', '.join(sorted(known))}")
     needed = _required(known[wanted])
     if needed:

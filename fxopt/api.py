@@ -25,9 +25,12 @@ from fxopt.report.dump import dump
 from fxopt.report.report import Report
 from fxopt.rewriter.passes import Pass
 from fxopt.rewriter.pipeline import PipelineResult
+from fxopt.rewriter.registry import register_pass
 from fxopt.rewritten import Captured, RewrittenModule
 
-__all__ = ["Program", "RewrittenModule", "capture", "explain", "explain_program", "optimize", "rewrite"]
+__all__ = [
+    "Program", "RewrittenModule", "capture", "explain", "explain_program", "optimize", "register_pass", "rewrite",
+]  # fmt: skip
 
 Target = TypeVar("Target")
 
@@ -90,6 +93,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     The model runs once, rewritten but without the base compiler; graph breaks are followed, so several graphs may be
     covered. Nothing of the model is changed. The mode (training or not, gradients or not) is the caller's.
+    TorchDynamo is reset: what was compiled before in this process is compiled again at its next call.
 
     Raises:
         CaptureError: no graph at all could be captured.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt import backend
 from fxopt.errors import CaptureError, FxoptWarning, OptionError, UnknownPassError, UnsupportedTorchError
-from fxopt.lowering.options import read_options
+from fxopt.passes import FuseAttention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,18 +45,31 @@ def test_old_torch_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
         ({"strict": "no"}, "True or False"),
         ({"passes": "fuse-attention"}, "list of pass names"),
         ({"inductor": 3}, "mapping"),
+        ({"passes": 3}, "list of pass names"),
+        ({"passes": FuseAttention()}, "list of pass names"),
+        ({"passes": [FuseAttention]}, "not a pass instance"),
     ],
 )
 def test_unknown_options_list_the_valid_ones(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=f"(?i){message}"):
-        read_options(options)
-    with pytest.raises(OptionError):
         fxopt.optimize(nn.Linear(2, 2), **options)
+    with pytest.raises(Exception, match=f"(?i)OptionError: .*{message}"):
+        compiled(attention, **options)(*[torch.ones(1, 1, 2, 2)] * 3)
 
 
 def test_unknown_pass_lists_the_known_ones() -> None:
     with pytest.raises(UnknownPassError, match=r"did you mean 'fuse-attention'.*contractions.*fuse-attention.*softmax"):
         fxopt.rewrite(nn.Linear(2, 2), (torch.ones(1, 2),), passes=["fuse-atention"])
+
+
+def test_the_backend_refuses_what_does_not_exist_instead_of_leaving_the_graph_alone() -> None:
+    q = torch.ones(1, 1, 2, 2)
+    with pytest.raises(Exception, match=r"UnknownPassError: there is no pass called 'xyz'\. The passes are: centre"):
+        compiled(attention, passes=["xyz"])(q, q, q)
+    with pytest.raises(Exception, match="no setting 'max_autotun'; did you mean 'max_autotune'"):
+        compiled(attention, base="inductor", inductor={"max_autotun": True})(q, q, q)
+    with pytest.raises(Exception, match="give a mapping of names to values"):
+        torch.compile(attention, backend="fxopt", options=[1])(q, q, q)  # type: ignore[arg-type, call-overload]
 
 
 def test_what_is_no_model_is_refused() -> None:

@@ -88,7 +88,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, "options": options or None}
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     """What fxopt does with ``model`` called as ``model(*args, **kwargs)``: every attention, norm and MLP of it.
 
     The model runs once, rewritten but without the base compiler; graph breaks are followed, so several graphs may be

@@ -76,7 +76,7 @@ def optimized_twin(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
         model = model._orig_mod
     if isinstance(model, torch.jit.ScriptModule):
         raise OptionError("TorchScript can't be optimized; give the module that it was made from")
-    if isinstance(model, nn.modules.lazy.LazyModuleMixin) and model.has_uninitialized_params():  # type: ignore[no-untyped-call]
+    if isinstance(model, nn.modules.lazy.LazyModuleMixin) and model.has_uninitialized_params():
         raise OptionError(f"{type(model).__name__} has no parameters yet; call it once, then optimize it")
     twin = object.__new__(optimized_class(type(model), settings))
     object.__setattr__(twin, "__dict__", model.__dict__)
@@ -97,7 +97,7 @@ def plain_call(cls: type[nn.Module]) -> Callable[..., Any]:
     if not trace_rules.check(cls.forward):
         return call
 
-    def enter(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def enter(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return call(module, *args, **kwargs)
 
     return enter
@@ -122,7 +122,7 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """As the class has it, but for a class that can't be found by its name: that is made anew from the user's."""
-    made = next(cls for cls in type(self).__mro__ if _SOURCE in cls.__dict__)
+    made: Any = next(cls for cls in type(self).__mro__ if _SOURCE in cls.__dict__)
     reduced = super(made, self).__reduce_ex__(protocol)
     named = _by_name(made)
     if type(self) is not made or named is made or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]

@@ -193,6 +193,26 @@ def test_optimized_models_can_be_captured_and_rewritten() -> None:
         torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), model(X))
 
 
+def test_arguments_of_any_name_and_state_that_calls_change() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, model: Tensor, module: Tensor) -> Tensor:
+            self.get_buffer("calls").add_(1)
+            return model.add_(module)
+
+    assert not fxopt.explain(Counts(), model=X.clone(), module=X).sites
+    rewritten = fxopt.rewrite(Counts(), (), {"model": X.clone(), "module": X})
+    for counts in (fxopt.optimize(Counts(), base="eager"), rewritten):
+        x = X.clone()
+        for _ in range(2):
+            counts(module=X, model=x)
+        assert int(counts.get_buffer("calls")) == 2
+        torch.testing.assert_close(x, 3 * X)
+
+
 @torch.no_grad()
 def test_inside_of_another_compiled_model() -> None:
     model = nn.Sequential(Fast(), fxopt.optimize(Plain(), base="eager"))

@@ -97,7 +97,9 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
 
     Raises:
         CaptureError: no graph at all could be captured.
+        OptionError: ``model`` is neither module nor function.
     """
+    _check_model(model)
     torch._dynamo.reset()
     with backend.collecting() as (outcomes, failures):
         target: Any = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
@@ -146,12 +148,19 @@ def capture(
 
     Raises:
         CaptureError: the model can't be captured as one graph; the message carries the line that stopped it.
+        OptionError: ``model`` is neither module nor function.
     """
     backend.check_torch()
+    _check_model(model)
     check_args(args)
     found = from_export(model, args, kwargs, dynamic_shapes)
     frozen = isinstance(model, nn.Module) and not model.training
     return Program(found.module, found.entry, found.signature, found.notes, frozen)
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, type) or not callable(model):
+        raise OptionError(f"{model!r} is neither an nn.Module nor a function; give a model that can be called")
 
 
 def explain_program(program: ir.Program, passes: Sequence[str | Pass] | None = None) -> Report:
@@ -160,8 +169,7 @@ def explain_program(program: ir.Program, passes: Sequence[str | Pass] | None = N
 
 
 def _run(program: ir.Program, passes: Sequence[str | Pass] | None) -> driver.Outcome:
-    options = Options(passes=None if passes is None else tuple(passes))
-    return driver.run(program, options, training=False)
+    return driver.run(program, read_options({"passes": passes}), training=False)
 
 
 def rewrite(

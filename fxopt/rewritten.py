@@ -227,7 +227,7 @@ class RewrittenModule(nn.Module):
         return {**state, "_modes": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._prepare()
 
     def _mode(self) -> _Mode:

@@ -21,7 +21,7 @@ from fxopt.example import check_args, kind_of
 from fxopt.frontend.export import from_export
 from fxopt.ir.program import Program
 from fxopt.ir.site import Site
-from fxopt.lowering.options import Options
+from fxopt.lowering.options import Options, read_options
 from fxopt.report.report import PassSummary, Report
 from fxopt.rewriter.passes import Pass
 from fxopt.rewriter.progressive import Call, Preparation, Student, TrainablePass, progressive_modules
@@ -83,7 +83,7 @@ def prepare(
     import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning before a pass makes one
 
     _check_model(model, args)
-    chosen = [_trainable(resolve_pass(wanted)) for wanted in passes]
+    chosen = [_trainable(resolve_pass(wanted)) for wanted in read_options({"passes": passes}).passes or ()]
     if not chosen:
         raise OptionError("passes is empty; give trainable passes such as fxopt.passes.RepBatchNorm(steps=20_000)")
     copied = copy.deepcopy(model)

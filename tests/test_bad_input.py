@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,29 @@ def test_the_backend_refuses_what_does_not_exist_instead_of_leaving_the_graph_al
         torch.compile(attention, backend="fxopt", options=[1])(q, q, q)  # type: ignore[arg-type, call-overload]
 
 
+def test_passes_are_a_list_everywhere() -> None:
+    linear, x = nn.Linear(2, 2), torch.ones(1, 2)
+    program = fxopt.capture(linear, (x,))
+    calls: list[Callable[[Any], Any]] = [
+        lambda passes: fxopt.explain_program(program, passes),
+        lambda passes: fxopt.rewrite(linear, (x,), passes=passes),
+        lambda passes: fxopt.prepare(linear, (x,), passes=passes),
+        lambda passes: program.dump("nowhere", passes=passes),
+    ]
+    for call in calls:
+        for wrong in ("fuse-attention", 3, FuseAttention()):
+            with pytest.raises(OptionError, match="give a list of pass names or instances"):
+                call(wrong)
+
+
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(OptionError, match=r"nn\.Module"):
         fxopt.optimize(3)
+    for wrong in (3, nn.Linear):
+        with pytest.raises(OptionError, match="a model that can be called"):
+            fxopt.capture(wrong, (2, 2))  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="a model that can be called"):
+            fxopt.explain(wrong, 2, 2)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"takes an nn\.Module, not function"):
         fxopt.rewrite(attention, ())  # type: ignore[arg-type]
     with pytest.raises(CaptureError, match="tuple of positional arguments, not Tensor"):

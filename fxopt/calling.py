@@ -181,12 +181,15 @@ def _size(size: Any) -> Any:
 
 def _bounds(values: list[Any]) -> dict[str, tuple[int, int | None]]:
     """What symbols may be. A lower bound of 2 is torch's way of telling sizes that are not broadcast: it is none."""
-    environments = [
-        s.node.shape_env for v in values if isinstance(v, Tensor) for s in v.shape if not isinstance(s, int)
-    ]
-    ranges = environments[0].var_to_range if environments else {}
-    found = {str(symbol): (int(r.lower), int(r.upper) if r.upper.is_Integer else None) for symbol, r in ranges.items()}
+    sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    symbolic: Any = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
+    ranges = symbolic.node.shape_env.var_to_range if symbolic is not None else {}
+    found = {str(symbol): (_number(r.lower) or 0, _number(r.upper)) for symbol, r in ranges.items()}
     return {name: (low if low > 2 else 0, high) for name, (low, high) in found.items() if low > 2 or high is not None}
+
+
+def _number(bound: Any) -> int | None:
+    return int(bound) if getattr(bound, "is_Integer", False) else None
 
 
 def _name(path: tuple[Any, ...], positional: list[str]) -> str:

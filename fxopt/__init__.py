@@ -12,23 +12,37 @@ Names load on first use, so that importing fxopt costs next to nothing.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from fxopt import passes
-    from fxopt.api import Program, RewrittenModule, capture, explain, explain_program, optimize, rewrite
+    from fxopt.api import (
+        Program,
+        RewrittenModule,
+        capture,
+        explain,
+        explain_program,
+        optimize,
+        register_pass,
+        rewrite,
+    )
     from fxopt.conversion import convert
     from fxopt.errors import FxoptError, FxoptWarning
     from fxopt.ir.site import Site
     from fxopt.report.report import Report
     from fxopt.rewriter.builder import Builder
     from fxopt.rewriter.passes import Pass, PassResult, apply_rules
-    from fxopt.rewriter.registry import register_pass
     from fxopt.rewriter.rule import Rejection, Rule
     from fxopt.training import advance, prepare, prepared
 
 __version__: Final = "0.1.0"
+
+# In a checkout passes/ and codegen/ stand beside this folder; installing puts them into it. Python that is started in a
+# checkout finds this folder first, whatever is installed.
+if not os.path.isdir(os.path.join(__path__[0], "passes")):
+    __path__.append(os.path.dirname(__path__[0]))
 
 _HOME: Final[dict[str, str]] = {
     "Program": "fxopt.api",
@@ -46,7 +60,7 @@ _HOME: Final[dict[str, str]] = {
     "Pass": "fxopt.rewriter.passes",
     "PassResult": "fxopt.rewriter.passes",
     "apply_rules": "fxopt.rewriter.passes",
-    "register_pass": "fxopt.rewriter.registry",
+    "register_pass": "fxopt.api",  # which knows the passes of fxopt: their names are taken
     "Rejection": "fxopt.rewriter.rule",
     "Rule": "fxopt.rewriter.rule",
     "convert": "fxopt.conversion",

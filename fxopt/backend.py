@@ -47,6 +47,7 @@ def compile(  # noqa: A001 - the name under which torch.compile's entry point fi
 
     Raises:
         OptionError: an unknown option or mode.
+        UnknownPassError: a pass name that is not registered.
         FxoptError: with ``strict=True``, whatever made fxopt leave the graph alone. By default the graph then goes
         to the
             base compiler as it is, and a `FxoptWarning` says why.
@@ -55,6 +56,7 @@ def compile(  # noqa: A001 - the name under which torch.compile's entry point fi
     chosen = read_options(options)
     if mode is not None and mode not in _MODES:
         raise OptionError(f"mode={mode!r} is not possible; choose one of {', '.join(_MODES)}")
+    driver.selected_passes(chosen)  # what the user names must exist, whatever becomes of the graph
     start, measured = time.perf_counter(), MEASUREMENT_SECONDS["total"]
     mode = None if mode == "default" else mode
     rewritten = _rewrite(module, inputs, chosen, mode)

@@ -26,6 +26,10 @@ class CaptureError(FxoptError, RuntimeError):
     """The model could not be captured as a graph; the message carries the user's line."""
 
 
+class CallError(FxoptError, ValueError):
+    """A rewritten module was called with arguments that its program does not serve; names the argument."""
+
+
 class PreparationError(FxoptError, ValueError):
     """Nothing of a model can be prepared for training, or a module that was not prepared is to be converted."""
 

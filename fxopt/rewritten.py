@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import CaptureError, OptionError
+from fxopt.calling import CallForm
+from fxopt.errors import OptionError
+from fxopt.example import kind_of
 from fxopt.folded import Division, divide, renew, undivided, version
 from fxopt.ir.program import Program
 from fxopt.report.report import Report
+from fxopt.rewriter.pipeline import PipelineResult
 
-#: Captures a model in its present mode; what comes back makes the program, with weights that may be folded or not.
-Build = Callable[[nn.Module], Callable[[bool], Program]]
+
+@dataclass(frozen=True)
+class Captured:
+    """A model captured in one mode: the calls it serves, and what rewrites it, with folded weights or without."""
+
+    form: CallForm
+    make: Callable[[bool], PipelineResult]
+
+
+#: Captures a model as it is now: in its present mode, dtype and place.
+Build = Callable[[nn.Module], Captured]
 
 
 @dataclass
 class _Mode:
     """What runs in one mode: ``program``, divided if it has folded weights, and ``live`` for calls with gradients."""
 
-    make: Callable[[bool], Program]
+    captured: Captured
     program: Program
+    report: Report
     division: Division | None
     live: Program | None = None
     versions: tuple[Any, ...] = ()
@@ -38,12 +51,12 @@ class _Mode:
         #: For each input of the program the parameter or buffer that it is, or ``None`` for an argument of the call.
         inputs = self.program.graph.find_nodes(op="placeholder")
         self.bound = [signature.bound.get(node.name) for node in inputs]
-        self.in_spec, self.out_spec = signature.in_spec, signature.out_spec
+        self.form = self.captured.form
 
     def with_gradients(self) -> Program:
         """The program without folded weights."""
         if self.live is None:
-            self.live = self.program if self.division is None else self.make(False)
+            self.live = self.program if self.division is None else self.captured.make(False).program
             self.live.generated()
         return self.live
 
@@ -53,45 +66,51 @@ class RewrittenModule(nn.Module):
 
     It holds copies of the model's parameters and buffers under their original names, takes the same arguments and gives
     the same outputs. The graph depends on the mode (dropout, batch statistics): switching with `train` or `eval`
-    rewrites the model for that mode at the next call. Use it with ``state_dict``, ``.to()``, ``torch.compile``,
-    ``torch.export``.
+    rewrites the model for that mode at the next call, and ``.to()``, ``.half()`` and the like at once. Use it with
+    ``state_dict``, ``torch.compile``, ``torch.export``, ``torch.save``.
+
+    It serves the calls that it was rewritten for: tensors of those dtypes and sizes (``dynamic_shapes`` says which
+    sizes may differ), and everything that is no tensor as it was. Another call raises `CallError`: the graph would
+    give something else.
 
     Weights that a pass folded into others (evaluation mode only) are computed once, in buffers below ``folded_weights``
     that are no part of the state dict, and again when a weight that they are made of has changed. Code compiled by
     ``torch.compile`` reads the buffers as they are: `load_state_dict`, ``.to()``, `train` and `eval` renew them, after
     any other change of a weight `renew_folded_weights` does. A call that records gradients of such weights runs the
     program without folded weights, so that they reach the weights themselves; call under ``torch.no_grad()`` for speed.
-
-    Attributes:
-        report: what became of the model; only where `fxopt.convert` made this.
     """
 
-    report: Report
     _model: nn.Module
-    _build: Build
-    _modes: dict[bool, _Mode]
+    _frozen = False
 
     def __init__(self, model: nn.Module, build: Build) -> None:
         super().__init__()
         with torch.inference_mode(False):  # so that in-place changes of the copies are counted
             skeleton = copy.deepcopy(model)
-        for name, child in skeleton.named_children():
-            self.add_module(name, child)
-        for name, parameter in skeleton.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in skeleton.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name not in skeleton._non_persistent_buffers_set)
+        # Under all their names, which `named_children` would leave out, and whatever these are.
+        self._modules.update(skeleton._modules)
+        self._parameters.update(skeleton._parameters)
+        self._buffers.update(skeleton._buffers)
+        self._non_persistent_buffers_set.update(skeleton._non_persistent_buffers_set)
         self.training = model.training
         # Not registered: its parameters are this module's own, under this module's names.
         object.__setattr__(self, "_model", skeleton)
-        object.__setattr__(self, "_build", build)
-        object.__setattr__(self, "_modes", {})
-        self.folded_weights = nn.Module()
-        self.register_load_state_dict_post_hook(lambda module, keys: module.renew_folded_weights())  # type: ignore[no-untyped-call]
-        mode = self._mode()
-        if mode.division is None or any(parameter.requires_grad for parameter in self.parameters()):
-            mode.with_gradients()  # now, as a call may be traced
-        self.renew_folded_weights()
+        self._build, self._kind = build, kind_of(model)
+        self._modes: dict[bool, _Mode] = {}
+        self._told: Report | None = None
+        self._folder = next(n for i in range(len(self._modules) + 1) if (n := _folder(i)) not in self._modules)
+        self._modules[self._folder] = nn.Module()
+        self.register_load_state_dict_post_hook(_renew)  # type: ignore[no-untyped-call]
+        self._prepare()
+
+    @property
+    def report(self) -> Report:
+        """What the passes did with the model in its current mode: every site rewritten, or kept with the reason."""
+        return self._told if self._told is not None else self._mode().report
+
+    @report.setter
+    def report(self, report: Report) -> None:
+        self._told = report
 
     def program(self) -> Program:
         """The rewritten program that a call would run now: of the current mode, with or without folded weights."""
@@ -99,21 +118,27 @@ class RewrittenModule(nn.Module):
         return mode.with_gradients() if self._records_gradients(mode) else mode.program
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the rewritten program on the arguments of the original model."""
+        """Run the rewritten program on the arguments of the original model.
+
+        Raises:
+            CallError: the program is not that of this call.
+        """
         mode = self._mode()
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        if spec != mode.in_spec:
-            raise CaptureError(
-                f"this module was rewritten for arguments of the structure {mode.in_spec}, called with {spec}; "
-                "call it as in rewrite(), or rewrite it for this call"
-            )
-        inputs = iter(flat)
+        inputs = iter(mode.form.flat(args, kwargs))
         operands = [next(inputs) if name is None else self._state(name) for name in mode.bound]
         if mode.division is None or self._records_gradients(mode):
             results = mode.with_gradients().module(*operands)
         else:
             results = mode.division.rest(*operands, *self._folded(mode.division))
-        return pytree.tree_unflatten(results, mode.out_spec)
+        assert mode.program.signature is not None
+        return pytree.tree_unflatten(results, mode.program.signature.out_spec)
+
+    def _prepare(self) -> None:
+        """Make what a call needs now, as a call may be traced."""
+        mode = self._mode()
+        if mode.division is None or any(parameter.requires_grad for parameter in self.parameters()):
+            mode.with_gradients()
+        self.renew_folded_weights()
 
     def renew_folded_weights(self) -> None:
         """Compute the folded weights of the current mode anew if a weight that they are made of has changed."""
@@ -124,7 +149,8 @@ class RewrittenModule(nn.Module):
         versions = tuple(map(version, (*sources, *mode.division.constants)))
         if versions == mode.versions:
             return
-        kept = self.folded_weights
+        kept = self._modules[self._folder]
+        assert kept is not None
         before = [getattr(kept, name, None) for name in mode.division.names]
         with torch.inference_mode(False), torch.no_grad():
             values = renew(before, mode.division.prologue(*(source.detach() for source in sources)))
@@ -146,13 +172,13 @@ class RewrittenModule(nn.Module):
         mode = self._mode()
         if mode.division is not None:
             self.renew_folded_weights()
-            program = undivided(mode.program, mode.division, "folded_weights")
-            self._modes[False] = _Mode(mode.make, program, None)
+            program = undivided(mode.program, mode.division, self._folder)
+            self._modes[False] = replace(mode, program=program, division=None, live=None)
             self._drop(mode.division.sources, self._modes[False].bound)
-            self.folded_weights._non_persistent_buffers_set.clear()
+            self.get_submodule(self._folder)._non_persistent_buffers_set.clear()
         self._modes[False].with_gradients()
         self._modes.pop(True, None)
-        object.__setattr__(self, "_frozen", True)
+        self._frozen = True
         return self
 
     def _drop(self, sources: tuple[str, ...], kept: list[str | None]) -> None:
@@ -169,26 +195,50 @@ class RewrittenModule(nn.Module):
         Raises:
             OptionError: the module was frozen.
         """
-        if mode and self.__dict__.get("_frozen"):
+        if mode and self._frozen:
             raise OptionError("this module was frozen: its weights are folded for good; train the original")
         super().train(mode)
-        if "_modes" in self.__dict__:
-            self.renew_folded_weights()
+        self.renew_folded_weights()
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RewrittenModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        before, self._kind = self._kind, kind_of(self)
+        if self._frozen:
+            mode = self._modes[False]
+            mode.form = mode.form.of_dtype(before.dtype, self._kind.dtype)
+        elif (before.dtype, before.device) != (self._kind.dtype, self._kind.device):
+            self._modes.clear()  # a graph may name the dtype and the place of what it makes
+            self._prepare()
         self.renew_folded_weights()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        """A copy that need not be rewritten again, as what was unpickled must be."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._frozen:
+            raise OptionError("a frozen module can't be pickled; save its state_dict(), or torch.export.export() of it")
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_modes": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._prepare()
 
     def _mode(self) -> _Mode:
         modes = self._modes
         if self.training not in modes:
             self._share_state()
             with torch.random.fork_rng():
-                make = self._build(self._model.train(self.training))
-                program = make(not self.training)
-            modes[self.training] = _Mode(make, program, divide(program))
+                captured = self._build(self._model.train(self.training))
+                result = captured.make(not self.training)
+            program = result.program
+            modes[self.training] = _Mode(captured, program, Report.of(result), divide(program))
         return modes[self.training]
 
     def _records_gradients(self, mode: _Mode) -> bool:
@@ -199,13 +249,16 @@ class RewrittenModule(nn.Module):
     def _folded(self, division: Division) -> list[torch.Tensor]:
         if not torch.compiler.is_compiling():
             self.renew_folded_weights()
-        return [getattr(self.folded_weights, name) for name in division.names]
+        return [self._state(f"{self._folder}.{name}") for name in division.names]
 
     def _state(self, target: str) -> torch.Tensor:
-        value: Any = self
-        for part in target.split("."):
-            value = getattr(value, part)
-        return value  # type: ignore[no-any-return]
+        """The parameter or buffer ``target``; not by attributes, of which this class has some that a model may have."""
+        *path, name = target.split(".")
+        owner: Any = self
+        for part in path:
+            owner = owner._modules[part]
+        found: torch.Tensor = owner._parameters[name] if name in owner._parameters else owner._buffers[name]
+        return found
 
     def _share_state(self) -> None:
         """Point the skeleton at this module's own top-level state, which ``.to()`` and loading may have replaced."""
@@ -213,3 +266,11 @@ class RewrittenModule(nn.Module):
         model._parameters.update(self._parameters)
         model._buffers.update(self._buffers)
         model._modules.update({name: module for name, module in self._modules.items() if name in model._modules})
+
+
+def _folder(number: int) -> str:
+    return f"folded_weights_{number}" if number else "folded_weights"
+
+
+def _renew(module: RewrittenModule, keys: Any) -> None:
+    module.renew_folded_weights()

@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
 from fxopt import backend, driver
-from fxopt.errors import CaptureError, OptionError, PreparationError
+from fxopt.errors import OptionError, PreparationError
+from fxopt.example import check_args, kind_of
 from fxopt.frontend.export import from_export
 from fxopt.ir.program import Program
 from fxopt.ir.site import Site
-from fxopt.lowering.options import Options
+from fxopt.lowering.options import Options, read_options
 from fxopt.report.report import PassSummary, Report
 from fxopt.rewriter.passes import Pass
 from fxopt.rewriter.progressive import Call, Preparation, Student, TrainablePass, progressive_modules
@@ -83,7 +83,7 @@ def prepare(
     import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning before a pass makes one
 
     _check_model(model, args)
-    chosen = [_trainable(resolve_pass(wanted)) for wanted in passes]
+    chosen = [_trainable(resolve_pass(wanted)) for wanted in read_options({"passes": passes}).passes or ()]
     if not chosen:
         raise OptionError("passes is empty; give trainable passes such as fxopt.passes.RepBatchNorm(steps=20_000)")
     copied = copy.deepcopy(model)
@@ -133,19 +133,10 @@ def unwrapped(student: nn.Module) -> nn.Module:
         student = inner
 
 
-def kind_of(model: nn.Module) -> Tensor:
-    """An empty tensor on the device, and of the dtype, of the first floating parameter of ``model``."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.empty(0, dtype=first.dtype, device=first.device)
-
-
 def _check_model(model: nn.Module, args: tuple[Any, ...]) -> None:
     if not isinstance(model, nn.Module):
         raise OptionError(f"prepare takes an nn.Module, not {type(model).__name__}")
-    if not isinstance(args, tuple):
-        raise CaptureError(
-            f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,) for one"
-        )
+    check_args(args)
 
 
 def _trainable(chosen: Pass) -> TrainablePass:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt import backend
 from fxopt.errors import CaptureError, FxoptWarning, OptionError, UnknownPassError, UnsupportedTorchError
-from fxopt.lowering.options import read_options
+from fxopt.passes import FuseAttention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,13 +46,16 @@ def test_old_torch_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
         ({"strict": "no"}, "True or False"),
         ({"passes": "fuse-attention"}, "list of pass names"),
         ({"inductor": 3}, "mapping"),
+        ({"passes": 3}, "list of pass names"),
+        ({"passes": FuseAttention()}, "list of pass names"),
+        ({"passes": [FuseAttention]}, "not a pass instance"),
     ],
 )
 def test_unknown_options_list_the_valid_ones(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=f"(?i){message}"):
-        read_options(options)
-    with pytest.raises(OptionError):
         fxopt.optimize(nn.Linear(2, 2), **options)
+    with pytest.raises(Exception, match=f"(?i)OptionError: .*{message}"):
+        compiled(attention, **options)(*[torch.ones(1, 1, 2, 2)] * 3)
 
 
 def test_unknown_pass_lists_the_known_ones() -> None:
@@ -59,9 +63,39 @@ def test_unknown_pass_lists_the_known_ones() -> None:
         fxopt.rewrite(nn.Linear(2, 2), (torch.ones(1, 2),), passes=["fuse-atention"])
 
 
+def test_the_backend_refuses_what_does_not_exist_instead_of_leaving_the_graph_alone() -> None:
+    q = torch.ones(1, 1, 2, 2)
+    with pytest.raises(Exception, match=r"UnknownPassError: there is no pass called 'xyz'\. The passes are: centre"):
+        compiled(attention, passes=["xyz"])(q, q, q)
+    with pytest.raises(Exception, match="no setting 'max_autotun'; did you mean 'max_autotune'"):
+        compiled(attention, base="inductor", inductor={"max_autotun": True})(q, q, q)
+    with pytest.raises(Exception, match="give a mapping of names to values"):
+        torch.compile(attention, backend="fxopt", options=[1])(q, q, q)  # type: ignore[arg-type, call-overload]
+
+
+def test_passes_are_a_list_everywhere() -> None:
+    linear, x = nn.Linear(2, 2), torch.ones(1, 2)
+    program = fxopt.capture(linear, (x,))
+    calls: list[Callable[[Any], Any]] = [
+        lambda passes: fxopt.explain_program(program, passes),
+        lambda passes: fxopt.rewrite(linear, (x,), passes=passes),
+        lambda passes: fxopt.prepare(linear, (x,), passes=passes),
+        lambda passes: program.dump("nowhere", passes=passes),
+    ]
+    for call in calls:
+        for wrong in ("fuse-attention", 3, FuseAttention()):
+            with pytest.raises(OptionError, match="give a list of pass names or instances"):
+                call(wrong)
+
+
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(OptionError, match=r"nn\.Module"):
         fxopt.optimize(3)
+    for wrong in (3, nn.Linear):
+        with pytest.raises(OptionError, match="a model that can be called"):
+            fxopt.capture(wrong, (2, 2))  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="a model that can be called"):
+            fxopt.explain(wrong, 2, 2)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"takes an nn\.Module, not function"):
         fxopt.rewrite(attention, ())  # type: ignore[arg-type]
     with pytest.raises(CaptureError, match="tuple of positional arguments, not Tensor"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
@@ -14,6 +16,12 @@ from fxopt.errors import CaptureError
 from fxopt.frontend.retrace import retrace
 from fxopt.ir.nodes import REQUIRES_GRAD
 from fxopt.ir.program import Program, Signature
+
+#: PyTorch's folder, and fxopt's (this file is fxopt/frontend/export.py).
+_NOT_THE_USERS: Final = tuple(
+    f"{os.path.dirname(path)}{os.sep}" for path in (torch.__file__, os.path.dirname(__file__))
+)
+_STANDARD_LIBRARY: Final = os.path.dirname(os.__file__) + os.sep
 
 
 class _Function(nn.Module):
@@ -53,7 +61,7 @@ def from_export(
         exported = torch.export.export(module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "the function")
-        raise CaptureError(f"{name} can't be captured as one graph: {error}") from error
+        raise CaptureError(f"{name} can't be captured as one graph: {_told(error)}") from error
     source = exported.graph_module
     placeholders = source.graph.find_nodes(op="placeholder")
     inputs = [node.meta["val"] for node in placeholders]
@@ -62,6 +70,21 @@ def from_export(
     signature = _signature(exported, traced.graph)
     _store_constants(traced, exported)
     return Program(traced, "export", signature)
+
+
+def _told(error: Exception) -> str:
+    """The message of ``error``; behind it the user's line, unless the message has one."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    text = str(error).rstrip()
+    if not frames or frames[-1].filename in text:
+        return text
+    where, code = frames[-1], frames[-1].line or ""
+    return f"{type(error).__name__}: {text}\n  at {where.filename}:{where.lineno} in {where.name}\n      {code}"
+
+
+def _is_users(file: str) -> bool:
+    installed = "site-packages" in file or "dist-packages" in file
+    return not file.startswith(_NOT_THE_USERS) and (installed or not file.startswith(_STANDARD_LIBRARY))
 
 
 def _signature(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Signature:

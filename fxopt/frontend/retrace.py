@@ -50,6 +50,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
     traced.graph.eliminate_dead_code()
     _reject_lost(traced)
+    type(traced).__name__ = "Program"  # as printed; the class is this graph's own
     traced.recompile()
     return traced
 

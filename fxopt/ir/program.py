@@ -35,6 +35,9 @@ class Signature:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
+        return self  # nobody writes into it
+
 
 @dataclass
 class Program:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,6 +15,7 @@ from torch import fx
 
 from fxopt.codegen.launching import DECOMPOSITIONS
 from fxopt.codegen.mlp import gelu
+from fxopt.errors import OptionError
 from fxopt.lowering.options import Options
 from fxopt.lowering.padding import pads_what_is_merged
 
@@ -24,16 +26,25 @@ _PATTERNS_LOCK: Final = RLock()
 def compile_base(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: str | None = None
 ) -> Callable[..., Any]:
-    """Compile ``module`` with the base that ``options`` name; ``mode`` is torch.compile's."""
+    """Compile ``module`` with the base that ``options`` name; ``mode`` is torch.compile's.
+
+    Raises:
+        OptionError: among ``options.inductor`` is no setting of Inductor.
+    """
     if options.base == "eager":
         return module.forward
     if options.base == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(module, list(inputs))
-    from torch._inductor import list_mode_options
+    from torch._inductor import list_mode_options, list_options
     from torch._inductor.compile_fx import compile_fx
 
+    for name, _ in options.inductor:
+        if name not in list_options():
+            close = difflib.get_close_matches(name, list_options(), n=3)
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise OptionError(f"inductor: torch._inductor.config has no setting {name!r}{hint}")
     unpadded = {"comprehensive_padding": False} if pads_what_is_merged(module.graph) else {}
     patches = {**unpadded, **(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fxopt.errors import OptionError, PassError
+from fxopt.errors import OptionError, PassError, VerificationError
 from fxopt.ir.program import Program
 from fxopt.ir.verifier import verify_structure
 from fxopt.rewriter.passes import NearMiss, Pass, PassResult, Replacement
@@ -87,6 +87,7 @@ def _run_one(current: Pass, before: Program, candidate: Program, strict: bool, c
     failure = ""
     try:
         outcome = current.run(candidate)
+        _check_outcome(outcome, current, before, candidate)
         if outcome.modified:
             verify_structure(candidate, before)
             if check is not None:
@@ -96,6 +97,19 @@ def _run_one(current: Pass, before: Program, candidate: Program, strict: bool, c
             raise PassError(f"pass {current.name} failed: {error}") from error
         outcome, failure = PassResult(False), f"{type(error).__name__}: {error}"
     return PassRecord(current.name, current.tier, outcome, time.perf_counter() - start, failure)
+
+
+def _check_outcome(outcome: object, current: Pass, before: Program, candidate: Program) -> None:
+    if not isinstance(outcome, PassResult):
+        raise VerificationError(f"run() gave {outcome!r}; it must give a PassResult, as apply_rules does")
+    # Comparing graphs takes time, which the passes that come with fxopt, whose tests do it, need not take.
+    foreign = not type(current).__module__.startswith("fxopt.passes.")
+    if foreign and not outcome.modified and _text(before) != _text(candidate):
+        raise VerificationError("run() changed the program and gave PassResult(modified=False); give modified=True")
+
+
+def _text(program: Program) -> list[str]:
+    return [f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}" for node in program.graph.nodes]
 
 
 def _check_order(passes: Sequence[Pass]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
-from fxopt.errors import OptionError, UnknownPassError
+from fxopt.errors import FxoptWarning, OptionError, UnknownPassError
+from fxopt.ir.site import Tier
 from fxopt.rewriter.passes import Pass
 
 ENTRY_POINT_GROUP: Final = "fxopt.passes"
@@ -23,9 +25,14 @@ def register_pass(pass_class: PassClass) -> PassClass:
     Raises:
         OptionError: the class lacks part of the `Pass` contract, or the name belongs to another class.
     """
-    missing = [m for m in ("name", "tier", "run") if not hasattr(pass_class, m)]
+    if not isinstance(pass_class, type):
+        raise OptionError(f"{pass_class!r} can't be registered: give the class of a pass")
+    missing = [m for m in ("name", "tier", "requires", "run") if not hasattr(pass_class, m)]
     if missing:
         raise OptionError(f"{pass_class.__name__} is not a pass: it lacks {', '.join(missing)}")
+    if pass_class.tier not in get_args(Tier):
+        tiers = ", ".join(get_args(Tier))
+        raise OptionError(f"{pass_class.__name__}: there is no tier {pass_class.tier!r}; choose one of {tiers}")
     known = _REGISTERED.get(pass_class.name)
     if known is not None and known.__qualname__ != pass_class.__qualname__:
         raise OptionError(f"the pass name {pass_class.name!r} belongs to {known.__module__}.{known.__qualname__}")
@@ -52,7 +59,7 @@ def resolve_pass(wanted: str | Pass) -> Pass:
     known = registered_passes()
     if wanted not in known:
         close = difflib.get_close_matches(wanted, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise UnknownPassError(f"there is no pass called {wanted!r}{hint} The passes are: {', '.join(sorted(known))}")
     needed = _required(known[wanted])
     if needed:
@@ -68,5 +75,15 @@ def _required(pass_class: type[Any]) -> list[str]:
 
 @cache
 def _load_entry_points() -> None:
+    """Register what other packages bring; one that is broken is left out and named, whatever it raises."""
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        register_pass(point.load())
+        try:
+            register_pass(point.load())
+        except Exception as error:  # noqa: BLE001 - it is code of others, and no reason to stop
+            package = point.dist.name if point.dist is not None else "an unknown package"
+            warnings.warn(
+                f"the pass {point.name!r} of {package} is not known: its entry point {point.value} gives "
+                f"{type(error).__name__}: {error}",
+                FxoptWarning,
+                stacklevel=4,
+            )

@@ -14,6 +14,7 @@ from torch import nn
 
 from fxopt import backend, driver
 from fxopt.errors import CaptureError, FxoptWarning, OptionError
+from fxopt.example import kind_of, moved
 from fxopt.frontend.export import from_export
 from fxopt.ir import program as ir
 from fxopt.lowering.kernels import kernel_sources
@@ -189,9 +190,10 @@ def rewrite(
             f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,) for one"
         )
     chosen = read_options({**options, **({} if passes is None else {"passes": passes})})
+    like = kind_of(model)
 
     def build(source: nn.Module) -> Callable[[bool], ir.Program]:
-        captured = from_export(source, args, kwargs, dynamic_shapes)
+        captured = from_export(source, *moved((args, kwargs), like, kind_of(source)), dynamic_shapes)
         told: set[str] = set()
 
         def make(frozen: bool) -> ir.Program:

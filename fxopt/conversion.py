@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from fxopt import driver
 from fxopt.api import capture, rewrite
-from fxopt.errors import FxoptWarning, PreparationError, VerificationError
+from fxopt.errors import FxoptWarning, OptionError, PreparationError, VerificationError
+from fxopt.example import kind_of, moved
 from fxopt.ir.nodes import source
 from fxopt.ir.program import Program
 from fxopt.ir.site import Site, Source
@@ -25,7 +26,7 @@ from fxopt.rewriter.passes import Pass
 from fxopt.rewriter.progressive import Progressive, StudentHook, exchange, progressive_modules
 from fxopt.rewritten import RewrittenModule
 from fxopt.testing.oracle import double_precision, oracle, upcast
-from fxopt.training import Prepared, kind_of, prepared, unwrapped
+from fxopt.training import Prepared, prepared, unwrapped
 
 #: Largest difference of the converted model from the student in float64, relative to the largest value of a result.
 _TOLERANCE: Final = 1e-9
@@ -61,12 +62,14 @@ def convert(
 
     Raises:
         CaptureError: the student can't be captured as one graph.
+        OptionError: an option of the wrong kind, or ``data`` that is a call itself.
         PassError: with ``strict``, a pass failed.
         PreparationError: `fxopt.prepare` did not make ``student``, or ``data`` is empty.
         UnknownPassError: a pass name that is not registered.
         VerificationError: the converted model differs from the student by more than rounding in float64.
     """
     options = read_options({"strict": strict, **({} if passes is None else {"passes": passes})})
+    _check_data(data)
     record = prepared(student)
     trained = copy.deepcopy(unwrapped(student)).eval()
     _say_unfinished(trained)
@@ -80,16 +83,17 @@ def convert(
     return converted
 
 
+def _check_data(data: object) -> None:
+    if isinstance(data, Tensor | Mapping | str):
+        raise OptionError(
+            f"data is an iterable of calls of the model; the parts of a {type(data).__name__} would be taken for calls; "
+            "give data=[…] for a single call"
+        )
+
+
 def _as_now(record: Prepared, trained: nn.Module) -> Prepared:
     """The example arguments on the device, and in the precision, that the student was moved to since."""
-    before, now = record.like, kind_of(trained)
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(now.device, now.dtype if value.dtype == before.dtype else value.dtype)
-
-    args, kwargs = pytree.tree_map(move, (record.args, dict(record.kwargs)))
+    args, kwargs = moved((record.args, dict(record.kwargs)), record.like, kind_of(trained))
     return replace(record, args=args, kwargs=kwargs)
 
 

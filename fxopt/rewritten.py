@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import CaptureError, OptionError
+from fxopt.errors import OptionError
+from fxopt.example import kind_of
 from fxopt.folded import Division, divide, renew, undivided, version
 from fxopt.ir.program import Program
 from fxopt.report.report import Report
@@ -38,7 +39,7 @@ class _Mode:
         #: For each input of the program the parameter or buffer that it is, or ``None`` for an argument of the call.
         inputs = self.program.graph.find_nodes(op="placeholder")
         self.bound = [signature.bound.get(node.name) for node in inputs]
-        self.in_spec, self.out_spec = signature.in_spec, signature.out_spec
+        self.form, self.out_spec = signature.form, signature.out_spec
 
     def with_gradients(self) -> Program:
         """The program without folded weights."""
@@ -53,7 +54,8 @@ class RewrittenModule(nn.Module):
 
     It holds copies of the model's parameters and buffers under their original names, takes the same arguments and gives
     the same outputs. The graph depends on the mode (dropout, batch statistics): switching with `train` or `eval`
-    rewrites the model for that mode at the next call. Use it with ``state_dict``, ``.to()``, ``torch.compile``,
+    rewrites the model for that mode at the next call; moving to another precision or device rewrites it at once, with
+    example arguments moved likewise. Use it with ``state_dict``, ``.to()``, ``torch.compile``,
     ``torch.export``.
 
     Weights that a pass folded into others (evaluation mode only) are computed once, in buffers below ``folded_weights``
@@ -88,9 +90,7 @@ class RewrittenModule(nn.Module):
         object.__setattr__(self, "_modes", {})
         self.folded_weights = nn.Module()
         self.register_load_state_dict_post_hook(lambda module, keys: module.renew_folded_weights())  # type: ignore[no-untyped-call]
-        mode = self._mode()
-        if mode.division is None or any(parameter.requires_grad for parameter in self.parameters()):
-            mode.with_gradients()  # now, as a call may be traced
+        self._start()
         self.renew_folded_weights()
 
     def program(self) -> Program:
@@ -99,15 +99,14 @@ class RewrittenModule(nn.Module):
         return mode.with_gradients() if self._records_gradients(mode) else mode.program
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the rewritten program on the arguments of the original model."""
+        """Run the rewritten program on the arguments of the original model.
+
+        Raises:
+            CaptureError: the arguments are others than it was rewritten for: in structure, in a number, string or flag,
+                or in a size that is not symbolic.
+        """
         mode = self._mode()
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        if spec != mode.in_spec:
-            raise CaptureError(
-                f"this module was rewritten for arguments of the structure {mode.in_spec}, called with {spec}; "
-                "call it as in rewrite(), or rewrite it for this call"
-            )
-        inputs = iter(flat)
+        inputs = iter(mode.form.flat(args, kwargs))
         operands = [next(inputs) if name is None else self._state(name) for name in mode.bound]
         if mode.division is None or self._records_gradients(mode):
             results = mode.with_gradients().module(*operands)
@@ -177,9 +176,26 @@ class RewrittenModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RewrittenModule:
+        before = kind_of(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        now = kind_of(self)
+        if self.__dict__.get("_frozen"):
+            _check_dtype(before, now)
+        elif (before.dtype, before.device) != (now.dtype, now.device):
+            self._start()
         self.renew_folded_weights()
         return self
+
+    def _start(self) -> None:
+        """Rewrite the model for the mode, precision and device that it is in: a program has all three written into it,
+        as dtypes that it casts to and devices that it makes constants on.
+        """
+        self._modes.clear()
+        self.folded_weights._buffers.clear()
+        self.folded_weights._non_persistent_buffers_set.clear()
+        mode = self._mode()
+        if mode.division is None or any(parameter.requires_grad for parameter in self.parameters()):
+            mode.with_gradients()  # now, as a call may be traced
 
     def _mode(self) -> _Mode:
         modes = self._modes
@@ -213,3 +229,11 @@ class RewrittenModule(nn.Module):
         model._parameters.update(self._parameters)
         model._buffers.update(self._buffers)
         model._modules.update({name: module for name, module in self._modules.items() if name in model._modules})
+
+
+def _check_dtype(before: torch.Tensor, now: torch.Tensor) -> None:
+    if before.dtype != now.dtype:
+        raise OptionError(
+            f"this module was frozen in {before.dtype}, which its program has written into it, and is now in "
+            f"{now.dtype}: rewrite the model in that precision, then freeze it"
+        )

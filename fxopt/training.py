@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
 from fxopt import backend, driver
 from fxopt.errors import CaptureError, OptionError, PreparationError
+from fxopt.example import kind_of
 from fxopt.frontend.export import from_export
 from fxopt.ir.program import Program
 from fxopt.ir.site import Site
@@ -131,12 +131,6 @@ def unwrapped(student: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return student
         student = inner
-
-
-def kind_of(model: nn.Module) -> Tensor:
-    """An empty tensor on the device, and of the dtype, of the first floating parameter of ``model``."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.empty(0, dtype=first.dtype, device=first.device)
 
 
 def _check_model(model: nn.Module, args: tuple[Any, ...]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import InputKind, InputSpec
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 
 from fxopt.errors import CaptureError
 from fxopt.frontend.retrace import retrace
+from fxopt.ir.calls import CallForm, call_form
 from fxopt.ir.nodes import REQUIRES_GRAD
 from fxopt.ir.program import Program, Signature
 
@@ -59,23 +60,30 @@ def from_export(
     inputs = [node.meta["val"] for node in placeholders]
     mode = next((v.fake_mode for v in inputs if hasattr(v, "fake_mode")), None)
     traced = retrace(source, inputs, mode)
-    signature = _signature(exported, traced.graph)
+    form = call_form(module.forward, args, kwargs or {}, _arguments(exported, inputs))
+    signature = _signature(exported, traced.graph, form)
     _store_constants(traced, exported)
     return Program(traced, "export", signature)
 
 
-def _signature(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Signature:
+def _arguments(exported: torch.export.ExportedProgram, inputs: list[Any]) -> list[Any]:
+    """The flat arguments of the call as the graph knows them."""
+    specs = zip(exported.graph_signature.input_specs, inputs, strict=True)
+    given = [(spec.arg, value) for spec, value in specs if spec.kind is InputKind.USER_INPUT]
+    return [argument.value if isinstance(argument, ConstantArgument) else value for argument, value in given]
+
+
+def _signature(exported: torch.export.ExportedProgram, graph: fx.Graph, form: CallForm) -> Signature:
     bound: dict[str, str] = {}
     for node, spec in _bound_placeholders(exported, graph):
         parameter = exported.state_dict.get(str(spec.target)) if spec.kind is InputKind.PARAMETER else None
         node.meta[REQUIRES_GRAD] = parameter is not None and parameter.requires_grad
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             bound[node.name] = str(spec.target)
-    spec = exported.call_spec
-    assert spec.in_spec is not None and spec.out_spec is not None
+    assert exported.call_spec.out_spec is not None
     buffers = exported.graph_signature.non_persistent_buffers
     constants = {name: value for name, value in exported.constants.items() if name in buffers}
-    return Signature(bound, constants, spec.in_spec, spec.out_spec)
+    return Signature(bound, constants, form, exported.call_spec.out_spec)
 
 
 def _store_constants(module: fx.GraphModule, exported: torch.export.ExportedProgram) -> None:

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule, _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
+from fxopt.ir.calls import CallForm
+
 Entry = Literal["dynamo", "export"]
 
 
@@ -27,12 +29,12 @@ class Signature:
     """How the flat placeholders of a structurally captured program map back to the model's call.
 
     ``bound`` maps a placeholder name to the parameter, buffer or constant it stands for; the remaining placeholders are
-    the user's inputs, flattened by ``in_spec``. ``outputs`` of the graph are unflattened by ``out_spec``.
+    the user's inputs, flattened as ``form`` says. ``outputs`` of the graph are unflattened by ``out_spec``.
     """
 
     bound: dict[str, str]
     constants: dict[str, torch.Tensor]
-    in_spec: pytree.TreeSpec
+    form: CallForm
     out_spec: pytree.TreeSpec
 
 

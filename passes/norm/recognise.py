@@ -26,6 +26,7 @@ aten = torch.ops.aten
 _CANONICAL: Final = (NoOps(), FoldConstants(), LayerNorm(), RmsNorm())
 _LAYER_NORMS: Final = (aten.layer_norm.default, overload("layer_norm"))
 _RMS_NORM: Final = overload("rms_norm")
+_HOOKS: Final = ("forward", "forward_pre", "backward", "backward_pre")
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def _objection(module: nn.Module, calls: tuple[Call, ...]) -> str:
         )
     if len(calls[0].args) != 1 or calls[0].kwargs:
         return "it is called with more than one positional argument"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which would be lost"
+    if any(getattr(module, f"_{kind}_hooks") for kind in _HOOKS):
+        return "it has hooks, which would be lost"
     return ""
 
 

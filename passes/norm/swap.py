@@ -44,9 +44,18 @@ def swap_norms(student: Student, swap: Swap) -> Preparation:
     found = _find(student)
     _check_patterns(swap.select, list(found))
     sites = [_treat(student, name, meaning, swap, mask) for name, meaning in found.items()]
-    if reader is not None and any(site.status == "rewritten" for site in sites):
-        student.model.register_forward_pre_hook(reader, with_kwargs=True)
+    if any(site.status == "rewritten" for site in sites):
+        _leave_nested(student.model)
+        if reader is not None:
+            student.model.register_forward_pre_hook(reader, with_kwargs=True)
     return Preparation(tuple(sites))
+
+
+def _leave_nested(model: nn.Module) -> None:
+    """Encoders that pack padded tokens into nested tensors do so for layers that compute their own norms."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _find(student: Student) -> dict[str, NormModule | str]:
@@ -87,9 +96,7 @@ def _treat(student: Student, name: str, meaning: NormModule | str, swap: Swap, m
         return Site("norm", "kept", swap.rule, f"select={list(swap.select)} leaves it out", place)
     old = student.model.get_submodule(name)
     x = student.calls[name][0].args[0]
-    like = (
-        torch.empty(0, dtype=x.dtype, device=x.device) if meaning.weight is None else old.get_parameter(meaning.weight)
-    )
+    like = torch.empty(0, dtype=x.dtype, device=x.device) if meaning.weight is None else getattr(old, meaning.weight)
     new = swap.build(old, meaning, mask, like).train(old.training)
     exchange(student.model, old, new)
     return Site("norm", "rewritten", swap.rule, f"{meaning.kind} -> {new}", place)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.errors import FxoptWarning, PassError, PreparationError, VerificationError
+from fxopt.errors import FxoptWarning, OptionError, PassError, PreparationError, VerificationError
 from fxopt.passes import RepBatchNorm, UnifiedNorm
 from fxopt.passes.norm.channel_affine import ChannelAffine
 from fxopt.passes.norm.rep_module import RepNorm
@@ -164,6 +164,12 @@ def test_no_more_batches_are_taken_than_wanted() -> None:
 def test_no_data_at_all_is_an_error() -> None:
     with pytest.raises(PreparationError, match="data is empty"):
         fxopt.convert(trained(SHORT["rep-batch-norm"]), [])
+
+
+@pytest.mark.parametrize("data", [inputs(1)[0], {"x": inputs(1)[0]}, "x"], ids=["tensor", "dict", "text"])
+def test_data_that_is_a_call_itself_is_an_error(data: Any) -> None:
+    with pytest.raises(OptionError, match=r"would be taken for calls; give data=\[…\]"):
+        fxopt.convert(trained(SHORT["rep-batch-norm"]), data)
 
 
 def test_what_was_not_prepared_can_not_be_converted() -> None:

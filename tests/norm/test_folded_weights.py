@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.testing import evaluate
+from fxopt.errors import OptionError
+from fxopt.testing import assert_within_budget, evaluate, oracle
 from tests.norm.support import Net, assert_exact, draw, randomise
 
 C = 8
@@ -113,6 +114,41 @@ def test_moving_to_another_dtype() -> None:
     rewritten: Any = fxopt.rewrite(net, (X.float(),), passes=["fold-norm-affine"])
     assert_exact(rewritten.double(), net.double(), (X,))
     assert rewritten.folded_weights.a_weight.dtype == torch.float64
+
+
+class WritesDtypes(nn.Module):
+    """Its program casts to the dtypes that it was captured in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(C), nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(self.norm(x))
+        weights = torch.softmax(y @ y.mT, -1, dtype=torch.float32).to(y.dtype)
+        result: Tensor = self.b(weights @ y) + torch.arange(C, dtype=x.dtype)
+        return result
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_program_is_that_of_the_precision_it_is_in(training: bool) -> None:
+    net = randomise(WritesDtypes()).train(training)
+    rewritten: Any = fxopt.rewrite(net, (X.float(),))
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        copied, x = copy.deepcopy(net).to(dtype), X.to(dtype)
+        actual = evaluate(rewritten.to(dtype), x)
+        assert actual.outputs.dtype == dtype
+        assert_within_budget(actual.outputs, evaluate(copied, x).outputs, oracle(copied, x), floor=1.0)
+        rewritten.train(not training)(x)
+        rewritten.train(training)
+    if not training:
+        assert not rewritten.eval().folded_weights._buffers, "float16 may not hold products of weights"
+
+
+def test_a_frozen_program_keeps_its_precision() -> None:
+    rewritten = fxopt.rewrite(_net(), (X,)).freeze()
+    with pytest.raises(OptionError, match=r"frozen in torch\.float64.* now in torch\.float32"):
+        rewritten.float()
 
 
 def test_gradients_reach_the_weights_themselves() -> None:

@@ -86,7 +86,7 @@ def convert(
 def _check_data(data: object) -> None:
     if isinstance(data, Tensor | Mapping | str):
         raise OptionError(
-            f"data is an iterable of calls of the model; the parts of a {type(data).__name__} would be taken for calls; "
+            f"data is an iterable of calls of a model; the parts of a {type(data).__name__} would be taken for calls; "
             "give data=[…] for a single call"
         )
 

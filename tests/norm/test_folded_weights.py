@@ -130,19 +130,19 @@ class WritesDtypes(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_program_is_that_of_the_precision_it_is_in(training: bool) -> None:
-    net = randomise(WritesDtypes()).train(training)
-    rewritten: Any = fxopt.rewrite(net, (X.float(),))
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        copied, x = copy.deepcopy(net).to(dtype), X.to(dtype)
-        actual = evaluate(rewritten.to(dtype), x)
-        assert actual.outputs.dtype == dtype
-        assert_within_budget(actual.outputs, evaluate(copied, x).outputs, oracle(copied, x), floor=1.0)
-        rewritten.train(not training)(x)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_program_is_that_of_the_precision_it_is_in(dtype: torch.dtype) -> None:
+    net, x = randomise(WritesDtypes()).eval(), X.to(dtype)
+    rewritten: Any = fxopt.rewrite(net, (X.float(),)).to(dtype)
+    moved = copy.deepcopy(net).to(dtype)
+    for training in (False, True, False):
         rewritten.train(training)
-    if not training:
-        assert not rewritten.eval().folded_weights._buffers, "float16 may not hold products of weights"
+        with torch.set_grad_enabled(training):
+            actual, eager = rewritten(x), moved(x)
+        assert actual.dtype == dtype
+        assert_within_budget(actual, eager, oracle(moved, x), floor=1.0)
+    folds = bool(rewritten.folded_weights._buffers)
+    assert folds == (dtype != torch.float16), "float16 may not hold products of weights"
 
 
 def test_a_frozen_program_keeps_its_precision() -> None:

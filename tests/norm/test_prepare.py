@@ -218,9 +218,7 @@ def test_constants_of_a_norm_keep_their_names_and_values(chosen: fxopt.Pass, lea
     assert set(model.state_dict()) <= set(student.state_dict())
     for name in ("gamma", "beta"):
         assert torch.equal(getattr(student.norm, name), getattr(model.norm, name))
-    student(x).square().mean().backward()
-    optimizer_of(student).step()
-    student.eval()
+    train(student, optimizer_of(student), inputs(6))
     with torch.no_grad():
         torch.testing.assert_close(fxopt.convert(student, [x])(x), fxopt.convert(student, [x], passes=[])(x))
 
@@ -231,11 +229,11 @@ def test_an_encoder_does_not_compute_exchanged_norms_by_itself(chosen: fxopt.Pas
     """In evaluation without gradients PyTorch's encoder layers run as one kernel, padded batches as nested tensors."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(CHANNELS, 2, 16, batch_first=True, dropout=0.0)
-    model = nn.TransformerEncoder(layer, 2)
-    (x,) = inputs(1)
+    model = nn.TransformerEncoder(layer, 2).double()
+    x, *batches = (batch.double() for batch in inputs(7))
     padding = torch.arange(5) >= torch.tensor([5, 4, 3, 5])[:, None]
     student = fxopt.prepare(model, (x,), passes=[replace(chosen, select=select)]).train()
-    train(student, optimizer_of(student), inputs(3))
+    train(student, optimizer_of(student), batches)
     student.eval()
     expected = student(x), student(x, src_key_padding_mask=padding)
     with torch.no_grad():

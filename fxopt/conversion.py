@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -169,7 +169,8 @@ def _report(plain: nn.Module, example: Prepared, options: Options, exchanged: Ma
     misses = (miss.site for miss in result.near_misses if miss.site is not None)
     refused = {site.source.module: site for site in misses if site.kind == "norm"}
     names = [name for name, module in exchanged.items() if module.folds]
-    left = (site for site in _left_over(result.program, names, refused) if site.source.module not in told)
+    written = {node for site in report.sites if site.status == "rewritten" for node in site.nodes}
+    left = (site for site in _left_over(result.program, names, written, refused) if site.source.module not in told)
     before = (site for site in example.report.sites if site.source.module in exchanged)
     lines = {(site.kind, site.source.module): site.source for site in before}
     # What took the place of a module was written here; the line to show is the one that was exchanged.
@@ -179,9 +180,11 @@ def _report(plain: nn.Module, example: Prepared, options: Options, exchanged: Ma
     )
 
 
-def _left_over(program: Program, names: Sequence[str], refused: Mapping[str, Site]) -> Iterator[Site]:
-    """A site for each of the modules ``names`` of which something still works on activations, with the reason why its
-    fold was ``refused``, if one was tried.
+def _left_over(
+    program: Program, names: Sequence[str], written: Collection[str], refused: Mapping[str, Site]
+) -> Iterator[Site]:
+    """A site for each of the modules ``names`` of which something still works on activations that no fold has
+    ``written`` (as a transposition), with the reason why its fold was ``refused``, if one was tried.
     """
     bound = program.signature.bound if program.signature is not None else {}
     moving: set[Node] = set()
@@ -191,7 +194,8 @@ def _left_over(program: Program, names: Sequence[str], refused: Mapping[str, Sit
         if not is_input and moving.isdisjoint(node.all_input_nodes):
             continue
         moving.add(node)
-        left.get(source(node).module, []).append(node)
+        if node.name not in written:
+            left.get(source(node).module, []).append(node)
     for name, nodes in left.items():
         if not nodes:
             continue

@@ -134,7 +134,7 @@ class RunningNorm(Progressive):
         return None if bias is None else bias.to(dtype)
 
     def _own(self, name: str | None) -> Tensor | None:
-        return None if name is None else getattr(self, name)  # type: ignore[no-any-return]
+        return None if name is None else getattr(self, name)
 
     def state(self, name: str, value: Tensor, *, lasting: bool = True) -> None:
         """Register statistics: in the checkpoint if they are ``lasting``, else for one optimiser step."""

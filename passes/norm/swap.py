@@ -79,7 +79,8 @@ def _likeness(module: nn.Module, calls: tuple[Call, ...]) -> tuple[object, ...]:
     """Modules that share this are all norms, or none of them is."""
     held = tuple((name, parameter.dim()) for name, parameter in module.named_parameters())
     ranks = tuple(getattr(arg, "ndim", None) for arg in calls[0].args) if calls else ()
-    return (type(module), held, ranks)
+    choices = tuple(item for item in vars(module).items() if isinstance(item[1], str | bool) and item[0] != "training")
+    return (type(module), held, ranks, choices)
 
 
 def _treat(student: Student, name: str, meaning: NormModule | str, swap: Swap, mask: TokenMask) -> Site:

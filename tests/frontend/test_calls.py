@@ -89,6 +89,6 @@ def test_symbolic_sizes_may_differ_and_equal_ones_stay_equal() -> None:
 @torch.no_grad()
 def test_a_compiled_module_takes_calls_as_it_does_otherwise() -> None:
     model, module = rewritten(X, X[:1])
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(module, backend="eager", fullgraph=True)
     assert torch.equal(compiled(X, X[:1]), model(X, X[:1]))
     assert torch.equal(compiled(shift=X[:1], x=X), model(X, X[:1]))

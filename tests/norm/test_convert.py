@@ -90,6 +90,25 @@ class Written(nn.Module):
         return y
 
 
+class Patches(nn.Module):
+    """A norm behind a convolution whose result is transposed, as Swin has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, CHANNELS, 2, 2), nn.LayerNorm(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x).flatten(2).transpose(1, 2))
+        return y.relu()
+
+
+def test_a_folded_norm_is_not_said_to_stay_too() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    student = fxopt.prepare(Patches(), (x,), passes=[RepBatchNorm(steps=0)])
+    (site,) = [site for site in fxopt.convert(student, [x]).report.sites if site.kind == "norm"]
+    assert (site.status, site.reason) == ("rewritten", "folded into the linear layer before it")
+
+
 def test_norms_that_were_not_exchanged_keep_their_lines() -> None:
     student = fxopt.prepare(Written(), (torch.randn(3, 8),), passes=[RepBatchNorm(steps=0)])
     sites = [site for site in fxopt.convert(student).report.sites if site.kind == "norm"]

@@ -186,6 +186,34 @@ def test_a_norm_that_can_not_be_exchanged_is_kept_with_the_reason(model: nn.Modu
     assert type(student.get_submodule("first.norm")) is type(model.norm)
 
 
+class Either(nn.LayerNorm):
+    """A LayerNorm over the last axis or, with the channels first, over the second, as ConvNeXt has both."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__(CHANNELS)
+        self.channels_first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, -1)).transpose(1, -1) if self.channels_first else super().forward(x)
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.linear = Either(True), Either(False), nn.Linear(CHANNELS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.last(self.first(x).transpose(1, -1)))
+        return y
+
+
+def test_a_norm_is_not_judged_by_another_of_its_class() -> None:
+    student = fxopt.prepare(Images(), (torch.randn(2, CHANNELS, 5, 4),), passes=[RepBatchNorm(steps=5)])
+    sites = {site.source.module: site for site in fxopt.prepared(student).report.sites}
+    assert {name: site.status for name, site in sites.items()} == {"first": "kept", "last": "rewritten"}
+    assert sites["first"].reason == "its forward does more than normalise its input"
+
+
 class Chain(nn.Module):
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import OptionError
 from fxopt.example import kind_of
-from fxopt.folded import Division, divide, renew, undivided, version
+from fxopt.folded import Division, divide, is_transformed, renew, undivided, version
 from fxopt.ir.program import Program
 from fxopt.report.report import Report
 
@@ -63,6 +63,7 @@ class RewrittenModule(nn.Module):
     ``torch.compile`` reads the buffers as they are: `load_state_dict`, ``.to()``, `train` and `eval` renew them, after
     any other change of a weight `renew_folded_weights` does. A call that records gradients of such weights runs the
     program without folded weights, so that they reach the weights themselves; call under ``torch.no_grad()`` for speed.
+    So does a call with weights in a functional transform (``torch.func.vmap`` over several models, ``jvp``).
 
     Attributes:
         report: what became of the model; only where `fxopt.convert` made this.
@@ -208,9 +209,11 @@ class RewrittenModule(nn.Module):
         return modes[self.training]
 
     def _records_gradients(self, mode: _Mode) -> bool:
-        if mode.division is None or not torch.is_grad_enabled():
+        if mode.division is None:
             return False
-        return any(self._state(name).requires_grad for name in mode.division.sources)
+        sources = [self._state(name) for name in mode.division.sources]
+        recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        return recorded or any(map(is_transformed, sources))
 
     def _folded(self, division: Division) -> list[torch.Tensor]:
         if not torch.compiler.is_compiling():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fxopt
 from fxopt.errors import OptionError
@@ -171,6 +172,31 @@ def test_gradients_of_the_input_alone_run_the_folded_program() -> None:
     (actual,) = torch.autograd.grad(rewritten(x).sum(), x)
     (expected,) = torch.autograd.grad(net(x).sum(), x)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+# PyTorch scripts its rules for tangents when they are first needed.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`.* is deprecated:DeprecationWarning")
+def test_weights_in_functional_transforms_are_not_folded() -> None:
+    """Tangents and models side by side belong to one call; what is kept for the next is made of the module's own."""
+    net = Net(lambda n, x: torch.relu(n.a(x) * n.scale), a=nn.Linear(C, 6), scale=torch.ones(6)).double()
+    rewritten = _rewritten(net.requires_grad_(False))
+    assert _folds(rewritten)
+    weights = {name: parameter * 1.5 for name, parameter in net.named_parameters()}
+    stacked = {name: torch.stack((value, 2 * value)) for name, value in weights.items()}
+
+    def run(module: nn.Module) -> list[Tensor]:
+        def call(chosen: Any) -> Tensor:
+            result: Tensor = torch.func.functional_call(module, chosen, (X,))
+            return result
+
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(value, value) for name, value in weights.items()}
+            tangent = forward_ad.unpack_dual(call(duals)).tangent
+        assert tangent is not None
+        return [tangent, torch.func.vmap(call)(stacked), call(weights)]
+
+    torch.testing.assert_close(run(rewritten), run(net), rtol=1e-12, atol=1e-12)
+    assert_exact(rewritten, net, (X,))
 
 
 def test_training_and_coming_back() -> None:

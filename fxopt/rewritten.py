@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import OptionError
 from fxopt.example import kind_of
 from fxopt.folded import Division, divide, is_transformed, renew, undivided, version
+from fxopt.ir.nodes import is_tensor, tensor
 from fxopt.ir.program import Program
 from fxopt.report.report import Report
 
@@ -181,7 +184,7 @@ class RewrittenModule(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         now = kind_of(self)
         if self.__dict__.get("_frozen"):
-            _check_dtype(before, now)
+            _check_dtype(self._modes[False].program, before, now)
         elif (before.dtype, before.device) != (now.dtype, now.device):
             self._start()
         self.renew_folded_weights()
@@ -234,9 +237,16 @@ class RewrittenModule(nn.Module):
         model._modules.update({name: module for name, module in self._modules.items() if name in model._modules})
 
 
-def _check_dtype(before: torch.Tensor, now: torch.Tensor) -> None:
-    if before.dtype != now.dtype:
+def _check_dtype(program: Program, before: torch.Tensor, now: torch.Tensor) -> None:
+    """A frozen program moves to another precision if it names none."""
+    if before.dtype != now.dtype and any(map(_names_dtype, program.graph.nodes)):
         raise OptionError(
             f"this module was frozen in {before.dtype}, which its program has written into it, and is now in "
             f"{now.dtype}: rewrite the model in that precision, then freeze it"
         )
+
+
+def _names_dtype(node: Node) -> bool:
+    if node.op == "get_attr":
+        return is_tensor(node) and tensor(node).dtype.is_floating_point
+    return re.search(r"float\d", str((node.args, node.kwargs))) is not None

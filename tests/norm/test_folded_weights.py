@@ -146,10 +146,10 @@ def test_a_program_is_that_of_the_precision_it_is_in(dtype: torch.dtype) -> None
     assert folds == (dtype != torch.float16), "float16 may not hold products of weights"
 
 
-def test_a_frozen_program_keeps_its_precision() -> None:
-    rewritten = fxopt.rewrite(_net(), (X,)).freeze()
-    with pytest.raises(OptionError, match=r"frozen in torch\.float64.* now in torch\.float32"):
-        rewritten.float()
+def test_a_frozen_program_keeps_the_precision_that_is_written_into_it() -> None:
+    rewritten = fxopt.rewrite(randomise(WritesDtypes()).eval(), (X.float(),)).freeze()
+    with pytest.raises(OptionError, match=r"frozen in torch\.float32.* now in torch\.bfloat16"):
+        rewritten.bfloat16()
 
 
 def test_gradients_reach_the_weights_themselves() -> None:

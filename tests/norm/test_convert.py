@@ -109,6 +109,27 @@ def test_a_folded_norm_is_not_said_to_stay_too() -> None:
     assert (site.status, site.reason) == ("rewritten", "folded into the linear layer before it")
 
 
+class Heads(nn.Module):
+    """A norm of each head, transposed afterwards, as Qwen has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(CHANNELS, 2 * CHANNELS), nn.RMSNorm(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(x).unflatten(-1, (2, CHANNELS))).transpose(1, 2)
+        return y.relu()
+
+
+def test_a_norm_that_is_transposed_says_why_it_stays() -> None:
+    x = inputs(1)[0]
+    student = fxopt.prepare(Heads(), (x,), passes=[RepBatchNorm(steps=0)])
+    (site,) = [site for site in fxopt.convert(student, [x]).report.sites if site.kind == "norm"]
+    assert (site.status, site.source.module) == ("kept", "norm")
+    assert "splits or joins the channels" in site.reason
+    assert "aten.relu" in site.reason
+
+
 def test_norms_that_were_not_exchanged_keep_their_lines() -> None:
     student = fxopt.prepare(Written(), (torch.randn(3, 8),), passes=[RepBatchNorm(steps=0)])
     sites = [site for site in fxopt.convert(student).report.sites if site.kind == "norm"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt import driver
 from fxopt.api import capture, rewrite
-from fxopt.errors import FxoptWarning, PreparationError, VerificationError
+from fxopt.errors import FxoptWarning, OptionError, PreparationError, VerificationError
 from fxopt.example import kind_of, moved
 from fxopt.ir.nodes import source
 from fxopt.ir.program import Program
@@ -62,12 +62,14 @@ def convert(
 
     Raises:
         CaptureError: the student can't be captured as one graph.
+        OptionError: an option of the wrong kind, or ``data`` that is a call itself.
         PassError: with ``strict``, a pass failed.
         PreparationError: `fxopt.prepare` did not make ``student``, or ``data`` is empty.
         UnknownPassError: a pass name that is not registered.
         VerificationError: the converted model differs from the student by more than rounding in float64.
     """
     options = read_options({"strict": strict, **({} if passes is None else {"passes": passes})})
+    _check_data(data)
     record = prepared(student)
     trained = copy.deepcopy(unwrapped(student)).eval()
     _say_unfinished(trained)
@@ -79,6 +81,14 @@ def convert(
     if verify:
         _verify(trained, example, options)
     return converted
+
+
+def _check_data(data: object) -> None:
+    if isinstance(data, Tensor | Mapping | str):
+        raise OptionError(
+            f"data is an iterable of calls of a model; the parts of a {type(data).__name__} would be taken for calls; "
+            "give data=[…] for a single call"
+        )
 
 
 def _as_now(record: Prepared, trained: nn.Module) -> Prepared:
@@ -159,7 +169,8 @@ def _report(plain: nn.Module, example: Prepared, options: Options, exchanged: Ma
     misses = (miss.site for miss in result.near_misses if miss.site is not None)
     refused = {site.source.module: site for site in misses if site.kind == "norm"}
     names = [name for name, module in exchanged.items() if module.folds]
-    left = (site for site in _left_over(result.program, names, refused) if site.source.module not in told)
+    written = {node for site in report.sites if site.status == "rewritten" for node in site.nodes}
+    left = (site for site in _left_over(result.program, names, written, refused) if site.source.module not in told)
     before = (site for site in example.report.sites if site.source.module in exchanged)
     lines = {(site.kind, site.source.module): site.source for site in before}
     # What took the place of a module was written here; the line to show is the one that was exchanged.
@@ -169,9 +180,11 @@ def _report(plain: nn.Module, example: Prepared, options: Options, exchanged: Ma
     )
 
 
-def _left_over(program: Program, names: Sequence[str], refused: Mapping[str, Site]) -> Iterator[Site]:
-    """A site for each of the modules ``names`` of which something still works on activations, with the reason why its
-    fold was ``refused``, if one was tried.
+def _left_over(
+    program: Program, names: Sequence[str], written: Collection[str], refused: Mapping[str, Site]
+) -> Iterator[Site]:
+    """A site for each of the modules ``names`` of which something still works on activations that no fold has
+    ``written`` (as a transposition), with the reason why its fold was ``refused``, if one was tried.
     """
     bound = program.signature.bound if program.signature is not None else {}
     moving: set[Node] = set()
@@ -181,7 +194,8 @@ def _left_over(program: Program, names: Sequence[str], refused: Mapping[str, Sit
         if not is_input and moving.isdisjoint(node.all_input_nodes):
             continue
         moving.add(node)
-        left.get(source(node).module, []).append(node)
+        if node.name not in written:
+            left.get(source(node).module, []).append(node)
     for name, nodes in left.items():
         if not nodes:
             continue

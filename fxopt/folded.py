@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.fx import Node
 
 from fxopt.ir.nodes import FOLDED
@@ -139,6 +142,13 @@ def version(tensor: Tensor) -> tuple[Any, ...]:
     """What changes whenever the values of ``tensor`` do (in-place changes of inference tensors aside)."""
     count = 0 if tensor.is_inference() else tensor._version
     return id(tensor), tensor.data_ptr(), count, tensor.dtype, tensor.device
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a weight of one call of a functional transform, or has a tangent: nothing to keep."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(is_functorch_wrapped_tensor(tensor)) or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def renew(folded: list[Tensor | None], values: tuple[Tensor, ...]) -> list[Tensor]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxopt.calling import CallForm
 from fxopt.errors import OptionError
 from fxopt.example import kind_of
-from fxopt.folded import Division, divide, renew, undivided, version
+from fxopt.folded import Division, divide, is_transformed, renew, undivided, version
+from fxopt.ir.nodes import is_tensor, tensor
 from fxopt.ir.program import Program
 from fxopt.report.report import Report
 from fxopt.rewriter.pipeline import PipelineResult
@@ -78,6 +81,7 @@ class RewrittenModule(nn.Module):
     ``torch.compile`` reads the buffers as they are: `load_state_dict`, ``.to()``, `train` and `eval` renew them, after
     any other change of a weight `renew_folded_weights` does. A call that records gradients of such weights runs the
     program without folded weights, so that they reach the weights themselves; call under ``torch.no_grad()`` for speed.
+    So does a call with weights in a functional transform (``torch.func.vmap`` over several models, ``jvp``).
     """
 
     _model: nn.Module
@@ -206,6 +210,7 @@ class RewrittenModule(nn.Module):
         before, self._kind = self._kind, kind_of(self)
         if self._frozen:
             mode = self._modes[False]
+            _check_dtype(mode.program, before.dtype, self._kind.dtype)
             mode.form = mode.form.of_dtype(before.dtype, self._kind.dtype)
         elif (before.dtype, before.device) != (self._kind.dtype, self._kind.device):
             self._modes.clear()  # a graph may name the dtype and the place of what it makes
@@ -242,9 +247,11 @@ class RewrittenModule(nn.Module):
         return modes[self.training]
 
     def _records_gradients(self, mode: _Mode) -> bool:
-        if mode.division is None or not torch.is_grad_enabled():
+        if mode.division is None:
             return False
-        return any(self._state(name).requires_grad for name in mode.division.sources)
+        sources = [self._state(name) for name in mode.division.sources]
+        recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        return recorded or any(map(is_transformed, sources))
 
     def _folded(self, division: Division) -> list[torch.Tensor]:
         if not torch.compiler.is_compiling():
@@ -274,3 +281,18 @@ def _folder(number: int) -> str:
 
 def _renew(module: RewrittenModule, keys: Any) -> None:
     module.renew_folded_weights()
+
+
+def _check_dtype(program: Program, before: torch.dtype, now: torch.dtype) -> None:
+    """A frozen program moves to another precision if it names none."""
+    if before != now and any(map(_names_dtype, program.graph.nodes)):
+        raise OptionError(
+            f"this module was frozen in {before}, which its program has written into it, and is now in {now}: rewrite "
+            "the model in that precision, then freeze it"
+        )
+
+
+def _names_dtype(node: Node) -> bool:
+    if node.op == "get_attr":
+        return is_tensor(node) and tensor(node).dtype.is_floating_point
+    return re.search(r"float\d", str((node.args, node.kwargs))) is not None

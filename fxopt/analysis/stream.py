@@ -88,8 +88,7 @@ class _Walk:
         """Follow what ``node`` is made of."""
         layer = read_layer(node)
         if layer is not None:
-            objection = "it does not write its channels as channels" if layer.written != axis else ""
-            objection = objection or weights_objection(self.state, layer)
+            objection = _layer_objection(layer, axis) or weights_objection(self.state, layer)
             self.stream.layers[node] = layer
             return _at(node, objection) if objection else None
         if node.target is aten.embedding.default:
@@ -128,6 +127,14 @@ class _Walk:
 
 def _table_objection(state: State, node: object) -> str:
     return weight_objection(state, node) if isinstance(node, Node) else f"{node} is no weight"
+
+
+def _layer_objection(layer: Layer, axis: int) -> str:
+    if layer.written != axis:
+        return "it does not write its channels as channels"
+    if layer.groups > 1:
+        return f"its {layer.groups} groups write channels from inputs of their own, which have no mean weight in common"
+    return ""
 
 
 def _axis_objection(node: Node, axis: int) -> str:

@@ -48,6 +48,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
     if traced is None or any(_mutates(node) for node in traced.graph.nodes):
         _reject_vmap(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
+        _reshape_views(traced.graph)
     traced.graph.eliminate_dead_code()
     _reject_lost(traced)
     type(traced).__name__ = "Program"  # as printed; the class is this graph's own
@@ -104,6 +105,14 @@ def _edited(value: object) -> torch.Tensor | None:
     if not torch._functionalize_has_data_mutation(value.elem):  # type: ignore[attr-defined]
         return None
     return _plain(value)
+
+
+def _reshape_views(graph: fx.Graph) -> None:
+    """Made functional, a ``reshape`` is the ``view`` that fits the strides of fake tensors. Operators may give others
+    when they run: batch norm in training does.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def _reject_vmap(module: fx.GraphModule) -> None:

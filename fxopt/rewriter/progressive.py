@@ -185,6 +185,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     moved = _STEPPING.pop(optimizer, set())
+    if _skipped(optimizer):
+        return
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if _LIVE else set()
     for module in list(_LIVE):
         if id(module.clock()) not in owned or id(module) in moved:
@@ -192,3 +194,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         module.advance()
         for others in _STEPPING.values():
             others.add(id(module))
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimiser, which a gradient scaler tells of infinite gradients, left its parameters alone."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +13,10 @@ class ChannelAffine(nn.Module):
     """``y = x * weight + bias`` over the last axis.
 
     ``weight`` and ``bias`` are ``[C]``. The result has the dtype of ``x``, or with ``promotes`` the one that ``x`` and
-    the weight promote to.
+    the weight promote to. ``eps`` is not a number, as that of the norm in whose place it stands.
     """
+
+    eps: Final = math.nan
 
     def __init__(self, weight: Tensor, bias: Tensor, *, promotes: bool = False) -> None:
         super().__init__()

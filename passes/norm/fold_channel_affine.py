@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 import torch
 from torch.fx import Node
 
-from fxopt.analysis.channels import Obstacle
+from fxopt.analysis.channels import PERMUTATIONS, Obstacle
 from fxopt.analysis.readers import Layer, Writer, find_readers, find_writer
 from fxopt.analysis.state import State
 from fxopt.ir.nodes import arguments, tensor
@@ -142,8 +142,9 @@ def _into_readers(builder: Builder, form: ChannelForm, between: tuple[Node, ...]
 
 
 def _named(form: ChannelForm) -> Node:
-    """The node that reports are to name: the batch norm, if there is one."""
-    return next(filter(is_batch_norm, form.nodes), form.nodes[0])
+    """The node that reports are to name: the batch norm, if there is one, or else the last that is no permutation."""
+    computing = [node for node in form.nodes if node.target not in PERMUTATIONS]
+    return next(filter(is_batch_norm, computing), computing[0])
 
 
 def _bare(builder: Builder, form: ChannelForm, x: Node) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -26,6 +27,7 @@ aten = torch.ops.aten
 _CANONICAL: Final = (NoOps(), FoldConstants(), LayerNorm(), RmsNorm())
 _LAYER_NORMS: Final = (aten.layer_norm.default, overload("layer_norm"))
 _RMS_NORM: Final = overload("rms_norm")
+_HOOKS: Final = ("forward", "forward_pre", "backward", "backward_pre")
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,23 @@ def may_be_norm(module: nn.Module, calls: tuple[Call, ...]) -> bool:
 
 def recognise(module: nn.Module, calls: tuple[Call, ...]) -> NormModule | str | None:
     """What ``module`` computes; why it is not what we can exchange; ``None`` where it holds no norm at all."""
-    try:
-        program = _isolated(module, calls[0])
-    except FxoptError:
-        return None
-    norms = [node for node in program.graph.nodes if is_call(node, *_LAYER_NORMS, _RMS_NORM)]
-    if not norms:
+    program = _isolated(module, calls[0])
+    norms = [node for node in program.graph.nodes if is_call(node, *_LAYER_NORMS, _RMS_NORM)] if program else []
+    if program is None or not norms:
         return None
     return _objection(module, calls) or _read(module, program, norms[0])
 
 
-def _isolated(module: nn.Module, call: Call) -> Program:
-    """The module on its own, canonical; leading sizes don't matter to a norm whose parameters have one axis."""
+def _isolated(module: nn.Module, call: Call) -> Program | None:
+    """The module on its own, canonical; ``None`` where it can't be captured. Leading sizes don't matter to a norm over
+    the last axis whose parameters have one axis, so those are small at first.
+    """
     one_axis = all(parameter.dim() <= 1 for parameter in module.parameters())
-    inputs = tuple(torch.zeros(_sizes(x, one_axis), dtype=x.dtype, device=x.device) for x in call.args)
-    return run_pipeline(from_export(module, inputs), _CANONICAL, strict=True).program
+    for small in dict.fromkeys((one_axis, False)):
+        inputs = tuple(torch.zeros(_sizes(x, small), dtype=x.dtype, device=x.device) for x in call.args)
+        with suppress(FxoptError):
+            return run_pipeline(from_export(module, inputs), _CANONICAL, strict=True).program
+    return None
 
 
 def _sizes(x: Tensor, small: bool) -> list[int]:
@@ -92,8 +96,8 @@ def _objection(module: nn.Module, calls: tuple[Call, ...]) -> str:
         )
     if len(calls[0].args) != 1 or calls[0].kwargs:
         return "it is called with more than one positional argument"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which would be lost"
+    if any(getattr(module, f"_{kind}_hooks") for kind in _HOOKS):
+        return "it has hooks, which would be lost"
     return ""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +40,15 @@ class Statistics:
 class RunningNorm(Progressive):
     """A norm with statistics of channels over tokens, which is ``a ⊙ x + b`` in evaluation.
 
-    It holds the parameters of the original under their names and ``step``, the number of optimiser steps taken.
-    Computations are in float32 at least.
+    It holds the parameters and buffers of the original under their names and ``step``, the number of optimiser steps
+    taken. Computations are in float32 at least.
+
+    Attributes:
+        eps: not a number. Modules that compute the norms inside of them by themselves (in evaluation
+            ``nn.TransformerEncoderLayer``) first ask whether these have equal ones.
     """
 
+    eps: Final = math.nan
     step: Tensor
     fresh: Tensor
 
@@ -51,6 +58,8 @@ class RunningNorm(Progressive):
         super().__init__()
         for name, parameter in original.named_parameters():
             self.register_parameter(name, parameter)
+        for name, buffer in original.named_buffers():
+            self.state(name, buffer, lasting=name not in original._non_persistent_buffers_set)
         self.meaning, self.mask, self.statistics = meaning, mask, statistics
         self._gathered: Moments | None = None
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=like.device))
@@ -125,7 +134,7 @@ class RunningNorm(Progressive):
         return None if bias is None else bias.to(dtype)
 
     def _own(self, name: str | None) -> Tensor | None:
-        return None if name is None else self._parameters[name]
+        return None if name is None else getattr(self, name)
 
     def state(self, name: str, value: Tensor, *, lasting: bool = True) -> None:
         """Register statistics: in the checkpoint if they are ``lasting``, else for one optimiser step."""

@@ -44,9 +44,18 @@ def swap_norms(student: Student, swap: Swap) -> Preparation:
     found = _find(student)
     _check_patterns(swap.select, list(found))
     sites = [_treat(student, name, meaning, swap, mask) for name, meaning in found.items()]
-    if reader is not None and any(site.status == "rewritten" for site in sites):
-        student.model.register_forward_pre_hook(reader, with_kwargs=True)
+    if any(site.status == "rewritten" for site in sites):
+        _leave_nested(student.model)
+        if reader is not None:
+            student.model.register_forward_pre_hook(reader, with_kwargs=True)
     return Preparation(tuple(sites))
+
+
+def _leave_nested(model: nn.Module) -> None:
+    """Encoders that pack padded tokens into nested tensors do so for layers that compute their own norms."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _find(student: Student) -> dict[str, NormModule | str]:
@@ -70,7 +79,8 @@ def _likeness(module: nn.Module, calls: tuple[Call, ...]) -> tuple[object, ...]:
     """Modules that share this are all norms, or none of them is."""
     held = tuple((name, parameter.dim()) for name, parameter in module.named_parameters())
     ranks = tuple(getattr(arg, "ndim", None) for arg in calls[0].args) if calls else ()
-    return (type(module), held, ranks)
+    choices = tuple(item for item in vars(module).items() if isinstance(item[1], str | bool) and item[0] != "training")
+    return (type(module), held, ranks, choices)
 
 
 def _treat(student: Student, name: str, meaning: NormModule | str, swap: Swap, mask: TokenMask) -> Site:
@@ -87,9 +97,7 @@ def _treat(student: Student, name: str, meaning: NormModule | str, swap: Swap, m
         return Site("norm", "kept", swap.rule, f"select={list(swap.select)} leaves it out", place)
     old = student.model.get_submodule(name)
     x = student.calls[name][0].args[0]
-    like = (
-        torch.empty(0, dtype=x.dtype, device=x.device) if meaning.weight is None else old.get_parameter(meaning.weight)
-    )
+    like = torch.empty(0, dtype=x.dtype, device=x.device) if meaning.weight is None else getattr(old, meaning.weight)
     new = swap.build(old, meaning, mask, like).train(old.training)
     exchange(student.model, old, new)
     return Site("norm", "rewritten", swap.rule, f"{meaning.kind} -> {new}", place)

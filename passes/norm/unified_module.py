@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fxopt.passes.norm.moments import Moments, average, average_of, count_of
 from fxopt.passes.norm.recognise import NormModule
@@ -68,10 +69,8 @@ class UnifiedNormalisation(RunningNorm):
         self.smoothing = smoothing
         ones = torch.ones(meaning.channels, dtype=like.dtype, device=like.device)
         self._weight, self._bias = meaning.weight or "weight", meaning.bias or "bias"
-        if meaning.weight is None:
-            self.register_parameter(self._weight, nn.Parameter(ones.clone()))
-        if meaning.bias is None:
-            self.register_parameter(self._bias, nn.Parameter(torch.zeros_like(ones)))
+        self._make(self._weight, ones)
+        self._make(self._bias, torch.zeros_like(ones))
         wide = ones.to(torch.promote_types(like.dtype, torch.float32))
         rows = wide.expand(smoothing.window, -1)
         self.state("running_second", wide.clone())
@@ -80,6 +79,13 @@ class UnifiedNormalisation(RunningNorm):
         self.state("gradient_window", torch.zeros_like(rows))
         self.state("gradient_average", torch.zeros_like(wide))
         self.state("batch_gradient", torch.zeros_like(wide), lasting=False)
+
+    def _make(self, name: str, start: Tensor) -> None:
+        """The parameter ``name``, where the original has none: from its buffer of that name, or else ``start``."""
+        if name not in self._parameters:
+            start = self._buffers.pop(name, None) if name in self._buffers else start  # type: ignore[assignment]
+            self._non_persistent_buffers_set.discard(name)
+            self.register_parameter(name, nn.Parameter(start.detach().clone()))
 
     def clock(self) -> Tensor:
         """See `Progressive.clock`."""
@@ -145,6 +151,7 @@ class _Smoothed(torch.autograd.Function):
         return z
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (z, factor, count, *mask) = gradients, ctx.saved_tensors
         state: _State = ctx.state

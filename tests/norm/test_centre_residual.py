@@ -220,6 +220,14 @@ REFUSED: dict[str, tuple[tuple[Tensor, ...], Callable[[], Net], str]] = {
         (draw(2, C, OUT),), lambda: Net(lambda n, x: n.last(n.c(x).mT).square(), c=nn.Linear(OUT, C), last=norm()),
         "does not write its channels as channels",
     ),
+    "groups": (
+        IMAGES,
+        lambda: Net(
+            lambda n, x: n.last(n.conv(x).movedim(1, -1)).square(), conv=nn.Conv2d(3, 6, 3, groups=3),
+            last=nn.LayerNorm(6),
+        ),
+        "3 groups write channels from inputs of their own",
+    ),
     "a written weight from the inputs": (
         (*TOKENS, draw(OUT, C)), lambda: Net(lambda n, x, w: n.last(x @ w).square(), last=norm()),
         "depends on the inputs",

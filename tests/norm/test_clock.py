@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from typing import Any
 
 import pytest
@@ -123,6 +124,20 @@ def test_a_step_that_a_scaler_skips_does_not_count() -> None:
         scaler.update()
         optimizer.zero_grad()
         assert steps(student) == {count}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_with_infinite_gradients_does_not_count(fused: bool) -> None:
+    """A fused optimiser takes the step that the scaler skips, and leaves the parameters alone itself."""
+    student = student_of(SHORT["rep-batch-norm"])
+    optimizer = torch.optim.AdamW(student.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for x, factor in zip(inputs(3), (1.0, math.inf, 1.0), strict=True):
+        scaler.scale(student(x).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert steps(student) == {2}
 
 
 def test_a_loop_without_an_optimiser_says_when_a_step_was_taken() -> None:

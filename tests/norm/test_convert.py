@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.errors import FxoptWarning, PassError, PreparationError, VerificationError
+from fxopt.errors import FxoptWarning, OptionError, PassError, PreparationError, VerificationError
 from fxopt.passes import RepBatchNorm, UnifiedNorm
 from fxopt.passes.norm.channel_affine import ChannelAffine
 from fxopt.passes.norm.rep_module import RepNorm
@@ -90,6 +90,46 @@ class Written(nn.Module):
         return y
 
 
+class Patches(nn.Module):
+    """A norm behind a convolution whose result is transposed, as Swin has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, CHANNELS, 2, 2), nn.LayerNorm(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x).flatten(2).transpose(1, 2))
+        return y.relu()
+
+
+def test_a_folded_norm_is_not_said_to_stay_too() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    student = fxopt.prepare(Patches(), (x,), passes=[RepBatchNorm(steps=0)])
+    (site,) = [site for site in fxopt.convert(student, [x]).report.sites if site.kind == "norm"]
+    assert (site.status, site.reason) == ("rewritten", "folded into the linear layer before it")
+
+
+class Heads(nn.Module):
+    """A norm of each head, transposed afterwards, as Qwen has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(CHANNELS, 2 * CHANNELS), nn.RMSNorm(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(x).unflatten(-1, (2, CHANNELS))).transpose(1, 2)
+        return y.relu()
+
+
+def test_a_norm_that_is_transposed_says_why_it_stays() -> None:
+    x = inputs(1)[0]
+    student = fxopt.prepare(Heads(), (x,), passes=[RepBatchNorm(steps=0)])
+    (site,) = [site for site in fxopt.convert(student, [x]).report.sites if site.kind == "norm"]
+    assert (site.status, site.source.module) == ("kept", "norm")
+    assert "splits or joins the channels" in site.reason
+    assert "aten.relu" in site.reason
+
+
 def test_norms_that_were_not_exchanged_keep_their_lines() -> None:
     student = fxopt.prepare(Written(), (torch.randn(3, 8),), passes=[RepBatchNorm(steps=0)])
     sites = [site for site in fxopt.convert(student).report.sites if site.kind == "norm"]
@@ -164,6 +204,12 @@ def test_no_more_batches_are_taken_than_wanted() -> None:
 def test_no_data_at_all_is_an_error() -> None:
     with pytest.raises(PreparationError, match="data is empty"):
         fxopt.convert(trained(SHORT["rep-batch-norm"]), [])
+
+
+@pytest.mark.parametrize("data", [inputs(1)[0], {"x": inputs(1)[0]}, "x"], ids=["tensor", "dict", "text"])
+def test_data_that_is_a_call_itself_is_an_error(data: Any) -> None:
+    with pytest.raises(OptionError, match=r"would be taken for calls; give data=\[…\]"):
+        fxopt.convert(trained(SHORT["rep-batch-norm"]), data)
 
 
 def test_what_was_not_prepared_can_not_be_converted() -> None:

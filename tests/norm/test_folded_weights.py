@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fxopt
-from fxopt.testing import evaluate
+from fxopt.errors import OptionError
+from fxopt.testing import assert_within_budget, evaluate, oracle
 from tests.norm.support import Net, assert_exact, draw, randomise
 
 C = 8
@@ -115,6 +117,41 @@ def test_moving_to_another_dtype() -> None:
     assert rewritten.folded_weights.a_weight.dtype == torch.float64
 
 
+class WritesDtypes(nn.Module):
+    """Its program casts to the dtypes that it was captured in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(C), nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(self.norm(x))
+        weights = torch.softmax(y @ y.mT, -1, dtype=torch.float32).to(y.dtype)
+        result: Tensor = self.b(weights @ y) + torch.arange(C, dtype=x.dtype)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_program_is_that_of_the_precision_it_is_in(dtype: torch.dtype) -> None:
+    net, x = randomise(WritesDtypes()).eval(), X.to(dtype)
+    rewritten: Any = fxopt.rewrite(net, (X.float(),)).to(dtype)
+    moved = copy.deepcopy(net).to(dtype)
+    for training in (False, True, False):
+        rewritten.train(training)
+        with torch.set_grad_enabled(training):
+            actual, eager = rewritten(x), moved(x)
+        assert actual.dtype == dtype
+        assert_within_budget(actual, eager, oracle(moved, x), floor=1.0)
+    folds = bool(rewritten.folded_weights._buffers)
+    assert folds == (dtype != torch.float16), "float16 may not hold products of weights"
+
+
+def test_a_frozen_program_keeps_the_precision_that_is_written_into_it() -> None:
+    rewritten = fxopt.rewrite(randomise(WritesDtypes()).eval(), (X.float(),)).freeze()
+    with pytest.raises(OptionError, match=r"frozen in torch\.float32.* now in torch\.bfloat16"):
+        rewritten.bfloat16()
+
+
 def test_gradients_reach_the_weights_themselves() -> None:
     net = _net()
     rewritten: Any = _rewritten(net)
@@ -135,6 +172,31 @@ def test_gradients_of_the_input_alone_run_the_folded_program() -> None:
     (actual,) = torch.autograd.grad(rewritten(x).sum(), x)
     (expected,) = torch.autograd.grad(net(x).sum(), x)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+# PyTorch scripts its rules for tangents when they are first needed.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`.* is deprecated:DeprecationWarning")
+def test_weights_in_functional_transforms_are_not_folded() -> None:
+    """Tangents and models side by side belong to one call; what is kept for the next is made of the module's own."""
+    net = Net(lambda n, x: torch.relu(n.a(x) * n.scale), a=nn.Linear(C, 6), scale=torch.ones(6)).double()
+    rewritten = _rewritten(net.requires_grad_(False))
+    assert _folds(rewritten)
+    weights = {name: parameter * 1.5 for name, parameter in net.named_parameters()}
+    stacked = {name: torch.stack((value, 2 * value)) for name, value in weights.items()}
+
+    def run(module: nn.Module) -> list[Tensor]:
+        def call(chosen: Any) -> Tensor:
+            result: Tensor = torch.func.functional_call(module, chosen, (X,))
+            return result
+
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(value, value) for name, value in weights.items()}
+            tangent = forward_ad.unpack_dual(call(duals)).tangent
+        assert tangent is not None
+        return [tangent, torch.func.vmap(call)(stacked), call(weights)]
+
+    torch.testing.assert_close(run(rewritten), run(net), rtol=1e-12, atol=1e-12)
+    assert_exact(rewritten, net, (X,))
 
 
 def test_training_and_coming_back() -> None:

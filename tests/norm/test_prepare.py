@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from fxopt.errors import CaptureError, OptionError, PreparationError
 from fxopt.passes import RepBatchNorm, UnifiedNorm
 from fxopt.passes.norm.rep_module import RepNorm
 from fxopt.testing import assert_within_budget, oracle
-from tests.norm.models import CHANNELS, SHORT, Encoder, One, encoder, inputs
+from tests.norm.models import CHANNELS, SHORT, Encoder, One, encoder, inputs, optimizer_of, train
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm  # noqa: E402
@@ -34,6 +36,22 @@ class ByHand(nn.Module):
         return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-6) * self.gamma + self.beta
 
 
+class Constant(nn.Module):
+    """LayerNorm whose bias, or weight too, is a buffer."""
+
+    def __init__(self, channels: int, *, learns: bool) -> None:
+        super().__init__()
+        weight = torch.randn(channels)
+        if learns:
+            self.gamma = nn.Parameter(weight)
+        else:
+            self.register_buffer("gamma", weight)
+        self.register_buffer("beta", torch.randn(channels), persistent=learns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:], self.gamma, self.beta)  # type: ignore[arg-type]
+
+
 #: Modules of any class, and the parameters that they have.
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "LayerNorm": lambda: nn.LayerNorm(CHANNELS),
@@ -42,6 +60,8 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "RMSNorm": lambda: nn.RMSNorm(CHANNELS),
     "RMSNorm with eps": lambda: nn.RMSNorm(CHANNELS, eps=1e-3),
     "by hand": lambda: ByHand(CHANNELS),
+    "with a constant bias": lambda: Constant(CHANNELS, learns=True),
+    "with constants": lambda: Constant(CHANNELS, learns=False),
     "Llama": lambda: LlamaRMSNorm(CHANNELS),
     "T5": lambda: T5LayerNorm(CHANNELS),  # type: ignore[no-untyped-call] # transformers leaves it untyped
     "Gemma": lambda: Gemma2RMSNorm(CHANNELS),
@@ -136,9 +156,9 @@ class Residual(One):
         return y
 
 
-def hooked() -> nn.Module:
+def hooked(kind: str) -> nn.Module:
     norm = nn.LayerNorm(CHANNELS)
-    norm.register_forward_hook(lambda module, args, output: output)
+    getattr(norm, f"register_{kind}_hook")(lambda module, *found: None)
     return norm
 
 
@@ -150,7 +170,8 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "a sum of weights": (One(Summed(CHANNELS)), "its weight or bias is computed from its parameters"),
     "further state": (One(Holds(CHANNELS)), "it holds seen, which its norm does not read"),
     "two axes": (One(nn.LayerNorm((5, CHANNELS))), "it normalises over 2 axes together"),
-    "hooks": (One(hooked()), "it has forward hooks"),
+    "hooks": (One(hooked("forward")), "it has hooks, which would be lost"),
+    "hooks of gradients": (One(hooked("full_backward")), "it has hooks, which would be lost"),
     "another norm": (One(nn.BatchNorm1d(5)), "it is not a LayerNorm or RMSNorm over the last axis"),
 }
 
@@ -164,6 +185,34 @@ def test_a_norm_that_can_not_be_exchanged_is_kept_with_the_reason(model: nn.Modu
     assert reason in kept[0].reason
     assert report.count("norm") == 1
     assert type(student.get_submodule("first.norm")) is type(model.norm)
+
+
+class Either(nn.LayerNorm):
+    """A LayerNorm over the last axis or, with the channels first, over the second, as ConvNeXt has both."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__(CHANNELS)
+        self.channels_first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, -1)).transpose(1, -1) if self.channels_first else super().forward(x)
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.linear = Either(True), Either(False), nn.Linear(CHANNELS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.last(self.first(x).transpose(1, -1)))
+        return y
+
+
+def test_a_norm_is_not_judged_by_another_of_its_class() -> None:
+    student = fxopt.prepare(Images(), (torch.randn(2, CHANNELS, 5, 4),), passes=[RepBatchNorm(steps=5)])
+    sites = {site.source.module: site for site in fxopt.prepared(student).report.sites}
+    assert {name: site.status for name, site in sites.items()} == {"first": "kept", "last": "rewritten"}
+    assert sites["first"].reason == "its forward does more than normalise its input"
 
 
 class Chain(nn.Module):
@@ -187,6 +236,41 @@ def test_a_norm_without_a_module_is_kept_with_its_line() -> None:
     (kept,) = [site for site in report.sites if site.status == "kept"]
     assert "computed by a module of its own" in kept.reason
     assert "layer_norm(super().forward(x)" in kept.source.code
+
+
+@pytest.mark.parametrize("chosen", SHORT.values(), ids=SHORT)
+@pytest.mark.parametrize("learns", [True, False])
+def test_constants_of_a_norm_keep_their_names_and_values(chosen: fxopt.Pass, learns: bool) -> None:
+    model = One(Constant(CHANNELS, learns=learns))
+    (x,) = inputs(1)
+    student = fxopt.prepare(model, (x,), passes=[chosen]).train()
+    assert set(model.state_dict()) <= set(student.state_dict())
+    for name in ("gamma", "beta"):
+        assert torch.equal(getattr(student.norm, name), getattr(model.norm, name))
+    train(student, optimizer_of(student), inputs(6))
+    with torch.no_grad():
+        torch.testing.assert_close(fxopt.convert(student, [x])(x), fxopt.convert(student, [x], passes=[])(x))
+
+
+@pytest.mark.parametrize("chosen", SHORT.values(), ids=SHORT)
+@pytest.mark.parametrize("select", ["*", "*norm1"])
+def test_an_encoder_does_not_compute_exchanged_norms_by_itself(chosen: Any, select: str) -> None:
+    """In evaluation without gradients PyTorch's encoder layers run as one kernel, padded batches as nested tensors."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(CHANNELS, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2).double()
+    x, *batches = (batch.double() for batch in inputs(7))
+    padding = torch.arange(5) >= torch.tensor([5, 4, 3, 5])[:, None]
+    student = fxopt.prepare(model, (x,), passes=[replace(chosen, select=select)]).train()
+    train(student, optimizer_of(student), batches)
+    student.eval()
+    expected = student(x), student(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        found = student(x), student(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(found, expected)
+        converted = fxopt.convert(student, passes=["fold-channel-affine"])
+        torch.testing.assert_close(converted(x), expected[0])
+    assert model.use_nested_tensor
 
 
 def test_a_norm_held_in_two_places_is_exchanged_in_both() -> None:

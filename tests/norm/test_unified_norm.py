@@ -33,6 +33,14 @@ def unified(norm: nn.Module | None = None, **options: Any) -> UnifiedNormalisati
     return found.train()
 
 
+def test_smoothed_gradients_are_not_differentiated_again() -> None:
+    norm = unified(warmup=0)
+    x = inputs(1)[0].double().requires_grad_()
+    (gradient,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_in_the_warm_up_it_is_a_norm_without_mean_and_its_derivative() -> None:
     norm = unified(warmup=100)
     x = inputs(1)[0].double().requires_grad_()

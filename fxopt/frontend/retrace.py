@@ -17,6 +17,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
+from fxopt.frontend.out_of_place import out_of_place
 from fxopt.frontend.repeated import RepeatedCalls
 
 _BACKWARD = (torch.autograd.grad, torch.autograd.backward)
@@ -34,6 +35,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
         CaptureError: the graph holds something that can't be retraced without changing its meaning.
     """
     _reject_opaque(module)
+    module = out_of_place(module)
 
     def interpret(*args: Any) -> Any:
         with preserve_node_meta():

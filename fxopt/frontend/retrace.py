@@ -49,6 +49,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
     traced = None if edits else _trace(repeat, inputs, fake_mode)
     if traced is None or any(_mutates(node) for node in traced.graph.nodes):
         _reject_vmap(module)
+        _reject_detached(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
     traced.graph.eliminate_dead_code()
     _reject_lost(traced)
@@ -111,6 +112,19 @@ def _reject_vmap(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if "vmap" in getattr(node.target, "__name__", ""):
             raise CaptureError("the graph edits tensors in place inside vmap, which a retrace can't make functional")
+
+
+def _reject_detached(module: fx.GraphModule) -> None:
+    """Without gradients, an edit leaves those of the tensor that it edits; a new tensor in its place has none."""
+    recorded = True
+    for node in module.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            recorded = bool(node.args[0])
+        if recorded or not _edits(node) or not node.all_input_nodes:
+            continue
+        edited = node.all_input_nodes[0].meta.get("example_value")
+        if isinstance(edited, torch.Tensor) and edited.requires_grad:
+            raise CaptureError("the graph edits in place, inside no_grad, a tensor whose gradient is recorded")
 
 
 def _reject_opaque(module: fx.GraphModule) -> None:

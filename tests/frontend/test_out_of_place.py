@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from fxopt.errors import FxoptWarning
 from fxopt.frontend.out_of_place import out_of_place
 
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
@@ -132,3 +133,14 @@ def test_results_and_edits_of_inputs_are_those_of_the_model(function: Function) 
     compiled = torch.compile(function, backend="fxopt", fullgraph=True, options={"strict": True, "base": "eager"})
     torch.testing.assert_close(compiled(*own), function(*given), rtol=0, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(given, own, strict=True))
+
+
+def test_edits_without_gradients_leave_the_gradient_of_what_they_edit() -> None:
+    """A functional form has none, so the graph is left alone."""
+    (x, y), (own, _) = operands(), operands()
+    torch._dynamo.reset()
+    without_gradients(x.requires_grad_(), y).sum().backward()
+    with pytest.warns(FxoptWarning, match="inside no_grad"):
+        out = torch.compile(without_gradients, backend="fxopt", options={"base": "aot_eager"})(own.requires_grad_(), y)
+    out.sum().backward()
+    torch.testing.assert_close(own.grad, x.grad)

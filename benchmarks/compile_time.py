@@ -4,9 +4,9 @@
 
 *cold* is the first compilation in a process whose cache is empty, *warm* the same with the cache that the cold one left
 (a new process of a user), *again* one in a process that has compiled before. Each is the least of several runs, in
-seconds: a busy machine only adds. With ``--clock cpu`` they are seconds of the processor, for a machine that others use:
-waiting does not count. The parts are those of *again*: capture (the retrace of Dynamo's graph), passes (with
-their verification) and the rest (copies, lowering). `--goal` makes a warm start that takes longer a failure.
+seconds: a busy machine only adds. With ``--clock cpu`` they are seconds of the processor, for a machine that others
+use: waiting does not count. The parts are those of *again*: capture (the retrace of Dynamo's graph), passes (with their
+verification) and the rest (copies, lowering). `--goal` makes a warm start that takes longer a failure.
 """
 
 from __future__ import annotations

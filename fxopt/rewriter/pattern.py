@@ -160,7 +160,7 @@ class Op(Pattern):
         result = covered.bind(self.name, value) if self.name else covered
         if isinstance(result, Miss):
             return result
-        names, _ = parameters(value.target)  # type: ignore[arg-type]  # one of `targets`
+        names, _ = parameters(value.target)
         orders = [names]
         if self.commutative:
             orders.append((names[1], names[0], *names[2:]))
@@ -177,7 +177,7 @@ class Op(Pattern):
             if isinstance(step, Miss):
                 return step
             so_far = step
-        names, defaults = parameters(node.target)  # type: ignore[arg-type]
+        names, defaults = parameters(node.target)
         for name in names:
             value = given.get(name)
             default = name in defaults and value == defaults[name]

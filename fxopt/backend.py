@@ -15,7 +15,7 @@ from torch import fx
 from fxopt import driver
 from fxopt.errors import FxoptError, FxoptWarning, OptionError, UnsupportedTorchError
 from fxopt.frontend.dynamo import from_dynamo, hand_over
-from fxopt.lowering.base import compile_base
+from fxopt.lowering.base import compile_base, start_base
 from fxopt.lowering.measure import MEASUREMENT_SECONDS
 from fxopt.lowering.options import Options, read_options
 
@@ -59,6 +59,7 @@ def compile(  # noqa: A001 - the name under which torch.compile's entry point fi
     driver.selected_passes(chosen)  # what the user names must exist, whatever becomes of the graph
     start, measured = time.perf_counter(), MEASUREMENT_SECONDS["total"]
     mode = None if mode == "default" else mode
+    start_base(inputs, chosen)
     rewritten = _rewrite(module, inputs, chosen, mode)
     before_base = time.perf_counter()
     compiled = compile_base(rewritten, inputs, chosen, mode)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -19,7 +20,7 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.expression import evaluate, gradient
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import Expr, I, J, S, call, const
+from fxopt.ir.expression import Expr, I, J, S, call, const, parse
 from fxopt.ir.operators import define_meaning
 
 aten = torch.ops.aten
@@ -65,10 +66,17 @@ def _objection_to_bias(spec: AttentionSpec, dtype: torch.dtype, backend: str) ->
 
 def linear_form(spec: AttentionSpec) -> tuple[float, Expr] | None:
     """``(a, bias)`` when the score is ``a·s + bias`` with a constant ``a`` and a bias that does not read ``s``."""
-    slope = simplify(gradient(spec.score, S))
+    return _linear_form(str(spec.score))
+
+
+@lru_cache(maxsize=256)
+def _linear_form(score: str) -> tuple[float, Expr] | None:
+    """By the printed score: equal expressions may hold ``1`` or ``1.0``."""
+    expr = parse(score)
+    slope = simplify(gradient(expr, S))
     if slope.op != "const" or isinstance(slope.value, str | None):
         return None
-    bias = simplify(spec.score.replace(lambda e: const(0.0) if e == S else e))
+    bias = simplify(expr.replace(lambda e: const(0.0) if e == S else e))
     return float(slope.value), bias
 
 

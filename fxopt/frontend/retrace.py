@@ -17,6 +17,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
+from fxopt.frontend.out_of_place import out_of_place
 from fxopt.frontend.repeated import RepeatedCalls
 
 _BACKWARD = (torch.autograd.grad, torch.autograd.backward)
@@ -34,6 +35,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
         CaptureError: the graph holds something that can't be retraced without changing its meaning.
     """
     _reject_opaque(module)
+    module = out_of_place(module)
 
     def interpret(*args: Any) -> Any:
         with preserve_node_meta():
@@ -47,6 +49,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
     traced = None if edits else _trace(repeat, inputs, fake_mode)
     if traced is None or any(_mutates(node) for node in traced.graph.nodes):
         _reject_vmap(module)
+        _reject_detached(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
         _reshape_views(traced.graph)
     traced.graph.eliminate_dead_code()
@@ -119,6 +122,19 @@ def _reject_vmap(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if "vmap" in getattr(node.target, "__name__", ""):
             raise CaptureError("the graph edits tensors in place inside vmap, which a retrace can't make functional")
+
+
+def _reject_detached(module: fx.GraphModule) -> None:
+    """Without gradients, an edit leaves those of the tensor that it edits; a new tensor in its place has none."""
+    recorded = True
+    for node in module.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            recorded = bool(node.args[0])
+        if recorded or not _edits(node) or not node.all_input_nodes:
+            continue
+        edited = node.all_input_nodes[0].meta.get("example_value")
+        if isinstance(edited, torch.Tensor) and edited.requires_grad:
+            raise CaptureError("the graph edits in place, inside no_grad, a tensor whose gradient is recorded")
 
 
 def _reject_opaque(module: fx.GraphModule) -> None:

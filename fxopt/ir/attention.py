@@ -11,6 +11,7 @@ dimension of queries and keys, ``E`` head dimension of values.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal, get_args
 
 import torch
@@ -135,6 +136,7 @@ class AttentionSpec:
         return "; ".join(f"{name}={value}" for name, value in fields.items())
 
 
+@lru_cache(maxsize=1024)
 def read_spec(text: str) -> AttentionSpec:
     """Read what ``str(AttentionSpec)`` printed; raises `ExpressionError` on anything else."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -61,11 +62,15 @@ def arguments(node: Node) -> Mapping[str, Any]:
     """Arguments of an operator call by schema name, defaults filled in."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return dict(node.kwargs)
-    schema = node.target._schema.arguments
-    result = {a.name: a.default_value for a in schema if a.has_default_value()}
-    result.update(zip((a.name for a in schema), node.args, strict=False))
-    result.update(node.kwargs)
-    return result
+    names, defaults = parameters(node.target)
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+@cache
+def parameters(operator: torch._ops.OpOverload) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """The parameters of an operator by name, in order, and the defaults of those that have one."""
+    schema = operator._schema.arguments
+    return tuple(a.name for a in schema), {a.name: a.default_value for a in schema if a.has_default_value()}
 
 
 def scalar(value: object) -> bool | int | float | None:

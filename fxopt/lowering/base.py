@@ -53,6 +53,27 @@ def compile_base(
         return compiled  # type: ignore[no-any-return]
 
 
+def start_base(inputs: Sequence[Any], options: Options) -> None:
+    """Start Inductor's processes that compile kernels for a GPU, as its own backend does when it is entered.
+
+    They take seconds to come up, and until then Inductor compiles one kernel after the other.
+    """
+    if options.base == "inductor" and any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
+def load_base(options: Options) -> None:
+    """Import the base compiler and set up its patterns: a second or two for Inductor, once in a process."""
+    if options.base == "inductor":
+        from torch._inductor import compile_fx  # noqa: F401 - the import is what takes long
+        from torch._inductor.fx_passes import joint_graph
+
+        with _PATTERNS_LOCK:
+            joint_graph.lazy_init()
+
+
 @lru_cache(maxsize=2)
 def _decompositions(fallback_random: bool) -> dict[Any, Any]:
     """Inductor's decompositions and our own: one table for all compilations, as PyTorch keeps what it traces by it.

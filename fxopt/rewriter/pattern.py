@@ -18,7 +18,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from fxopt.ir.nodes import arguments, scalar, tensor
+from fxopt.ir.nodes import arguments, parameters, scalar, tensor
 
 aten = torch.ops.aten
 
@@ -160,16 +160,16 @@ class Op(Pattern):
         result = covered.bind(self.name, value) if self.name else covered
         if isinstance(result, Miss):
             return result
-        names = [argument.name for argument in value.target._schema.arguments]
+        names, _ = parameters(value.target)
         orders = [names]
         if self.commutative:
-            orders.append([names[1], names[0], *names[2:]])
+            orders.append((names[1], names[0], *names[2:]))
         return _furthest(lambda order: self._match_arguments(value, order, result), orders)
 
     def roots(self) -> frozenset[object] | None:
         return frozenset(self.targets)
 
-    def _match_arguments(self, node: Node, order: list[str], so_far: Match) -> Match | Miss:
+    def _match_arguments(self, node: Node, order: tuple[str, ...], so_far: Match) -> Match | Miss:
         given = arguments(node)
         patterns = dict(zip(order, self.operands, strict=False)) | self.named
         for name, pattern in patterns.items():
@@ -177,11 +177,12 @@ class Op(Pattern):
             if isinstance(step, Miss):
                 return step
             so_far = step
-        for argument in node.target._schema.arguments:  # type: ignore[union-attr]
-            value = given.get(argument.name)
-            default = argument.has_default_value() and value == argument.default_value
-            if argument.name not in patterns and not default:
-                return Miss(len(so_far.nodes), f"{argument.name} = {value} is not part of the pattern", node)
+        names, defaults = parameters(node.target)
+        for name in names:
+            value = given.get(name)
+            default = name in defaults and value == defaults[name]
+            if name not in patterns and not default:
+                return Miss(len(so_far.nodes), f"{name} = {value} is not part of the pattern", node)
         return so_far
 
     def __str__(self) -> str:

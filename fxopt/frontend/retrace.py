@@ -48,6 +48,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
     if traced is None or any(_mutates(node) for node in traced.graph.nodes):
         _reject_vmap(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
+        _name_reshapes(traced)
     traced.graph.eliminate_dead_code()
     _reject_lost(traced)
     traced.recompile()
@@ -87,6 +88,12 @@ def _functionalised(function: Callable[..., Any]) -> Callable[..., Any]:
         return outputs
 
     return run
+
+
+def _name_reshapes(traced: fx.GraphModule) -> None:
+    """A functional trace has decided by the strides at hand which reshapes are views; a rewrite may change strides."""
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def _plain(value: FunctionalTensor) -> torch.Tensor:

@@ -44,12 +44,14 @@ class Kept:
     Attributes:
         causal: whether a query reads earlier keys only.
         keys: the masks of keys; a key counts where all of them say so.
+        padded: whether they hide keys, as far as the example arguments tell.
         dropped: what does not stay, for reports.
         assumed: what its mask is taken as, where only the example arguments tell.
     """
 
     causal: bool = False
     keys: tuple[KeyMask, ...] = ()
+    padded: bool = False
     dropped: tuple[str, ...] = ()
     assumed: str = ""
 
@@ -60,18 +62,22 @@ class Proof:
 
     Attributes:
         causal: whether it is causal, where its mask is that, one of keys, both or none; ``None`` for another mask.
+        padded: whether there is a mask of keys.
         unread: whether nobody reads its weights.
     """
 
     causal: bool | None = None
+    padded: bool = False
     unread: bool = False
 
 
 def prove(site: Node) -> Proof:
     """What the program of the whole model, to which the canonical attention ``site`` belongs, says of it."""
     kept = read_attention(site, (), Proof(unread=True))
-    proved = not isinstance(kept, str) and not any(mask.unproved for mask in kept.keys)
-    return Proof(kept.causal if proved and isinstance(kept, Kept) else None, not weight_readers(site))
+    unread = not weight_readers(site)
+    if isinstance(kept, str) or any(mask.unproved for mask in kept.keys):
+        return Proof(unread=unread)
+    return Proof(kept.causal, bool(kept.keys), unread)
 
 
 def read_drop(drop: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -117,9 +123,11 @@ def read_attention(site: Node, drop: tuple[str, ...], proof: Proof) -> Kept | st
         elif not masks.holds(term):
             return f"its mask {term} is neither causal nor one of keys; drop='mask' leaves it out"
     lost += ["its dropout of weights"] if spec.dropout else []
-    causal = causal or (masks.opaque and bool(proof.causal))
+    causal = causal or (masks.opaque > 0 and bool(proof.causal))
     assumed = ("causal" if causal else "one of keys") if masks.opaque else ""
-    return Kept(causal, tuple(masks.found.values()), tuple(dict.fromkeys(lost)), assumed)
+    keys = tuple(masks.found.values())
+    padded = len(keys) > masks.opaque or (bool(keys) and proof.padded)
+    return Kept(causal, keys, padded, tuple(dict.fromkeys(lost)), assumed)
 
 
 def _condition(term: Expr) -> Expr | None:
@@ -133,12 +141,12 @@ def _condition(term: Expr) -> Expr | None:
 
 
 class _Masks:
-    """The masks of keys among the terms of one specification; ``opaque`` tells that one is such by proof alone."""
+    """The masks of keys among the terms of one specification; ``opaque`` of them are such by proof alone."""
 
     def __init__(self, spec: AttentionSpec, captures: Sequence[Any], proof: Proof) -> None:
         self._spec, self._captures, self._proof = spec, captures, proof
         self.found: dict[Expr, KeyMask] = {}
-        self.opaque = False
+        self.opaque = 0
 
     def holds(self, term: Expr) -> bool:
         """Whether ``term`` was added."""
@@ -156,9 +164,9 @@ class _Masks:
         proved = of_keys if capture.kind == "bool" else False
         opaque = not proved and self._proof.causal is not None and capture.dims[-1] == "j"
         unproved = not proved and not opaque and capture.kind == "float" and of_sequences and not droppable
-        if proved or opaque or unproved:
+        if term not in self.found and (proved or opaque or unproved):
             self.found[term] = KeyMask(self._captures[number], hides, unproved)
-            self.opaque = self.opaque or opaque
+            self.opaque += opaque
         return term in self.found
 
 

@@ -197,7 +197,8 @@ def _call(builder: Builder, site: Node, form: Form, inputs: _Inputs) -> Node:
         repeat = overload("repeat_heads")
         count = heads // kv_heads
         k, v = (builder.call(repeat, x, count, spec.kv_map) for x in (k, v))
-    keep = _mask(builder, form.kept.keys, q, k) if form.kept.keys else None
+    # Tokens of a grid are never padded.
+    keep = _mask(builder, form.kept.keys, q, k) if form.kept.keys and not form.side else None
     # So that a student may be trained in another precision than it was prepared in.
     dtype = None if spec.out_dtype == tensor(q).dtype else spec.out_dtype
     linear = LinearSpec(form.kept.causal, form.side, form.first, form.eps, out_dtype=dtype, out_layout=spec.out_layout)

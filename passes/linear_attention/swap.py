@@ -158,7 +158,7 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
         names = {role: _new_name(module, role, place, len(sites)) for role in plan.parameters}
         parameters |= {names[role]: nn.Parameter(value) for role, value in plan.parameters.items()}
         forms.append(Form(kept, plan.side, plan.first, swap.eps, names))
-        titles.append(plan.title + _remarks(kept))
+        titles.append(plan.title + _remarks(kept, plan))
     if own is None and not parameters and swap.transition.blends:
         return False, "it holds no parameter whose optimiser could drive a schedule; give steps=0 and warmup=0"
     graphs = _graphs(module, calls[0], owner, forms, parameters, swap)
@@ -171,9 +171,10 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
     return True, f"softmax attention -> {title}"
 
 
-def _remarks(kept: Kept) -> str:
+def _remarks(kept: Kept, plan: Plan) -> str:
+    assumed = "empty" if kept.assumed and plan.side else kept.assumed
     without = f", without {' and '.join(kept.dropped)}" if kept.dropped else ""
-    return without + (f"; its mask is {kept.assumed}, as in the example call" if kept.assumed else "")
+    return without + (f"; its mask is {assumed}, as in the example call" if assumed else "")
 
 
 def _new_name(module: nn.Module, role: str, place: int, count: int) -> str:

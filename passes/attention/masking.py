@@ -19,7 +19,7 @@ from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_struc
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.expression import Expr, call, const
 from fxopt.ir.nodes import same_size, shape
-from fxopt.passes.attention.positions import Captured
+from fxopt.passes.attention.positions import Captured, ReadTensor
 from fxopt.passes.attention.proofs import captures_of, fills_left, joined, logic_of, rows_kept, settled
 from fxopt.passes.attention.space import Operand, Space
 
@@ -75,7 +75,7 @@ class MaskProver:
         if not isinstance(rows, int) or not isinstance(columns, int):
             return found
         for index, operand in enumerate(operands):
-            if index not in read or not isinstance(operand, Operand):
+            if index not in read or not _spans_rows_and_keys(operand):
                 continue
             key = (operand.node, rows, columns)
             if key not in self._known:
@@ -183,7 +183,14 @@ class _Proof:
         return "keeps everything" if self.keep == const(True) else f"keeps {self.keep}"
 
 
-def _prove(operand: Operand, rows: int, columns: int, constants: Constants) -> _Proof | None:
+def _spans_rows_and_keys(operand: Captured) -> bool:
+    """Whether the last two axes of an operand's tensor are those of the scores."""
+    if isinstance(operand, ReadTensor):
+        return [str(part) for part in operand.reading.index[-2:]] == ["i", "j"]
+    return isinstance(operand, Operand)
+
+
+def _prove(operand: Captured, rows: int, columns: int, constants: Constants) -> _Proof | None:
     values = constants.value(operand.node)
     plane = _one_plane(values) if isinstance(values, torch.Tensor) else None
     if plane is None or plane.numel() == 0:

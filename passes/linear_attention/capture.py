@@ -54,11 +54,13 @@ class Isolated:
         program: its state stands under the module's names.
         in_spec: how the arguments of a call are flattened.
         constants: of the flattened arguments those that are no tensors, by place.
+        again: of the tensors those that were given before, each with the place of that among them.
     """
 
     program: Program
     in_spec: pytree.TreeSpec
     constants: Mapping[int, Any]
+    again: Mapping[int, int]
 
 
 class _OfTensors(nn.Module):
@@ -69,8 +71,16 @@ class _OfTensors(nn.Module):
         self.inner = inner
         self.given, self.in_spec = pytree.tree_flatten((args, dict(kwargs)))
         self.constants = {n: value for n, value in enumerate(self.given) if not isinstance(value, Tensor)}
+        first: dict[int, int] = {}
+        tensors = [value for value in self.given if isinstance(value, Tensor)]
+        places = [first.setdefault(id(value), n) for n, value in enumerate(tensors)]
+        self.again = {n: place for n, place in enumerate(places) if place != n}
 
     def forward(self, *tensors: Tensor) -> Any:
+        for n, given in self.again.items():
+            # What is given twice has the same sizes in every call.
+            for size, other in zip(tensors[n].shape, tensors[given].shape, strict=True):
+                torch._check(size == other)
         rest = iter(tensors)
         count = len(self.constants) + len(tensors)
         flat = [self.constants[n] if n in self.constants else next(rest) for n in range(count)]
@@ -112,7 +122,7 @@ def _captured(called: _OfTensors, lengths: bool) -> Isolated | str:
         assert program.signature is not None
         bound = {name: target.removeprefix("inner.") for name, target in program.signature.bound.items()}
         program.signature = replace(program.signature, bound=bound)
-        return Isolated(program, called.in_spec, called.constants)
+        return Isolated(program, called.in_spec, called.constants, called.again)
     return f"it can't be captured alone: {failure}"
 
 

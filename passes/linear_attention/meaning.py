@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from torch.fx import Node
 
 from fxopt.errors import OptionError
 from fxopt.ir.attention import AttentionSpec, read_spec
-from fxopt.ir.expression import Expr, S, conjuncts
+from fxopt.ir.expression import Expr, S, call, conjuncts
 from fxopt.ir.nodes import same_size, shape
 from fxopt.ir.operators import overload
 
 #: What the user may give up: terms added to the scores that are the same for all sequences, and whatever depends on
 #: the sequence or hides keys.
 DROPPABLE: Final = ("bias", "mask")
+#: What is added to the scores of hidden keys is no more.
+HIDDEN: Final = -1000.0
 _CAUSAL: Final = frozenset({"(j <= i)", "(i >= j)", "(j <= (i + (Sk - Sq)))", "(j <= ((Sk - Sq) + i))"})
+
+
+@dataclass(frozen=True)
+class KeyMask:
+    """A mask of keys that an attention captures.
+
+    Attributes:
+        node: ``[B, 1, 1 or S, T]``, whose last row says which keys count: boolean, or a number that is added to scores.
+        hides: whether a boolean one is true for the keys that do not count instead.
+        unproved: whether numbers are known to be 0, or far below, only when the mask is there.
+    """
+
+    node: Node
+    hides: bool = False
+    unproved: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,18 +43,41 @@ class Kept:
 
     Attributes:
         causal: whether a query reads earlier keys only.
-        keep: the captured tensor ``[B, 1, 1 or S, T]`` whose last row says which keys count: boolean, or a number that
-            is far below 0 for those that don't.
-        hides: whether ``keep`` is true for the keys that do not count instead.
+        keys: the masks of keys; a key counts where all of them say so.
+        padded: whether they hide keys, as far as the example arguments tell.
         dropped: what does not stay, for reports.
         assumed: what its mask is taken as, where only the example arguments tell.
     """
 
     causal: bool = False
-    keep: Node | None = None
-    hides: bool = False
+    keys: tuple[KeyMask, ...] = ()
+    padded: bool = False
     dropped: tuple[str, ...] = ()
     assumed: str = ""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the program of a whole model says of an attention that one module's program can't tell.
+
+    Attributes:
+        causal: whether it is causal, where its mask is that, one of keys, both or none; ``None`` for another mask.
+        padded: whether there is a mask of keys.
+        unread: whether nobody reads its weights.
+    """
+
+    causal: bool | None = None
+    padded: bool = False
+    unread: bool = False
+
+
+def prove(site: Node) -> Proof:
+    """What the program of the whole model, to which the canonical attention ``site`` belongs, says of it."""
+    kept = read_attention(site, (), Proof(unread=True))
+    unread = not weight_readers(site)
+    if isinstance(kept, str) or any(mask.unproved for mask in kept.keys):
+        return Proof(unread=unread)
+    return Proof(kept.causal, bool(kept.keys), unread)
 
 
 def read_drop(drop: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -53,62 +93,103 @@ def read_drop(drop: str | tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def read_attention(site: Node, drop: tuple[str, ...], proved: Kept | None = None) -> Kept | str:
+def read_attention(site: Node, drop: tuple[str, ...], proof: Proof) -> Kept | str:
     """What of the canonical attention ``site`` a linear one keeps, or why it can't stand in its place.
 
     Args:
         site: of the program of one module, where a mask that the model made elsewhere is a tensor of any contents.
         drop: what may be given up.
-        proved: what the program of the whole model says of the same attention: its mask is causal, one of keys, both
-            or none.
+        proof: what the program of the whole model says of the same attention.
     """
     spec, captures = read_spec(str(site.args[4])), site.args[3]
     assert isinstance(captures, list | tuple)
-    given = [name for name in ("mask",) if proved is not None]
-    objection = _readers_objection(site) or _score_objection(spec, (*drop, *given))
+    objection = _objection(site, spec, proof)
     if objection:
         return objection
-    opaque = [term for kind, term in _lost_terms(spec) if kind == "mask" and proved is not None]
-    lost = [f"its {kind}" for kind, term in _lost_terms(spec) if term not in opaque]
-    causal, keep, hides = False, None, False
-    for term in conjuncts(spec.mask):
+    masks, lost, keeping = _Masks(spec, captures, proof), [], list(conjuncts(spec.mask))
+    for kind, term in _added_terms(spec):
+        keeping += conjuncts(condition) if (condition := _condition(term)) is not None else ()
+        if condition is not None or masks.add(term, droppable=kind in drop):
+            continue
+        if kind not in drop:
+            return _added_objection(kind, spec)
+        lost.append(f"its {kind}")
+    causal = False
+    for term in keeping:
         if str(term) in _CAUSAL and same_size(shape(site.args[0])[2], shape(site.args[1])[2]):
             causal = True
-        elif _is_padding(_positive(term), spec) and keep is None:
-            keep, hides = captures[int(_positive(term).value or 0)], term.op == "not"
-        elif term.op == "capture" and proved is not None:
-            opaque.append(term)
-        elif "mask" in drop:
+        elif not masks.add(term) and "mask" in drop:
             lost.append(f"its mask {term}")
-        else:
+        elif not masks.holds(term):
             return f"its mask {term} is neither causal nor one of keys; drop='mask' leaves it out"
     lost += ["its dropout of weights"] if spec.dropout else []
-    if opaque and proved is not None:
-        causal = causal or proved.causal
-        masks = [captures[int(node.value or 0)] for term in opaque for node in term.walk() if node.op == "capture"]
-        keep = masks[0] if proved.keep is not None and keep is None else keep
-    assumed = "" if not opaque or keep is not None else "causal" if causal else "empty"
-    return Kept(causal, keep, hides, tuple(lost), assumed)  # type: ignore[arg-type]  # captures of a node are nodes
+    causal = causal or (masks.opaque > 0 and bool(proof.causal))
+    assumed = ("causal" if causal else "one of keys") if masks.opaque else ""
+    keys = tuple(masks.found.values())
+    padded = len(keys) > masks.opaque or (bool(keys) and proof.padded)
+    return Kept(causal, keys, padded, tuple(dict.fromkeys(lost)), assumed)
 
 
-def _readers_objection(site: Node) -> str:
-    """Whether somebody reads the weights, which a linear attention does not have."""
+def _condition(term: Expr) -> Expr | None:
+    """Where a term that is added to scores hides no key, if it is 0 there and far below 0 elsewhere."""
+    if term.op != "where" or any(arg.op != "const" for arg in term.args[1:]):
+        return None
+    chosen, other = (float(arg.value or 0) for arg in term.args[1:])
+    if chosen == 0 and other <= HIDDEN:
+        return term.args[0]
+    return call("not", term.args[0]) if other == 0 and chosen <= HIDDEN else None
+
+
+class _Masks:
+    """The masks of keys among the terms of one specification; ``opaque`` of them are such by proof alone."""
+
+    def __init__(self, spec: AttentionSpec, captures: Sequence[Any], proof: Proof) -> None:
+        self._spec, self._captures, self._proof = spec, captures, proof
+        self.found: dict[Expr, KeyMask] = {}
+        self.opaque = 0
+
+    def holds(self, term: Expr) -> bool:
+        """Whether ``term`` was added."""
+        return term in self.found
+
+    def add(self, term: Expr, *, droppable: bool = False) -> bool:
+        """Whether ``term`` is a mask of keys, which joins the others; unproved numbers only if not ``droppable``."""
+        hides = term.op == "not"
+        read = term.args[0] if hides else term
+        if read.op != "capture":
+            return False
+        number = int(read.value or 0)
+        capture = self._spec.captures[number]
+        of_keys, of_sequences = capture.dims in ("b--j", "---j"), capture.dims == "b--j"
+        proved = of_keys if capture.kind == "bool" else False
+        opaque = not proved and self._proof.causal is not None and capture.dims[-1] == "j"
+        unproved = not proved and not opaque and capture.kind == "float" and of_sequences and not droppable
+        if term not in self.found and (proved or opaque or unproved):
+            self.found[term] = KeyMask(self._captures[number], hides, unproved)
+            self.opaque += opaque
+        return term in self.found
+
+
+def weight_readers(site: Node) -> list[Node]:
+    """Who reads the weights of an attention, which a linear one does not have."""
     q, k = site.args[:2]
     assert isinstance(q, Node)
     readers = (overload("attention_weights"), overload("attention_statistics"))
-    read = any(user.target in readers and user.args[1] is k for user in q.users)
-    return "its weights are returned or read elsewhere, and a linear attention has none" if read else ""
+    return [user for user in q.users if user.target in readers and user.args[1] is k]
 
 
-def _score_objection(spec: AttentionSpec, drop: tuple[str, ...]) -> str:
-    for term in _terms(spec.score):
-        if term.reads(S) and not _is_scaled(term):
-            return f"its scores are {spec.score}, not a positive multiple of q·k"
-    for name, _ in _lost_terms(spec):
-        if name not in drop:
-            what = "a bias that is added to its scores" if name == "bias" else "a mask that is added to its scores"
-            return f"it has {what} ({spec.score}), which a linear attention can't keep; drop={name!r} leaves it out"
-    return ""
+def _objection(site: Node, spec: AttentionSpec, proof: Proof) -> str:
+    if weight_readers(site) and not proof.unread:
+        return "its weights are returned or read elsewhere, and a linear attention has none"
+    wrong = any(term.reads(S) and not _is_scaled(term) for term in _terms(spec.score))
+    return f"its scores are {spec.score}, not a positive multiple of q·k" if wrong else ""
+
+
+def _added_objection(kind: str, spec: AttentionSpec) -> str:
+    return (
+        f"it has a {kind} that is added to its scores ({spec.score}), which a linear attention can't keep; "
+        f"drop={kind!r} leaves it out"
+    )
 
 
 def _terms(score: Expr) -> Iterator[Expr]:
@@ -132,24 +213,11 @@ def _is_scaled(term: Expr) -> bool:
     return len(numbers) == len(scores) == 1 and (term.op == "mul" or term.args[1].op == "const")
 
 
-def _lost_terms(spec: AttentionSpec) -> list[tuple[str, Expr]]:
+def _added_terms(spec: AttentionSpec) -> Iterator[tuple[str, Expr]]:
     """Each term that is added to the scores, besides numbers, and whether it is a ``"bias"`` or a ``"mask"``."""
-    names = []
     for term in _terms(spec.score):
         if term.reads(S) or term.op == "const":
             continue
         read = [spec.captures[int(node.value or 0)] for node in term.walk() if node.op == "capture"]
         of_sequence = any(capture.dims[0] != "-" for capture in read) or term.reads(Expr("symbol", value="b"))
-        names.append(("mask" if of_sequence else "bias", term))
-    return names
-
-
-def _positive(term: Expr) -> Expr:
-    return term.args[0] if term.op == "not" else term
-
-
-def _is_padding(term: Expr, spec: AttentionSpec) -> bool:
-    if term.op != "capture":
-        return False
-    capture = spec.captures[int(term.value or 0)]
-    return capture.kind == "bool" and capture.dims in ("b--j", "---j")
+        yield "mask" if of_sequence else "bias", term

@@ -137,7 +137,9 @@ class _Calling:
                 "prepare the model with example arguments that it is trained with"
             )
         given = [_checked(value, expected, flat) for value, expected in zip(flat, arguments, strict=True)]
-        inputs = iter([value for value, expected in zip(given, arguments, strict=True) if expected.sizes is not None])
+        tensors = [(value, each) for value, each in zip(given, arguments, strict=True) if each.sizes is not None]
+        _check_repeated(tensors)
+        inputs = iter([value for value, _ in tensors])
         operands = [next(inputs) if name is None else _state(owner, name) for name in bound]
         return pytree.tree_unflatten(list(graph(*operands)), out_spec)
 
@@ -165,6 +167,17 @@ def _checked(value: Any, expected: Argument, flat: list[Any]) -> Any:
     return value
 
 
+def _check_repeated(tensors: list[tuple[Any, Argument]]) -> None:
+    """Raise where what was one tensor given twice is now two of different sizes."""
+    for value, expected in tensors:
+        before = None if expected.again is None else tensors[expected.again][0]
+        if isinstance(value, Tensor) and isinstance(before, Tensor) and value.shape != before.shape:
+            raise CaptureError(
+                f"a module with linear attention was captured for one tensor given twice and got {list(before.shape)} "
+                f"and {list(value.shape)}; prepare the model with example arguments that it is trained with"
+            )
+
+
 def _state(owner: nn.Module, path: str) -> Any:
     value: Any = owner
     for part in path.split("."):
@@ -188,3 +201,10 @@ def adopt(new: nn.Module, original: nn.Module) -> None:
     if hasattr(original, "_qkv_same_embed_dim"):
         # By it PyTorch's encoder layers tell whether they may compute softmax attention from the weights themselves.
         new.__dict__["_qkv_same_embed_dim"] = False
+
+
+def keep_padded(model: nn.Module, new: nn.Module) -> None:
+    """Have PyTorch's encoders around ``new`` hand it padded sequences: in evaluation they may pack them otherwise."""
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(inner is new for inner in encoder.modules()):
+            encoder.use_nested_tensor = False

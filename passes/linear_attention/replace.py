@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from fxopt.ir.nodes import same_size, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.passes.linear_attention.capture import Isolated, attentions
-from fxopt.passes.linear_attention.meaning import Kept
+from fxopt.passes.linear_attention.meaning import HIDDEN, Kept, KeyMask, weight_readers
 from fxopt.rewriter.builder import Builder
 
 aten = torch.ops.aten
 #: The input of the graph that says how much of the original is left.
 SHARE = "share"
-#: What is added to the scores of hidden keys is less.
-_HIDDEN = -1000.0
+_NO_MASK = (
+    "a mask of keys holds numbers that are neither 0 nor far below it, which linear attention can't add to scores; "
+    "drop='mask' leaves it out"
+)
 #: How a mask of keys is read where it is one number for all keys.
 _OF_MASKS = (
     aten.select.int, aten.slice.Tensor, aten.expand.default, aten.gt.Scalar, aten.unsqueeze.default, aten.alias.default,
@@ -53,13 +56,15 @@ class Form:
 class Argument:
     """What an argument of a captured call has to be: a tensor of ``sizes`` (``None``: any), or else ``constant``.
 
-    One that is not ``read`` may be anything. A ``mask`` of keys may be ``None``, for all keys; it has this dtype.
+    One that is not ``read`` may be anything. A ``mask`` of keys may be ``None``, for all keys; it has this dtype. What
+    is given ``again`` has the sizes of the tensor at that place among the tensors.
     """
 
     sizes: tuple[int | None, ...] | None = None
     constant: Any = None
     read: bool = True
     mask: torch.dtype | None = None
+    again: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ def replace_attentions(
     bound = dict(program.signature.bound)
     inputs = _Inputs(program, parameters, bound)
     for place, site in enumerate(attentions(program)):
+        _forget_weights(site)
         _replace(program, site, read(site, place), inputs, blended)
     placeholders = program.graph.find_nodes(op="placeholder")
     tensors = [node for node in placeholders if node.name not in bound]
@@ -105,9 +111,10 @@ def replace_attentions(
     program.graph.lint()
     program.module.recompile()
     names = tuple(bound.get(node.name) for node in placeholders)
-    rest, constants = iter(tensors), captured.constants
+    rest = iter([_argument(node, captured.again.get(n)) for n, node in enumerate(tensors)])
+    constants = captured.constants
     places = range(len(tensors) + len(constants))
-    arguments = tuple(Argument(constant=constants[n]) if n in constants else _argument(next(rest)) for n in places)
+    arguments = tuple(Argument(constant=constants[n]) if n in constants else next(rest) for n in places)
     return Captured(program.generated(), names, arguments, captured.in_spec, program.signature.out_spec)
 
 
@@ -118,10 +125,10 @@ def _read_sizes_early(program: Program, tensors: list[Node]) -> None:
         node.args = next((p for p in places if same_size(shape(p[0])[p[1]], node.meta["val"])), node.args)
 
 
-def _argument(node: Node) -> Argument:
+def _argument(node: Node, again: int | None) -> Argument:
     sizes = tuple(size if isinstance(size, int) else None for size in shape(node))
     mask = tensor(node).dtype if node.users and _is_mask(node) and len(sizes) == 4 else None
-    return Argument(sizes, read=bool(node.users), mask=mask)
+    return Argument(sizes, read=bool(node.users), mask=mask, again=again)
 
 
 def _is_mask(node: Node) -> bool:
@@ -171,6 +178,16 @@ def _replace(program: Program, site: Node, form: Form, inputs: _Inputs, blended:
         program.graph.erase_node(site)
 
 
+def _forget_weights(site: Node) -> None:
+    """Give ``None`` for every result that is computed from the weights: a linear attention has none."""
+    moving = set(weight_readers(site))
+    for node in site.graph.nodes:
+        if node.op == "output":
+            node.args = fx.node.map_arg(node.args, lambda result: None if result in moving else result)
+        elif not moving.isdisjoint(node.all_input_nodes):
+            moving.add(node)
+
+
 def _call(builder: Builder, site: Node, form: Form, inputs: _Inputs) -> Node:
     q, k, v = (node for node in site.args[:3] if isinstance(node, Node))
     spec = read_spec(str(site.args[4]))
@@ -180,7 +197,8 @@ def _call(builder: Builder, site: Node, form: Form, inputs: _Inputs) -> Node:
         repeat = overload("repeat_heads")
         count = heads // kv_heads
         k, v = (builder.call(repeat, x, count, spec.kv_map) for x in (k, v))
-    keep = None if form.kept.keep is None else _mask(builder, form.kept, q, k)
+    # Tokens of a grid are never padded.
+    keep = _mask(builder, form.kept.keys, q, k) if form.kept.keys and not form.side else None
     # So that a student may be trained in another precision than it was prepared in.
     dtype = None if spec.out_dtype == tensor(q).dtype else spec.out_dtype
     linear = LinearSpec(form.kept.causal, form.side, form.first, form.eps, out_dtype=dtype, out_layout=spec.out_layout)
@@ -188,11 +206,22 @@ def _call(builder: Builder, site: Node, form: Form, inputs: _Inputs) -> Node:
     return builder.call(overload("linear_attention"), q, k, v, given[0], keep, *given[1:], str(linear))
 
 
-def _mask(builder: Builder, kept: Kept, q: Node, k: Node) -> Node:
-    """``[B or 1, 1, 1 or S, T]`` as ``[B, T]``: the last query sees all keys that count, causal or not."""
-    flat = builder.call(aten.select.int, builder.call(aten.select.int, kept.keep, 2, -1), 1, 0)
-    if kept.hides:
-        flat = builder.call(aten.logical_not.default, flat)
-    if tensor(flat).dtype.is_floating_point:
-        flat = builder.call(aten.gt.Scalar, flat, _HIDDEN)
+def _mask(builder: Builder, masks: tuple[KeyMask, ...], q: Node, k: Node) -> Node:
+    """``[B, T]``, true for the keys that every one of ``masks`` counts."""
+    counting = [_counting(builder, mask) for mask in masks]
+    flat = reduce(lambda a, b: builder.call(aten.logical_and.default, a, b), counting)
     return builder.call(aten.expand.default, flat, [builder.size(q, 0), builder.size(k, 2)])
+
+
+def _counting(builder: Builder, mask: KeyMask) -> Node:
+    """``[B or 1, 1, 1 or S, T]`` as ``[B or 1, T]``: the last query sees all keys that count, causal or not."""
+    flat = builder.call(aten.select.int, builder.call(aten.select.int, mask.node, 2, -1), 1, 0)
+    if mask.hides:
+        return builder.call(aten.logical_not.default, flat)
+    if not tensor(flat).dtype.is_floating_point:
+        return flat
+    counts = builder.call(aten.gt.Scalar, flat, HIDDEN)
+    if mask.unproved:
+        either = builder.call(aten.eq.Tensor, counts, builder.call(aten.eq.Scalar, flat, 0.0))
+        builder.call(aten._assert_async.msg, builder.call(aten.all.default, either), _NO_MASK)
+    return counts

@@ -93,7 +93,7 @@ class SimplifiedLinearAttention(Trainable):
 
     def _plan(self, site: Node, kept: Kept, like: Tensor) -> Plan | str:
         tokens, keys = shape(site.args[0])[2], shape(site.args[1])[2]
-        if kept.causal or kept.keep is not None:
+        if kept.causal or kept.padded:
             what = "it is causal" if kept.causal else "it has a mask of padded keys"
             return f"{what}, and tokens of a grid all see one another; LinearAttention keeps that"
         if not (isinstance(tokens, int) and isinstance(keys, int)) or tokens != keys:

@@ -14,8 +14,8 @@ from fxopt.errors import OptionError
 from fxopt.ir.nodes import source, tensor
 from fxopt.ir.site import Site
 from fxopt.passes.linear_attention.capture import Isolated, attentions, canonical, isolated
-from fxopt.passes.linear_attention.meaning import Kept, read_attention
-from fxopt.passes.linear_attention.module import RESERVED, LinearisedModule, Transition
+from fxopt.passes.linear_attention.meaning import Kept, Proof, prove, read_attention
+from fxopt.passes.linear_attention.module import RESERVED, LinearisedModule, Transition, keep_padded
 from fxopt.passes.linear_attention.replace import SHARE, Captured, Form, replace_attentions
 from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange, inlining
 
@@ -56,19 +56,19 @@ class Swap:
 
 @dataclass(frozen=True)
 class _Owner:
-    """The smallest module that computes an attention, and its program alone; ``proved`` is what the
+    """The smallest module that computes an attention, and its program alone; ``proofs`` are what the
     model's program says of each of its attentions.
     """
 
     name: str
     captured: Isolated
-    proved: tuple[Kept | None, ...] = ()
+    proofs: tuple[Proof, ...] = ()
 
-    def proof(self, place: int) -> Kept | None:
+    def proof(self, place: int) -> Proof:
         """What is proved of one of its attentions; a module that is called several times has them all again."""
         count = len(attentions(self.captured.program))
-        same = set(self.proved[place::count])
-        return same.pop() if len(same) == 1 else None
+        same = set(self.proofs[place::count])
+        return same.pop() if len(same) == 1 else Proof()
 
 
 def swap_attentions(student: Student, swap: Swap) -> Preparation:
@@ -81,7 +81,7 @@ def swap_attentions(student: Student, swap: Swap) -> Preparation:
     known: dict[str, _Owner | str | None] = {}
     found = [(site, _owner(student, site, swap, known)) for site in attentions(program)]
     names = list(dict.fromkeys(owner.name for _, owner in found if isinstance(owner, _Owner)))
-    proved = _proved(found)
+    proofs = _proofs(found)
     for pattern in swap.select:
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
             raise OptionError(f"select={pattern!r} fits no attention; they are in: {', '.join(names) or 'none'}")
@@ -89,7 +89,7 @@ def swap_attentions(student: Student, swap: Swap) -> Preparation:
     sites = []
     for site, owner in found:
         if isinstance(owner, _Owner) and owner.name not in done:
-            done[owner.name] = _treat(student, replace(owner, proved=proved[owner.name]), swap)
+            done[owner.name] = _treat(student, replace(owner, proofs=proofs[owner.name]), swap)
         exchanged, reason = done[owner.name] if isinstance(owner, _Owner) else (False, owner)
         status = "rewritten" if exchanged else "kept"
         place = source(site)
@@ -98,14 +98,13 @@ def swap_attentions(student: Student, swap: Swap) -> Preparation:
     return Preparation(tuple(sites))
 
 
-def _proved(found: list[tuple[Node, _Owner | str]]) -> dict[str, tuple[Kept | None, ...]]:
-    """What the model's program says of the masks of each module's attentions, which one module alone can't tell."""
-    proved: dict[str, tuple[Kept | None, ...]] = {}
+def _proofs(found: list[tuple[Node, _Owner | str]]) -> dict[str, tuple[Proof, ...]]:
+    """What the model's program says of each module's attentions, which one module alone can't tell."""
+    proofs: dict[str, tuple[Proof, ...]] = {}
     for site, owner in found:
         if isinstance(owner, _Owner):
-            kept = read_attention(site, ())
-            proved[owner.name] = (*proved.get(owner.name, ()), kept if isinstance(kept, Kept) else None)
-    return proved
+            proofs[owner.name] = (*proofs.get(owner.name, ()), prove(site))
+    return proofs
 
 
 def _owner(student: Student, site: Node, swap: Swap, known: dict[str, _Owner | str | None]) -> _Owner | str:
@@ -159,7 +158,7 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
         names = {role: _new_name(module, role, place, len(sites)) for role in plan.parameters}
         parameters |= {names[role]: nn.Parameter(value) for role, value in plan.parameters.items()}
         forms.append(Form(kept, plan.side, plan.first, swap.eps, names))
-        titles.append(plan.title + _remarks(kept))
+        titles.append(plan.title + _remarks(kept, plan))
     if own is None and not parameters and swap.transition.blends:
         return False, "it holds no parameter whose optimiser could drive a schedule; give steps=0 and warmup=0"
     graphs = _graphs(module, calls[0], owner, forms, parameters, swap)
@@ -168,12 +167,14 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
     title = "; ".join(dict.fromkeys(titles))
     new = LinearisedModule(module, parameters, graphs, swap.transition, title).train(module.training)
     exchange(student.model, module, new)
+    keep_padded(student.model, new)
     return True, f"softmax attention -> {title}"
 
 
-def _remarks(kept: Kept) -> str:
+def _remarks(kept: Kept, plan: Plan) -> str:
+    assumed = "empty" if kept.assumed and plan.side else kept.assumed
     without = f", without {' and '.join(kept.dropped)}" if kept.dropped else ""
-    return without + (f"; its mask is {kept.assumed}, as in the example call" if kept.assumed else "")
+    return without + (f"; its mask is {assumed}, as in the example call" if assumed else "")
 
 
 def _new_name(module: nn.Module, role: str, place: int, count: int) -> str:

@@ -80,6 +80,7 @@ class RewrittenModule(nn.Module):
     program without folded weights, so that they reach the weights themselves; call under ``torch.no_grad()`` for speed.
     """
 
+    folded_weights: nn.Module
     _model: nn.Module
     _frozen = False
 

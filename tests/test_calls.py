@@ -149,7 +149,8 @@ def test_copies_and_files(model: Model) -> None:
     file = io.BytesIO()
     torch.save(fast, file)
     file.seek(0)
-    for other in (copy.deepcopy(fast), torch.load(file, weights_only=False)):
+    others: list[Any] = [copy.deepcopy(fast), torch.load(file, weights_only=False)]
+    for other in others:
         torch.testing.assert_close(other(X), model(X))
         with torch.no_grad():
             other.qkv.weight.zero_()
@@ -200,7 +201,7 @@ def test_what_was_rewritten_can_be_rewritten(model: Model) -> None:
 @pytest.mark.parametrize("option", ["lower", "base", "inductor"])
 def test_rewrite_refuses_options_that_it_would_not_heed(model: Model, option: str) -> None:
     with pytest.raises(OptionError, match=f"no option '{option}' here.*: passes, verify, strict"):
-        fxopt.rewrite(model, (X,), **{option: "eager"})
+        fxopt.rewrite(model, (X,), **{option: "eager"})  # type: ignore[arg-type]
 
 
 def test_a_capture_that_fails_names_the_users_line() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -34,6 +35,14 @@ class Model(nn.Module):
             scores = scores.masked_fill(mask, -torch.inf)
         mixed: Tensor = (self.drop(scores.softmax(-1)) @ v).sum(1) / x.shape[1]
         return -mixed if flip else mixed
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """TorchDynamo does not enter code again that raised while it was traced, as a refused call does."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 MASK = torch.zeros(5, 5, dtype=torch.bool).triu(1) | torch.ones(5, 5, dtype=torch.bool).triu(1)

@@ -54,6 +54,9 @@ class _Mode:
         #: For each input of the program the parameter or buffer that it is, or ``None`` for an argument of the call.
         inputs = self.program.graph.find_nodes(op="placeholder")
         self.bound = [signature.bound.get(node.name) for node in inputs]
+        places = iter(range(len(inputs)))
+        #: The same, with the place of the argument among those of the call.
+        self.operands = [next(places) if name is None else name for name in self.bound]
         self.form = self.captured.form
 
     def with_gradients(self) -> Program:
@@ -84,6 +87,7 @@ class RewrittenModule(nn.Module):
     So does a call with weights in a functional transform (``torch.func.vmap`` over several models, ``jvp``).
     """
 
+    folded_weights: nn.Module
     _model: nn.Module
     _frozen = False
 
@@ -128,8 +132,8 @@ class RewrittenModule(nn.Module):
             CallError: the program is not that of this call.
         """
         mode = self._mode()
-        inputs = iter(mode.form.flat(args, kwargs))
-        operands = [next(inputs) if name is None else self._state(name) for name in mode.bound]
+        given = mode.form.flat(args, kwargs)
+        operands = [given[place] if isinstance(place, int) else self._state(place) for place in mode.operands]
         if mode.division is None or self._records_gradients(mode):
             results = mode.with_gradients().module(*operands)
         else:

@@ -70,7 +70,7 @@ def test_the_backend_refuses_what_does_not_exist_instead_of_leaving_the_graph_al
     with pytest.raises(Exception, match="no setting 'max_autotun'; did you mean 'max_autotune'"):
         compiled(attention, base="inductor", inductor={"max_autotun": True})(q, q, q)
     with pytest.raises(Exception, match="give a mapping of names to values"):
-        torch.compile(attention, backend="fxopt", options=[1])(q, q, q)  # type: ignore[arg-type, call-overload]
+        torch.compile(attention, backend="fxopt", options=[1])(q, q, q)  # type: ignore[call-overload]
 
 
 def test_passes_are_a_list_everywhere() -> None:

@@ -65,14 +65,15 @@ def relu(x: Tensor) -> Tensor:
 
 
 def test_what_is_no_pass_is_refused() -> None:
-    for wrong, message in (
+    wrongs: tuple[tuple[Any, str], ...] = (
         (type("NoRun", (), {"name": "a", "tier": "exact"}), "NoRun is not a pass: it lacks requires, run"),
         (type("NoTier", (Base,), {"tier": "sure"}), "no tier 'sure'; choose one of exact, approximate, trainable"),
         (type("Taken", (Base,), {"name": "fuse-attention"}), "'fuse-attention' belongs to fxopt.passes.attention"),
         (Base(), "give the class of a pass"),
-    ):
+    )
+    for wrong, message in wrongs:
         with pytest.raises(OptionError, match=message):
-            fxopt.register_pass(wrong)  # type: ignore[arg-type]
+            fxopt.register_pass(wrong)
 
 
 def test_names_of_fxopt_are_taken_from_the_start() -> None:

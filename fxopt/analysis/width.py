@@ -90,7 +90,7 @@ class _Width:
         return min(ends), max(ends)
 
     def _of_free(self, expr: Expr, parts: Sequence[Reach]) -> Reach:
-        keeps = expr.op != "mul" or any(-1 <= low and high <= 1 for low, high in parts)
+        keeps = expr.op != "mul" or any(low >= -1 and high <= 1 for low, high in parts)
         return _FREE if keeps else (0, math.inf)
 
     def _leaf(self, expr: Expr) -> Reach:

@@ -10,8 +10,8 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxopt.ir.autocast import autocast_at
 from fxopt.ir.alike import Unlike, likeness, metadata
+from fxopt.ir.autocast import autocast_at
 from fxopt.ir.operators import quick_result
 
 #: Key of the metadata that keeps the operand values from which a node's own value was computed.

@@ -60,9 +60,8 @@ def part_of_a_split(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
 
 
 def all_recorded(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-    with torch.no_grad():
-        with torch.enable_grad():
-            scores = q @ k.transpose(-2, -1)
+    with torch.no_grad(), torch.enable_grad():
+        scores = q @ k.transpose(-2, -1)
     return torch.softmax(scores + slopes * distance(q), -1) @ v
 
 

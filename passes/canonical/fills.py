@@ -74,7 +74,7 @@ def _input_size(builder: Builder, size: Size) -> int | Node | None:
         return size
     for leaf in builder.graph.find_nodes(op="placeholder"):
         held = leaf.meta.get("val")
-        if isinstance(held, torch.SymInt) and same_size(held, size):
+        if isinstance(leaf, Node) and isinstance(held, torch.SymInt) and same_size(held, size):
             return leaf
         axes = [axis for axis, other in enumerate(shape(leaf)) if same_size(other, size)] if is_tensor(leaf) else []
         if axes:

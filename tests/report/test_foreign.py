@@ -28,7 +28,8 @@ def shifted_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def shifted_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.ops.fxopt_foreign.shift(torch.softmax(q @ k.transpose(-2, -1), -1)) @ v
+    weights: Tensor = torch.ops.fxopt_foreign.shift(torch.softmax(q @ k.transpose(-2, -1), -1))
+    return weights @ v
 
 
 @pytest.mark.usefixtures("library")

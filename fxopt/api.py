@@ -187,7 +187,7 @@ def rewrite(
 
     Args:
         model: the module to rewrite.
-        args: example positional arguments.
+        args: example positional arguments. Those of calls may need gradients where some of the examples do.
         kwargs: example keyword arguments.
         passes: names or instances of the passes to run; ``None`` for the exact pipeline.
         dynamic_shapes: which sizes are symbolic, as torch.export takes it.

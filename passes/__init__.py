@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxopt.passes.attention.fuse_attention import FuseAttention
 from fxopt.passes.attention.fuse_sdpa import FuseSdpa
 from fxopt.passes.canonical.contractions import Contractions
+from fxopt.passes.canonical.fills import Fills
 from fxopt.passes.canonical.fold_constants import FoldConstants
 from fxopt.passes.canonical.gelu import Gelu
 from fxopt.passes.canonical.glu import Glu
@@ -16,6 +17,7 @@ from fxopt.passes.canonical.rms_norm import RmsNorm
 from fxopt.passes.canonical.rotary import Rotary
 from fxopt.passes.canonical.silu import Silu
 from fxopt.passes.canonical.softmax import Softmax
+from fxopt.passes.canonical.synonyms import Synonyms
 from fxopt.passes.linear.patch_embedding import PatchEmbedding
 from fxopt.passes.linear_attention.linear_attention import LinearAttention
 from fxopt.passes.linear_attention.simplified_linear_attention import SimplifiedLinearAttention
@@ -31,6 +33,7 @@ from fxopt.rewriter.passes import Pass
 __all__ = [
     "CentreResidual",
     "Contractions",
+    "Fills",
     "FoldChannelAffine",
     "FoldConstants",
     "FoldNormAffine",
@@ -52,6 +55,7 @@ __all__ = [
     "Silu",
     "SimplifiedLinearAttention",
     "Softmax",
+    "Synonyms",
     "UnifiedNorm",
     "exact_pipeline",
 ]
@@ -60,6 +64,8 @@ __all__ = [
 def exact_pipeline() -> tuple[Pass, ...]:
     """The passes that `fxopt.optimize` and the backend run by default, in order. All are of the tier ``exact``."""
     return (
+        Synonyms(),
+        Fills(),
         NoOps(),
         InactiveDropout(),
         FoldConstants(),

@@ -71,9 +71,17 @@ def _common(values: list[Any]) -> torch.dtype:
     return torch.result_type(left, right)
 
 
+#: Arithmetic on truth values.
+_OF_TRUTH: Final = {"add": "or", "mul": "and", "minimum": "and", "maximum": "or"}
+
+
 def _arithmetic(op: str, *names: str) -> Element:
     def read(walk: Walk, node: Node, index: Index) -> Expr:
         given, dtype = arguments(node), tensor(node).dtype
+        if dtype is torch.bool and op in _OF_TRUTH:
+            return walk.settled(
+                call(_OF_TRUTH[op], *(operand(walk, given[name], node, index, dtype) for name in names))
+            )
         if dtype is torch.bool or dtype in (torch.uint8, torch.int8, torch.int16):
             raise Unreadable(f"arithmetic in {dtype} is not followed", node)
         return compute(op, tuple(operand(walk, given[name], node, index, dtype) for name in names), dtype)
@@ -225,6 +233,11 @@ def _triangle(op: str) -> Element:
     return read
 
 
+def _eye(walk: Walk, node: Node, index: Index) -> Expr:
+    dtype = tensor(node).dtype
+    return choose(walk.settled(call("eq", *index)), rounded(1, dtype), rounded(0, dtype))
+
+
 def _running_sum(walk: Walk, node: Node, index: Index) -> Expr:
     """``Σ x[0 … t]`` of an ``x`` that is the same everywhere: ``(t + 1)·x``."""
     given, dtype = arguments(node), tensor(node).dtype
@@ -343,12 +356,12 @@ _BY_FORM: Final[dict[str, Element]] = {
     "arange": _arange, "full": _fill(), "full_like": _fill(), "new_full": _fill(), "scalar_tensor": _fill(),
     "ones": _fill(1), "ones_like": _fill(1), "new_ones": _fill(1),
     "zeros": _fill(0), "zeros_like": _fill(0), "new_zeros": _fill(0),
-    "tril": _triangle("le"), "triu": _triangle("ge"), "cumsum": _running_sum, "diff": _difference,
+    "eye": _eye, "tril": _triangle("le"), "triu": _triangle("ge"), "cumsum": _running_sum, "diff": _difference,
     "index": _index, "gather": _gather, "embedding": _embedding, "index_select": _index_select, "repeat": _repeat,
 }  # fmt: skip
 _FORMS: Final = frozenset({
     "default", "Tensor", "Scalar", "Tensor_mode", "Scalar_mode", "self", "ScalarOther", "ScalarSelf", "start",
-    "start_step", "device", "dtype", "dtype_layout", "other",
+    "start_step", "m", "device", "dtype", "dtype_layout", "other",
 })  # fmt: skip
 
 

@@ -16,10 +16,10 @@ from torch.fx import Node
 from fxopt.analysis.constants import Constants
 from fxopt.analysis.domain import Domain
 from fxopt.analysis.elements import element_of
-from fxopt.analysis.linear import LARGEST
 from fxopt.analysis.logic import Logic
 from fxopt.analysis.values import is_two_valued
 from fxopt.analysis.views import Index, Unreadable, Views
+from fxopt.analysis.width import may_overflow
 from fxopt.ir.attention import NAME_OF
 from fxopt.ir.expression import Expr, Kind, capture, const, symbol
 from fxopt.ir.nodes import same_size, shape, tensor
@@ -77,7 +77,7 @@ class IndexLifter:
             expr = walk.element(node, tuple(walk.views.tidy(part) for part in index))
         except Unreadable as reason:
             return reason
-        if any(type(e.value) is int and e.op == "const" and abs(e.value) > LARGEST for e in expr.walk()):
+        if may_overflow(expr, domain, [tensor(r.node).dtype for r in walk.readings]):
             return Unreadable("positions beyond 32 bits", node)
         return Lifted(expr, tuple(walk.readings))
 

@@ -148,11 +148,22 @@ class Logic:
             return self._agree(left, right, op == "ne")
         if kinds != {"int"}:
             return call(op, left, right)
-        total = self._sum(right) - self._sum(left)
+        sides = self._sum(left), self._sum(right)
+        total = sides[1] - sides[0]
         if op in ("eq", "ne"):
             return self._equality(op, total)
         total = total.times(-1) if op in ("gt", "ge") else total
-        return self._inequality(total.plus(-1) if op in ("lt", "gt") else total)
+        strict = op in ("lt", "gt")
+        decided = self._inequality(total.plus(-1) if strict else total)
+        indexed = decided.op != "le" or decided.args[0] in (I, J) or len(total.terms) < 2
+        if indexed or all(leaf.op != "capture" for leaf in decided.leaves):
+            return decided
+        # Captured integers may be as large as their dtype holds, as those that stand for no position are: a number
+        # brought to the other side could overflow there.
+        if not total.constant:
+            return call("lt", *_sides(total.times(-1))) if strict else decided
+        cancelled = len(total.terms) < sum(len(side.terms) for side in sides)
+        return decided if cancelled else call(op, *map(as_expr, sides))
 
     def _agree(self, left: Expr, right: Expr, differ: bool) -> Expr:
         left, right = self.simplify(left), self.simplify(right)
@@ -224,10 +235,11 @@ def _sides(total: Sum) -> tuple[Expr, Expr]:
 
 def _slack(expr: Expr) -> Sum | None:
     """The sum that a comparison in the form that `Logic` prints says to be at least 0."""
-    if expr.op not in ("le", "ge"):
+    if expr.op not in ("le", "ge", "lt", "gt"):
         return None
     left, right = (as_sum(a) for a in expr.args)
-    return right - left if expr.op == "le" else left - right
+    slack = right - left if expr.op in ("le", "lt") else left - right
+    return slack if expr.op in ("le", "ge") else slack.plus(-1)
 
 
 def _reduced(total: Sum) -> Sum:

@@ -84,7 +84,8 @@ def rounded(value: Scalar, dtype: torch.dtype) -> Expr:
     if dtype is torch.bool:
         return const(bool(value))
     if not dtype.is_floating_point:
-        return const(int(value))
+        lowest = torch.iinfo(dtype).min
+        return const((int(value) - lowest) % 2 ** torch.iinfo(dtype).bits + lowest)
     # Adding 0 takes the sign off a zero, which nothing here tells apart.
     return const(float(torch.tensor(value, dtype=torch.float64).to(dtype)) + 0.0)
 
@@ -134,7 +135,7 @@ def known_here(expr: Expr, condition: Expr, holds: bool) -> Expr:
 def compared(op: str, left: Expr, right: Expr, dtype: torch.dtype) -> Expr | None:
     """A comparison of two values of ``dtype``; ``None`` where rounding could decide it."""
     result = apply(op, (left, right), dtype)
-    if result.op not in COMPARISONS or not dtype.is_floating_point:
+    if result.args != (left, right) or not dtype.is_floating_point:
         return result
     if {left.op, right.op} <= {"capture", "const"}:
         return result

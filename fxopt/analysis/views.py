@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.domain import Domain
+from fxopt.analysis.gradients import may_need_gradient
 from fxopt.analysis.linear import Bounds, tidy
 from fxopt.ir.expression import Expr, call, const
 from fxopt.ir.nodes import Size, arguments, same_size, shape
@@ -48,6 +49,8 @@ class Views:
             return None
         operand = node.args[0]
         assert isinstance(operand, Node)
+        if node.target is aten.detach.default and may_need_gradient(operand):
+            raise Unreadable("no gradient may flow into what it is computed from", node)
         return operand, follow(self, node, index)
 
     def tidy(self, expr: Expr) -> Expr:

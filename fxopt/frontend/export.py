@@ -11,10 +11,12 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, InputSpec
+from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
+from fxopt.frontend.borders import detach_at_borders
 from fxopt.frontend.retrace import retrace
-from fxopt.ir.nodes import REQUIRES_GRAD
+from fxopt.ir.nodes import REQUIRES_GRAD, is_tensor
 from fxopt.ir.program import Program, Signature
 
 #: PyTorch's folder, and fxopt's (this file is fxopt/frontend/export.py).
@@ -68,8 +70,11 @@ def from_export(
     mode = next((v.fake_mode for v in inputs if hasattr(v, "fake_mode")), None)
     traced = retrace(source, inputs, mode)
     signature = _signature(exported, traced.graph)
+    _mark_learning(exported, traced.graph, pytree.tree_leaves((args, dict(kwargs or {}))))
     _store_constants(traced, exported)
-    return Program(traced, "export", signature)
+    program = Program(traced, "export", signature)
+    detach_at_borders(program)
+    return program
 
 
 def _told(error: Exception) -> str:
@@ -90,8 +95,6 @@ def _is_users(file: str) -> bool:
 def _signature(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Signature:
     bound: dict[str, str] = {}
     for node, spec in _bound_placeholders(exported, graph):
-        parameter = exported.state_dict.get(str(spec.target)) if spec.kind is InputKind.PARAMETER else None
-        node.meta[REQUIRES_GRAD] = parameter is not None and parameter.requires_grad
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             bound[node.name] = str(spec.target)
     spec = exported.call_spec
@@ -99,6 +102,15 @@ def _signature(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Signa
     buffers = exported.graph_signature.non_persistent_buffers
     constants = {name: value for name, value in exported.constants.items() if name in buffers}
     return Signature(bound, constants, spec.in_spec, spec.out_spec)
+
+
+def _mark_learning(exported: torch.export.ExportedProgram, graph: fx.Graph, examples: list[Any]) -> None:
+    """Mark what stands for a tensor that may need a gradient; of inputs the examples tell, of any order of names."""
+    learning = any(isinstance(x, torch.Tensor) and x.requires_grad for x in examples)
+    for node, spec in _bound_placeholders(exported, graph):
+        parameter = exported.state_dict[str(spec.target)] if spec.kind is InputKind.PARAMETER else None
+        given = learning and spec.kind is InputKind.USER_INPUT and is_tensor(node)
+        node.meta[REQUIRES_GRAD] = parameter.requires_grad if parameter is not None else given
 
 
 def _store_constants(module: fx.GraphModule, exported: torch.export.ExportedProgram) -> None:

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.node import map_aggregate
 
+from fxopt.frontend.switches import Switching
 from fxopt.ir.alike import Unlike, likeness, metadata
 
 #: What a node tells of the user's program; it goes to every node that its call becomes.
@@ -79,7 +80,7 @@ class _Call:
     result: Any
 
 
-class RepeatedCalls(fx.Interpreter):
+class RepeatedCalls(Switching):
     """Interprets a graph while `make_fx` traces it; of calls alike only the first is run."""
 
     def __init__(self, module: fx.GraphModule) -> None:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CaptureError
 from fxopt.frontend.out_of_place import out_of_place
 from fxopt.frontend.repeated import RepeatedCalls
+from fxopt.frontend.switches import Switching
 
 _BACKWARD = (torch.autograd.grad, torch.autograd.backward)
 _OPAQUE = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
@@ -39,7 +40,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
 
     def interpret(*args: Any) -> Any:
         with preserve_node_meta():
-            return fx.Interpreter(module).run(*args)
+            return Switching(module).run(*args)
 
     def repeat(*args: Any) -> Any:
         with preserve_node_meta():

@@ -11,6 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.ir.alike import Unlike, likeness, metadata
+from fxopt.ir.autocast import autocast_at
 from fxopt.ir.operators import quick_result
 
 #: Key of the metadata that keeps the operand values from which a node's own value was computed.
@@ -25,7 +26,8 @@ def evaluate_fake(node: fx.Node, mode: FakeTensorMode | None) -> Any:
     """What ``node`` computes on the fake values of its operands."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     assert callable(node.target)
-    return call_fake(node.target, args, kwargs, mode)
+    with autocast_at(node):
+        return call_fake(node.target, args, kwargs, mode)
 
 
 def call_fake(

@@ -9,12 +9,26 @@ from typing import Final
 import torch
 from torch.fx import Node
 
-from fxopt.ir.nodes import FOLDED
+from fxopt.ir.nodes import FOLDED, is_tensor, same_shape, shape
 from fxopt.ir.program import Program
 
 #: Operators that contract two operands (or a tensor with a weight), by packet name.
 CONTRACTIONS: Final = frozenset(
-    {"matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "linear", "mv", "addmv", "tensordot", "_grouped_mm"}
+    {
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "addbmm",
+        "einsum",
+        "linear",
+        "mv",
+        "addmv",
+        "tensordot",
+        "inner",
+        "_grouped_mm",
+    }
 )
 #: Operators that neither mix elements across a contraction nor select by value, and are not tagged pointwise.
 _TRANSPARENT: Final = frozenset(
@@ -70,8 +84,17 @@ def is_transparent(node: Node) -> bool:
 
 
 def is_transparent_or_edit(node: Node) -> bool:
-    """Whether a walk that follows edited tensors too (an overwritten column, the largest elements) goes through it."""
-    return is_transparent(node) or packet(node) in _EDITS
+    """Whether a walk that follows edited tensors too (an overwritten column, the largest elements) goes through it.
+
+    An operator of a library's own, of which nothing else is known, may be one if it keeps a shape.
+    """
+    return is_transparent(node) or packet(node) in _EDITS or _is_foreign(node)
+
+
+def _is_foreign(node: Node) -> bool:
+    if namespace(node) in ("", "aten", "prims", "fxopt") or not is_tensor(node):
+        return False
+    return any(is_tensor(source) and same_shape(shape(source), shape(node)) for source in node.all_input_nodes)
 
 
 def is_contraction(node: Node) -> bool:

@@ -44,9 +44,7 @@ class Site:
     """An attention that was recognised: what `_write` needs to build the canonical operator."""
 
     output: Node
-    queries: Node
-    keys: Node
-    values: Node
+    contracted: torch.dtype
     operands: tuple[Captured, ...]
     weights: Weights
     space: Space
@@ -85,7 +83,8 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     lengths = length_of(queries, -2, space), length_of(keys, -1, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
     loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
-    return Site(match.root, queries, keys, match["values"], operands, weights, space, masked, heads, loaded)
+    contracted = tensor(region.scores).dtype
+    return Site(match.root, contracted, operands, weights, space, masked, heads, loaded)
 
 
 def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
@@ -112,7 +111,7 @@ def _write(builder: Builder, site: Site) -> Node:
         operands = _operands(builder, site)
     if readers:
         answer(builder, readers, softmax, operands)
-    values = site.heads.values(builder, operands.queries)
+    values = builder.cast(site.heads.values(builder, operands.queries), tensor(site.output).dtype)
     spec = replace(
         operands.spec,
         dropout=site.weights.dropout,
@@ -129,6 +128,8 @@ def _operands(builder: Builder, site: Site) -> Operands:
     score, mask, nodes, captures = write_captures(builder, site.masked, site.operands, site.space)
     queries, factor = unscaled(builder, site.heads.queries(builder))
     keys, key_factor = unscaled(builder, site.heads.keys(builder, queries))
+    # Autocast casts the operands of a contraction to the dtype of its result.
+    queries, keys = (builder.cast(x, site.contracted) for x in (queries, keys))
     spec = AttentionSpec(
         score=_scale(score, factor * key_factor),
         mask=mask,
@@ -192,7 +193,7 @@ class FuseAttention:
 
     name: ClassVar[str] = "fuse-attention"
     tier: ClassVar[Tier] = "exact"
-    requires: ClassVar[tuple[str, ...]] = ("contractions",)
+    requires: ClassVar[tuple[str, ...]] = ("contractions", "fills")
 
     def run(self, program: Program) -> PassResult:
         """Fuse every site."""

@@ -131,6 +131,8 @@ def _write(builder: Builder, found: Call) -> Node:
     q, k, v = (
         builder.call(aten.unsqueeze.default, x, 1) if flat else x for x in (found.queries, found.keys, found.values)
     )
+    # Autocast casts the operands to the dtype of the result.
+    q, k, v = (builder.cast(x, tensor(found.node).dtype) for x in (q, k, v))
     result = builder.call(overload("attention"), q, k, v, captures, str(spec))
     return builder.call(aten.squeeze.dim, result, 1) if flat else result
 

@@ -144,8 +144,14 @@ POINTWISE: Final[dict[Any, Handler]] = {
 }
 
 
-BITWISE: Final = (
-    aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_not.default,
+#: Operators that choose among their operands: nothing is computed, which the dtype of integers could not hold.
+CHOICES: Final = (
+    aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
+)  # fmt: skip
+#: Operators that make truth values of truth values.
+OF_TRUTH: Final = (
+    *CHOICES, aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor,
+    aten.bitwise_not.default, aten.logical_and.default, aten.logical_or.default, aten.logical_not.default,
 )  # fmt: skip
 #: Operators through which the operands of a mask or bias are lifted where that makes what is captured smaller.
 LIFTED: Final[dict[Any, Handler]] = POINTWISE | {

@@ -12,6 +12,7 @@ from torch.fx import Node
 from fxopt.analysis.domain import Domain
 from fxopt.analysis.index import IndexLifter, Lifted, Reading, renumbered
 from fxopt.analysis.views import ZERO, Index, Unreadable
+from fxopt.analysis.width import is_counted
 from fxopt.ir.attention import Capture
 from fxopt.ir.expression import Expr, call, capture, const, symbol
 from fxopt.ir.nodes import Size, same_size, shape, tensor
@@ -42,9 +43,12 @@ class Captured(Protocol):
 
 @dataclass(frozen=True)
 class ReadTensor:
-    """A tensor of any rank whose axes are read at some of ``b h i j`` or at fixed places."""
+    """A tensor of any rank whose axes are read at some of ``b h i j`` or at fixed places; ``counted``: integers are
+    made of it, which its own narrow dtype may not hold.
+    """
 
     reading: Reading
+    counted: bool = False
 
     @property
     def node(self) -> Node:
@@ -71,6 +75,8 @@ class ReadTensor:
             if letter not in letters:
                 node = builder.call(aten.unsqueeze.default, node, axis)
         dims = "".join(letter if letter in letters else "-" for letter in _LETTERS)
+        if self.counted and tensor(node).dtype in (torch.uint8, torch.int8, torch.int16):
+            node = builder.cast(node, torch.int32)
         node = with_adjacent_keys(builder, node)
         return node, Capture(dims, tensor(node).dtype)
 
@@ -112,7 +118,8 @@ def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter:
             notes[number] = lifted
             continue
         offset = len(found)
-        found.extend(ReadTensor(reading) for reading in lifted.readings)
+        dtypes = [tensor(reading.node).dtype for reading in lifted.readings]
+        found.extend(ReadTensor(r, is_counted(lifted.expr, n, dtypes)) for n, r in enumerate(lifted.readings))
         terms[number] = _shifted(lifted.expr, offset)
 
     def change(expr: Expr) -> Expr:

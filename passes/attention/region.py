@@ -17,7 +17,7 @@ from fxopt.analysis.constants import Constants
 from fxopt.ir.expression import Expr, S, call, capture, const
 from fxopt.ir.nodes import Size, is_call, is_tensor, same_size, scalar, shape, tensor
 from fxopt.passes.attention.axes import round_trip
-from fxopt.passes.attention.pointwise import BITWISE, LIFTED, POINTWISE, Obstacle, schema_name
+from fxopt.passes.attention.pointwise import CHOICES, LIFTED, OF_TRUTH, POINTWISE, Obstacle, schema_name
 from fxopt.passes.attention.space import Operand
 from fxopt.passes.attention.two_valued import two_values
 from fxopt.rewriter.rule import Rejection
@@ -110,7 +110,8 @@ class _Lift:
         """
         if not is_call(value, *LIFTED) or self.constants.is_constant(value):
             return False
-        if value.target in BITWISE and tensor(value).dtype is not torch.bool:
+        dtype = tensor(value).dtype
+        if not dtype.is_floating_point and value.target not in (OF_TRUTH if dtype is torch.bool else CHOICES):
             return False
         parts = [node for node in value.all_input_nodes if is_tensor(node) and not self.constants.is_constant(node)]
         constant = len(parts) < len(value.all_input_nodes)
@@ -216,4 +217,10 @@ def lift_mask(mask: Node, sizes: tuple[Size, ...], constants: Constants) -> Lift
 
 
 def _blame(node: Node) -> str:
+    """The first operator on the way up that the scores can't be followed through."""
+    while is_call(node, *POINTWISE, *RESHAPES, *CASTS):
+        whole = [n for n in node.all_input_nodes if is_tensor(n) and len(shape(n)) == len(shape(node))]
+        if not whole:
+            break
+        node = max(whole, key=lambda n: sum(same_size(a, b) for a, b in zip(shape(n), shape(node), strict=True)))
     return schema_name(node) if node.op == "call_function" else node.name

@@ -20,7 +20,7 @@ SOFTMAX: Final = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.de
 _SEEN_THROUGH: Final = (
     *CASTS, *RESHAPES, aten.dropout.default, aten.transpose.int, aten.permute.default, aten.mul.Tensor, aten.div.Tensor,
     aten.add.Tensor, aten.pow.Tensor_Scalar, aten.relu.default, aten.slice.Tensor, aten.select_scatter.default,
-    aten.masked_fill.Scalar, aten.where.self, aten.sub.Tensor,
+    aten.masked_fill.Scalar, aten.where.self, aten.sub.Tensor, aten.detach.default,
 )  # fmt: skip
 
 

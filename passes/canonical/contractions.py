@@ -45,6 +45,9 @@ def _read_einsum(match: Match) -> _Einsum | Rejection:
     summed = [x for x in a if x in b and x not in out]
     rows = [x for x in a if x not in b]
     columns = [x for x in b if x not in a]
+    if rows and columns and set(rows + columns) <= set(out) and out.index(columns[0]) < out.index(rows[0]):
+        # The operand whose index comes first in the result is the left one: its rows are then not permuted.
+        left, right, a, b, rows, columns = right, left, b, a, columns, rows
     if len(summed) != 1 or len(rows) != 1 or len(columns) != 1 or not set(rows + columns) <= set(out):
         return Rejection(f"{match['equation']!r} is not one row index times one column index over one summed index")
     result = batch + rows + columns
@@ -164,7 +167,7 @@ class Contractions:
 
     name: ClassVar[str] = "contractions"
     tier: ClassVar[Tier] = "exact"
-    requires: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[tuple[str, ...]] = ("synonyms",)
 
     def run(self, program: Program) -> PassResult:
         """Rewrite them."""

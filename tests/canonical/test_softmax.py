@@ -174,7 +174,7 @@ def _both_axes(x: Tensor) -> Tensor:
         (_both_axes, "not over one"),
         (_wider_shift, "axes that the scores lack"),
         (_late_axis, "does not contract the axis"),
-        (_cut, "inside no_grad"),
+        (_cut, "found detach"),
         (lambda x: torch.exp(x - x.logsumexp(-2)), "not put back"),
     ],
 )

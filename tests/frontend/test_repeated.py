@@ -14,6 +14,7 @@ from fxopt.errors import CaptureError, FxoptWarning
 from fxopt.frontend import retrace as frontend
 from fxopt.frontend.dynamo import from_dynamo
 from fxopt.frontend.repeated import RepeatedCalls
+from fxopt.frontend.switches import Switching
 
 Function = Callable[..., Any]
 
@@ -53,7 +54,7 @@ def _both(function: Function, *inputs: Tensor, dynamic: bool = False) -> tuple[i
     """The calls run with and without repeating; the graphs must not differ in anything."""
     graph, runs = _graph(function, *inputs, dynamic=dynamic)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "RepeatedCalls", fx.Interpreter)
+        patch.setattr(frontend, "RepeatedCalls", Switching)
         expected, all_runs = _graph(function, *inputs, dynamic=dynamic)
     assert graph == expected
     return runs, all_runs

@@ -16,7 +16,7 @@ from fxopt.ir.program import Program
 from fxopt.ir.site import Tier
 from fxopt.ir.verifier import verify_structure
 from fxopt.lowering.options import Options
-from fxopt.passes import Contractions, FuseAttention, exact_pipeline
+from fxopt.passes import Contractions, Fills, FuseAttention, Synonyms, exact_pipeline
 from fxopt.rewriter.passes import PassResult, apply_rules
 from fxopt.rewriter.pattern import Op, Var
 from fxopt.rewriter.pipeline import run_pipeline
@@ -149,7 +149,7 @@ def test_numeric_verification_accepts_attention_with_every_mask() -> None:
 def test_passes_out_of_order_are_refused() -> None:
     with pytest.raises(OptionError, match="fuse-attention must come after contractions"):
         run_pipeline(program(), [FuseAttention()])
-    run_pipeline(program(), [Contractions(), FuseAttention()])
+    run_pipeline(program(), [Synonyms(), Contractions(), Fills(), FuseAttention()])
 
 
 def test_the_exact_pipeline_is_exact_ordered_and_idempotent() -> None:

@@ -218,6 +218,7 @@ class RewrittenModule(nn.Module):
             mode.form = mode.form.of_dtype(before.dtype, self._kind.dtype)
         elif (before.dtype, before.device) != (self._kind.dtype, self._kind.device):
             self._modes.clear()  # a graph may name the dtype and the place of what it makes
+            self._modules[self._folder] = nn.Module()  # in the new precision other weights may be folded, or none
             self._prepare()
         self.renew_folded_weights()
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -82,7 +83,9 @@ def _functionalised(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*inputs: Any) -> Any:
         mode = FunctionalTensorMode(pre_dispatch=True, export=True)
-        with disable_functional_mode(), mode:
+        with disable_functional_mode(), mode, warnings.catch_warnings():
+            # Canonical operators are what it describes, and are functional.
+            warnings.filterwarnings("ignore", "At pre-dispatch tracing, we assume that any custom op", UserWarning)
             wrapped = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, inputs)
             outputs = function(*wrapped)
             edits = [(old, _edited(new)) for old, new in zip(inputs, wrapped, strict=True)]

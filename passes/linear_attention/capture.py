@@ -18,17 +18,20 @@ from fxopt.ir.program import Program
 from fxopt.passes.attention.fuse_attention import FuseAttention
 from fxopt.passes.attention.fuse_sdpa import FuseSdpa
 from fxopt.passes.canonical.contractions import Contractions
+from fxopt.passes.canonical.fills import Fills
 from fxopt.passes.canonical.fold_constants import FoldConstants
 from fxopt.passes.canonical.inactive_dropout import InactiveDropout
 from fxopt.passes.canonical.no_ops import NoOps
 from fxopt.passes.canonical.repeat_heads import RepeatHeads
 from fxopt.passes.canonical.softmax import Softmax
+from fxopt.passes.canonical.synonyms import Synonyms
 from fxopt.rewriter.pipeline import run_pipeline
 from fxopt.rewriter.progressive import Call
 
 #: What brings every spelling of attention to its canonical operator.
 _CANONICAL = (
-    NoOps(), InactiveDropout(), FoldConstants(), Contractions(), Softmax(), RepeatHeads(), FuseSdpa(), FuseAttention(),
+    Synonyms(), Fills(), NoOps(), InactiveDropout(), FoldConstants(), Contractions(), Softmax(), RepeatHeads(),
+    FuseSdpa(), FuseAttention(),
 )  # fmt: skip
 
 

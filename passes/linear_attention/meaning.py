@@ -64,20 +64,22 @@ class Proof:
         causal: whether it is causal, where its mask is that, one of keys, both or none; ``None`` for another mask.
         padded: whether there is a mask of keys.
         unread: whether nobody reads its weights.
+        unproved: whether the numbers of a mask of keys, one of sequences, are known only when the mask is there.
     """
 
     causal: bool | None = None
     padded: bool = False
     unread: bool = False
+    unproved: bool = False
 
 
 def prove(site: Node) -> Proof:
     """What the program of the whole model, to which the canonical attention ``site`` belongs, says of it."""
     kept = read_attention(site, (), Proof(unread=True))
     unread = not weight_readers(site)
-    if isinstance(kept, str) or any(mask.unproved for mask in kept.keys):
+    if isinstance(kept, str):
         return Proof(unread=unread)
-    return Proof(kept.causal, bool(kept.keys), unread)
+    return Proof(kept.causal, bool(kept.keys), unread, any(mask.unproved for mask in kept.keys))
 
 
 def read_drop(drop: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -163,6 +165,8 @@ class _Masks:
         of_keys, of_sequences = capture.dims in ("b--j", "---j"), capture.dims == "b--j"
         proved = of_keys if capture.kind == "bool" else False
         opaque = not proved and self._proof.causal is not None and capture.dims[-1] == "j"
+        # What holds such numbers, alone or merged with another mask, must be checked when it comes.
+        opaque = opaque and not (self._proof.unproved and capture.dims[0] != "-")
         unproved = not proved and not opaque and capture.kind == "float" and of_sequences and not droppable
         if term not in self.found and (proved or opaque or unproved):
             self.found[term] = KeyMask(self._captures[number], hides, unproved)

@@ -19,12 +19,13 @@ from fxopt.passes.canonical.fold_constants import FoldConstants
 from fxopt.passes.canonical.layer_norm import LayerNorm
 from fxopt.passes.canonical.no_ops import NoOps
 from fxopt.passes.canonical.rms_norm import RmsNorm
+from fxopt.passes.canonical.synonyms import Synonyms
 from fxopt.rewriter.pipeline import run_pipeline
 from fxopt.rewriter.progressive import Call
 
 aten = torch.ops.aten
 
-_CANONICAL: Final = (NoOps(), FoldConstants(), LayerNorm(), RmsNorm())
+_CANONICAL: Final = (Synonyms(), NoOps(), FoldConstants(), LayerNorm(), RmsNorm())
 _LAYER_NORMS: Final = (aten.layer_norm.default, overload("layer_norm"))
 _RMS_NORM: Final = overload("rms_norm")
 _HOOKS: Final = ("forward", "forward_pre", "backward", "backward_pre")

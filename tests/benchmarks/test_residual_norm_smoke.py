@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import residual_norm
+from benchmarks.accuracy import largest_error
 
 
 def test_a_quick_run_times_every_candidate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,7 +38,7 @@ def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     case = residual_norm.Case(4, 8, "layer_norm", pre=True, training=False)
     timings = residual_norm.measure(case, [], 1, "cpu")
     assert set(timings) == {"copy"} and "eager is wrong" in capsys.readouterr().out
-    assert residual_norm._error([torch.tensor([torch.nan])], [torch.ones(1)]) == float("inf")
+    assert largest_error([torch.tensor([torch.nan])], [torch.ones(1)]) == float("inf")
 
 
 def test_without_a_gpu_only_a_quick_run_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,10 @@ class Returning(Heads):
         return self.proj((weights @ v).transpose(1, 2).flatten(2)), weights
 
 
+def _sharpened(y: Tensor, weights: Tensor) -> Tensor:
+    return y * weights.amax(-1).mean(1)[..., None]
+
+
 class Mixer(nn.Module):
     """Norms, two attentions on the residual stream, and a head for each token."""
 
@@ -111,7 +115,7 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for norm, layer in zip(self.norms, self.layers, strict=True):
             mixed = layer(norm(x), mask)
-            x = x + (mixed[0] if isinstance(mixed, tuple) else mixed)
+            x = x + (_sharpened(*mixed) if isinstance(mixed, tuple) else mixed)
         y: Tensor = self.head(x)
         return y
 

@@ -50,7 +50,11 @@ def _dropped(hidden: Pattern) -> Pattern:
     return Op(aten.dropout.default, hidden, p=Anything(), train=Anything(), name="dropout")
 
 
-_HIDDEN: Final = Optional(_dropped, OneOf(tuple(_ACTIVATIONS.values())))
+def _detached(hidden: Pattern) -> Pattern:
+    return Op(aten.detach.default, hidden, name="detached")
+
+
+_HIDDEN: Final = Optional(_detached, Optional(_dropped, OneOf(tuple(_ACTIVATIONS.values()))))
 _BLOCK: Final = Op(aten.linear.default, _HIDDEN, Var("down"), bias=Anything(), name="second")
 
 
@@ -63,6 +67,8 @@ def _check(match: Match) -> Found | Rejection:
     nodes = (match.root, first, activation, second)
     if match.get("dropout") is not None:
         return Rejection("dropout is active on the hidden elements", (match["dropout"], *nodes))
+    if match.get("detached") is not None:
+        return Rejection("no gradient may flow into the hidden elements", (match["detached"], *nodes))
     objection = _elsewhere(first, activation) or _layers_objection(found, second)
     disturbing = disturbance(first, match.root)
     if objection is None and disturbing is not None:

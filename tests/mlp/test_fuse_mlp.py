@@ -201,6 +201,10 @@ def _partly_without_gradient(x: Tensor, u: Tensor, a: Tensor, d: Tensor, b: Tens
     return F.linear(h, d, b)
 
 
+def _detached(x: Tensor, u: Tensor, a: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, u, a)).detach(), d, b)
+
+
 def _short_bias(x: Tensor, u: Tensor, a: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return F.linear(F.gelu(F.linear(x, u, a)), d, b[:1]), b
 
@@ -213,6 +217,7 @@ def _short_bias(x: Tensor, u: Tensor, a: Tensor, d: Tensor, b: Tensor) -> tuple[
         (_dropped, "dropout is active on the hidden elements"),
         (_switched, "stands inside the block"),
         (_partly_without_gradient, "inside no_grad"),
+        (_detached, "no gradient may flow into the hidden elements"),
         (_short_bias, "has the shape [1] for 8 elements"),
     ],
 )

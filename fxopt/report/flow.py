@@ -13,23 +13,10 @@ from fxopt.ir.nodes import FOLDED, is_tensor, same_shape, shape
 from fxopt.ir.program import Program
 
 #: Operators that contract two operands (or a tensor with a weight), by packet name.
-CONTRACTIONS: Final = frozenset(
-    {
-        "matmul",
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "addbmm",
-        "einsum",
-        "linear",
-        "mv",
-        "addmv",
-        "tensordot",
-        "inner",
-        "_grouped_mm",
-    }
-)
+CONTRACTIONS: Final = frozenset({
+    "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "linear", "mv", "addmv", "tensordot", "inner",
+    "_grouped_mm",
+})  # fmt: skip
 #: Operators that neither mix elements across a contraction nor select by value, and are not tagged pointwise.
 _TRANSPARENT: Final = frozenset(
     {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 
+import sympy
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -48,6 +50,7 @@ class CallForm:
         keywords: the names of the others, in order.
         leaves: what each tensor and constant of the arguments must be.
         bounds: the smallest and largest value of symbols that the user or the model bounds.
+        guards: what else must hold of symbols, as the model asked while it was captured.
     """
 
     spec: pytree.TreeSpec
@@ -57,6 +60,7 @@ class CallForm:
     keywords: tuple[str, ...]
     leaves: tuple[Sized | Constant, ...]
     bounds: Mapping[str, tuple[int, int | None]]
+    guards: tuple[Any, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallForm:
         return self  # nothing in it changes
@@ -80,7 +84,34 @@ class CallForm:
                 raise CallError(
                     f"{expected.name} is {value!r}, but this module was rewritten for {expected.value!r}; {_ADVICE}"
                 )
+        # In code that is compiled around it, expressions of sizes can't be computed.
+        if (self._derived or self.guards) and not torch.compiler.is_compiling():
+            self._check_derived(leaves, symbols)
         return leaves
+
+    @cached_property
+    def _derived(self) -> tuple[tuple[int, int, sympy.Expr], ...]:
+        """Sizes that are expressions of symbols: of which argument, of which axis."""
+        sized = [(place, leaf) for place, leaf in enumerate(self.leaves) if isinstance(leaf, Sized)]
+        return tuple(
+            (place, axis, size)
+            for place, leaf in sized for axis, size in enumerate(leaf.sizes) if isinstance(size, sympy.Expr)
+        )  # fmt: skip
+
+    def _check_derived(self, leaves: list[Any], symbols: dict[str, int]) -> None:
+        for place, axis, wanted in self._derived:
+            unknown = [symbol for symbol in wanted.free_symbols if str(symbol) not in symbols]
+            found = sympy.solve(wanted - leaves[place].shape[axis], unknown[0]) if len(unknown) == 1 else []
+            symbols.update({str(unknown[0]): int(found[0])} if found else {})
+        for place, axis, wanted in self._derived:
+            if _value(wanted, symbols) != leaves[place].shape[axis]:
+                raise self._other_shape(leaves[place], self.leaves[place])
+        # Sizes of 0 and 1 run the graph of larger ones, as in torch.export.
+        larger = {name: size for name, size in symbols.items() if size > 1}
+        for guard in self.guards:
+            if _value(guard, larger) is False:
+                told = ", ".join(f"{name} = {size}" for name, size in symbols.items())
+                raise CallError(f"this module was rewritten for sizes where {guard}, not for {told}; {_ADVICE}")
 
     def of_dtype(self, before: torch.dtype, now: torch.dtype) -> CallForm:
         """The same calls with tensors of another dtype."""
@@ -118,7 +149,7 @@ class CallForm:
     def _check_tensor(self, value: Any, expected: Sized, symbols: dict[str, int]) -> None:
         if not isinstance(value, Tensor):
             raise CallError(f"{expected.name} is {value!r}, but this module was rewritten for a tensor; {_ADVICE}")
-        if value.dtype != expected.dtype:
+        if value.dtype != expected.dtype and not _is_cast(value, expected.dtype):
             raise CallError(
                 f"{expected.name} is of {value.dtype}, but this module was rewritten for {expected.dtype}; convert "
                 "the tensor, move module and tensor together, or rewrite the model for this dtype"
@@ -128,17 +159,19 @@ class CallForm:
             self._fits(size, wanted, symbols) for size, wanted in zip(sizes, expected.sizes, strict=True)
         )
         if not fits:
-            wanted = ", ".join(map(self._described, expected.sizes))
-            raise CallError(
-                f"{expected.name} has the shape {list(sizes)}, but this module was rewritten for [{wanted}]; {_SIZES}"
-            )
+            raise self._other_shape(value, expected)
+
+    def _other_shape(self, value: Tensor, expected: Any) -> CallError:
+        wanted = ", ".join(map(self._described, expected.sizes))
+        return CallError(
+            f"{expected.name} has the shape {list(value.shape)}, but this module was rewritten for [{wanted}]; {_SIZES}"
+        )
 
     def _fits(self, size: int, wanted: Any, symbols: dict[str, int]) -> bool:
         if isinstance(wanted, int):
             return size == wanted
-        if not isinstance(wanted, str):  # an expression such as 2*s, of symbols that stood before it
-            found = None if torch.compiler.is_compiling() else wanted.subs(symbols)
-            return found is None or not found.is_number or int(found) == size
+        if not isinstance(wanted, str):  # an expression such as 2*s, which is checked when all symbols are known
+            return True
         low, high = self.bounds.get(wanted, (0, None))
         known = symbols.setdefault(wanted, size)
         return known == size and size >= low and (high is None or size <= high)
@@ -163,7 +196,8 @@ def call_form(
     leaves = tuple(
         _leaf(_name(path, positional), leaf, value) for (path, leaf), value in zip(paths, values, strict=True)
     )
-    return CallForm(spec, tuple(positional), defaults, len(args), tuple(kwargs), leaves, _bounds(values))
+    held = _bounds(values), _guards(values)
+    return CallForm(spec, tuple(positional), defaults, len(args), tuple(kwargs), leaves, *held)
 
 
 def _leaf(name: str, given: Any, value: Any) -> Sized | Constant:
@@ -186,6 +220,27 @@ def _bounds(values: list[Any]) -> dict[str, tuple[int, int | None]]:
     ranges = symbolic.node.shape_env.var_to_range if symbolic is not None else {}
     found = {str(symbol): (_number(r.lower) or 0, _number(r.upper)) for symbol, r in ranges.items()}
     return {name: (low if low > 2 else 0, high) for name, (low, high) in found.items() if low > 2 or high is not None}
+
+
+def _guards(values: list[Any]) -> tuple[Any, ...]:
+    sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    symbolic: Any = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
+    return () if symbolic is None else tuple(dict.fromkeys(guard.expr for guard in symbolic.node.shape_env.guards))
+
+
+def _value(expression: Any, symbols: Mapping[str, int]) -> int | bool | None:
+    """What a number or condition is for these values of symbols; ``None`` where they don't tell."""
+    given = {symbol: symbols[str(symbol)] for symbol in expression.free_symbols if str(symbol) in symbols}
+    found = expression.subs(given)
+    if found in (sympy.true, sympy.false):
+        return bool(found)
+    return int(found) if found.is_number else None
+
+
+def _is_cast(value: Tensor, wanted: torch.dtype) -> bool:
+    """Whether autocast, around the call, takes floating tensors of either dtype."""
+    both = value.dtype.is_floating_point and wanted.is_floating_point
+    return both and torch.is_autocast_enabled(value.device.type)
 
 
 def _number(bound: Any) -> int | None:

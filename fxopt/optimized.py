@@ -67,7 +67,8 @@ def optimized_twin(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     """``model`` once more, compiled: of its class, with its very parameters, modules, hooks and attributes.
 
     The two share one state, present and future, so that ``train``, ``to`` and ``load_state_dict`` of one are those of
-    the other. A call of ``model`` itself stays what it was.
+    the other. A call of ``model`` itself stays what it was. `torch.nn.utils.parametrize` changes the class of one of
+    them and the state of both: use it before.
 
     Raises:
         OptionError: a TorchScript module, or a lazy one without parameters yet.
@@ -104,8 +105,15 @@ def plain_call(cls: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _compiled_call(self: Any) -> Callable[..., Any] | None:
-    # torch.export captures the module itself, and warns of a compiled one.
-    return None if torch.compiler.is_exporting() else MethodType(type(self)._fxopt_call.compiled, self)
+    # What compiles or exports the model around it takes the module itself.
+    if torch.compiler.is_compiling():
+        return None
+    # What is parametrized is a property of the class, of which the other of the twins knows nothing.
+    if not all(hasattr(type(self), name) for name in self._modules.get("parametrizations") or ()):
+        raise OptionError(
+            f"this {type(self).__name__} was parametrized after fxopt.optimize; parametrize the model, then optimize it"
+        )
+    return MethodType(type(self)._fxopt_call.compiled, self)
 
 
 def _refuse(self: nn.Module, value: object) -> None:

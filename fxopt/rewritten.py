@@ -210,13 +210,14 @@ class RewrittenModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RewrittenModule:
+        places = _places(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         before, self._kind = self._kind, kind_of(self)
         if self._frozen:
             mode = self._modes[False]
             _check_dtype(mode.program, before.dtype, self._kind.dtype)
             mode.form = mode.form.of_dtype(before.dtype, self._kind.dtype)
-        elif (before.dtype, before.device) != (self._kind.dtype, self._kind.device):
+        elif places != _places(self):
             self._modes.clear()  # a graph may name the dtype and the place of what it makes
             self._modules[self._folder] = nn.Module()  # in the new precision other weights may be folded, or none
             self._prepare()
@@ -282,6 +283,11 @@ class RewrittenModule(nn.Module):
 
 def _folder(number: int) -> str:
     return f"folded_weights_{number}" if number else "folded_weights"
+
+
+def _places(module: nn.Module) -> list[tuple[torch.dtype, torch.device]]:
+    """What a program may name of its state."""
+    return [(state.dtype, state.device) for state in (*module.parameters(), *module.buffers())]
 
 
 def _renew(module: RewrittenModule, keys: Any) -> None:

@@ -122,6 +122,59 @@ def test_symbolic_sizes_are_held_to_their_bounds_and_to_each_other() -> None:
         fast(torch.ones(4, 5), {"b": [torch.ones(1, 5)]})
 
 
+class Branching(nn.Module):
+    """Its graph is of the sizes that it was captured with."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        doubled = y.shape[0] == 2 * x.shape[0] and x.shape[0] % 2 == 0
+        return x * 2 if doubled else x * 3
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_sizes_made_of_others_and_what_the_model_asked_of_them_are_held_to(swapped: bool) -> None:
+    half: Any = Dim("half", max=25)
+    shapes = {"x": {0: 2 * half}, "y": {0: 4 * half}}
+    given = {"x": torch.ones(4, 3), "y": torch.ones(8, 3)}
+    if swapped:
+        given, shapes = dict(reversed(given.items())), dict(reversed(shapes.items()))
+    fast = fxopt.rewrite(Branching().eval(), (), given, dynamic_shapes=shapes)
+    assert float(fast(x=torch.ones(6, 3), y=torch.ones(12, 3)).sum()) == 36
+    with pytest.raises(CallError, match="argument 'y' has the shape"):
+        fast(x=torch.ones(6, 3), y=torch.ones(13, 3))
+
+    class Even(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.shape[0] % 4 == 0 else x * 3
+
+    automatic = torch.export.Dim.AUTO  # type: ignore[attr-defined]
+    even = fxopt.rewrite(Even().eval(), (torch.ones(8, 3),), dynamic_shapes=({0: automatic},))
+    assert float(even(torch.ones(12, 3)).sum()) == 72
+    with pytest.raises(CallError, match=r"rewritten for sizes where Eq\(Mod\(\w+, 4\), 0\), not for \w+ = 6"):
+        even(torch.ones(6, 3))
+
+
+def test_under_autocast_either_dtype_is_taken() -> None:
+    linear = nn.Linear(4, 4).eval()
+    fast, x = fxopt.rewrite(linear, (torch.randn(2, 4),)), torch.randn(2, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), linear(x))
+    with pytest.raises(CallError, match=r"is of torch.bfloat16"):
+        fast(x)
+
+
+def test_a_module_of_several_dtypes_is_rewritten_when_any_changes() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.late(self.early(x.to(self.early.weight.dtype)).to(self.late.weight.dtype))
+            return y
+
+    assert fxopt.rewrite(Mixed().eval(), (torch.randn(2, 4),)).bfloat16()(torch.randn(2, 4)).dtype is torch.bfloat16
+
+
 def test_compiled_and_exported_calls(model: Model) -> None:
     fast = fxopt.rewrite(model, (X,), dynamic_shapes=({1: Dim("length", max=99)},))
     compiled = torch.compile(fast, backend="eager", fullgraph=True, dynamic=True)

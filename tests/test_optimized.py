@@ -328,3 +328,19 @@ def test_a_checkout_works_where_an_installed_copy_is_elsewhere() -> None:
     assert done.stdout.split() == [str(root / "fxopt" / "__init__.py"), str(root / "passes" / "__init__.py")], (
         done.stderr
     )
+
+
+def test_what_compiles_around_it_takes_the_module_itself() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    compiled = torch.compile(fxopt.optimize(model, base="eager"), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_parametrized_before_and_not_after() -> None:
+    before, after, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
+    torch.nn.utils.parametrizations.weight_norm(before)
+    torch.testing.assert_close(fxopt.optimize(before, base="eager")(x), before(x))
+    optimized = fxopt.optimize(after, base="eager")
+    torch.nn.utils.parametrizations.weight_norm(after)
+    with pytest.raises(OptionError, match="parametrize the model, then optimize it"):
+        optimized(x)

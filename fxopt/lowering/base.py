@@ -37,14 +37,10 @@ def compile_base(
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(module, list(inputs))
-    from torch._inductor import list_mode_options, list_options
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    for name, _ in options.inductor:
-        if name not in list_options():
-            close = difflib.get_close_matches(name, list_options(), n=3)
-            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-            raise OptionError(f"inductor: torch._inductor.config has no setting {name!r}{hint}")
+    _check_settings(options)
     unpadded = {"comprehensive_padding": False} if pads_what_is_merged(module.graph) else {}
     patches = {**unpadded, **(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
@@ -53,25 +49,31 @@ def compile_base(
         return compiled  # type: ignore[no-any-return]
 
 
+def _check_settings(options: Options) -> None:
+    from torch._inductor import list_options
+
+    known = list_options()
+    for name, _ in options.inductor:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise OptionError(f"inductor: torch._inductor.config has no setting {name!r}{hint}")
+
+
 def start_base(inputs: Sequence[Any], options: Options) -> None:
     """Start Inductor's processes that compile kernels for a GPU, as its own backend does when it is entered.
 
     They take seconds to come up, and until then Inductor compiles one kernel after the other.
+
+    Raises:
+        OptionError: among ``options.inductor`` is no setting of Inductor.
     """
     if options.base == "inductor" and any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
         from torch._inductor.async_compile import maybe_warm_pool
 
-        maybe_warm_pool()
-
-
-def load_base(options: Options) -> None:
-    """Import the base compiler and set up its patterns: a second or two for Inductor, once in a process."""
-    if options.base == "inductor":
-        from torch._inductor import compile_fx  # noqa: F401 - the import is what takes long
-        from torch._inductor.fx_passes import joint_graph
-
-        with _PATTERNS_LOCK:
-            joint_graph.lazy_init()
+        _check_settings(options)
+        with torch._inductor.config.patch(dict(options.inductor)):
+            maybe_warm_pool()
 
 
 @lru_cache(maxsize=2)

@@ -42,7 +42,7 @@ def lower(
     # Candidates that draw random numbers do so when they are measured; the program's own must not depend on that.
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         if option == "auto":
-            prepare(sites, training, base.load if base else None)
+            prepare(sites, training)
         decisions = [_lower_site(lowered, site, choose(site, training, option, strict)) for site in sites]
         for kind, site in pieces:
             decisions.append(_lower_site(lowered, site, kind.choose(site, training, option, strict, base)))

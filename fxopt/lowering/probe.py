@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxopt.codegen.norm.residual_norm import plain
 from fxopt.codegen.norm.residual_norm.config import split_config
 from fxopt.codegen.norm.residual_norm.reference import MEANINGS
-from fxopt.lowering.base import compile_base, load_base
+from fxopt.lowering.base import compile_base
 from fxopt.lowering.options import Options
 from fxopt.lowering.surroundings import Surroundings
 
@@ -38,10 +38,6 @@ class Base:
 
     options: Options = field(default_factory=Options)
     mode: str | None = None
-
-    def load(self) -> None:
-        """Get the base compiler ready while something else is waited for."""
-        load_base(self.options)
 
     def compile(self, function: Callable[..., Any], given: Sequence[Tensor]) -> Callable[[], Any]:
         """``function`` of ``given`` as Inductor compiles it, whatever base was asked for; a call of that."""

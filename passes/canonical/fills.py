@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -24,6 +25,9 @@ _FILLS: Final[dict[Any, int | str]] = {
     aten.fill.Scalar: "value",
 }  # fmt: skip
 
+#: Elements of a constant that a program is worth evaluating for.
+_LARGEST: Final = 2**24
+
 
 @register_pass
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Fills:
 
     ``x`` is then not read, so that scores from which a mask takes its shape stay between one softmax and its
     contraction, and what is made of static sizes alone is a constant. Applies where ``x`` is computed, the result
-    is laid out in row-major order, and symbolic sizes are sizes of the program's inputs.
+    is laid out in row-major order, of no more than 2²⁴ elements where sizes are static, and symbolic sizes are sizes
+    of the program's inputs. A frozen program, which moves to other devices as it is, keeps what is made after another.
     """
 
     name: ClassVar[str] = "fills"
@@ -41,7 +46,8 @@ class Fills:
 
     def run(self, program: Program) -> PassResult:
         """Rewrite them."""
-        done = [r for node in list(program.graph.nodes) if node.target in _FILLS and (r := _fill(program, node))]
+        found = [] if program.frozen else [node for node in program.graph.nodes if node.target in _FILLS]
+        done = [r for node in found if (r := _fill(program, node))]
         if done:
             program.module.recompile()
         return PassResult(bool(done), tuple(done))
@@ -50,7 +56,7 @@ class Fills:
 def _fill(program: Program, node: Node) -> Replacement | None:
     like, value, number = node.args[0], tensor(node), _FILLS[node.target]
     assert isinstance(like, Node)
-    if like.op != "call_function":
+    if like.op != "call_function" or _is_large(shape(node)):
         return None
     builder = Builder(program, node, "fills")
     sizes = [_input_size(builder, size) for size in shape(node)]
@@ -66,6 +72,11 @@ def _fill(program: Program, node: Node) -> Replacement | None:
     node.replace_all_uses_with(new)
     erase_unused(program, node)
     return Replacement("fills", "made after the likeness of another", site, operator_name(new))
+
+
+def _is_large(sizes: tuple[Size, ...]) -> bool:
+    """Whether what is made of static sizes, and evaluated as a constant then, takes too much memory."""
+    return math.prod(size for size in sizes if isinstance(size, int)) > _LARGEST
 
 
 def _input_size(builder: Builder, size: Size) -> int | Node | None:

@@ -65,7 +65,9 @@ def _fold(program: Program, node: Node, constants: Constants) -> Replacement | N
         return None
     builder = Builder(program, node, "fold-constants")
     given[operand_name] = number
-    new = builder.call(target, *given.values())
+    only_named = {a.name for a in node.target._schema.arguments if a.kwarg_only}  # type: ignore[union-attr]
+    named = {name: given.pop(name) for name in only_named & given.keys()}
+    new = builder.call(target, *given.values(), **named)
     if difference(node, new):
         program.graph.erase_node(new)
         return None

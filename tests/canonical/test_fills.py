@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 
 import fxopt
@@ -46,11 +46,26 @@ def test_fills_fire(name: str, dynamic: bool) -> None:
         lambda x: torch.zeros_like((x * 2).transpose(0, 1)) + 1,
         lambda x: torch.rand_like(x * 2),
         lambda x: torch.empty_like(x * 2).sin(),
+        lambda x: torch.zeros_like((x * 2)[..., None].expand(3, 5, 2**21)),
     ],
-    ids=["of an input", "in another memory order", "random numbers", "no number"],
+    ids=["of an input", "in another memory order", "random numbers", "no number", "large"],
 )
 def test_others_stay(function: Callable[[Tensor], Tensor]) -> None:
     assert not Fills().run(capture(function, (random(3, 5),))).modified
+
+
+def test_a_frozen_program_keeps_what_moves_with_it() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            return torch.where(y > 0, y, torch.zeros_like(y))
+
+    rewritten = fxopt.rewrite(Halves().eval(), (random(3, 5),)).freeze().double()
+    assert rewritten(random(3, 5).double()).dtype is torch.float64
 
 
 def test_sizes_that_are_no_sizes_of_inputs_stay() -> None:

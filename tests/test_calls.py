@@ -146,7 +146,7 @@ def test_sizes_made_of_others_and_what_the_model_asked_of_them_are_held_to(swapp
         def forward(self, x: Tensor) -> Tensor:
             return x * 2 if x.shape[0] % 4 == 0 else x * 3
 
-    automatic = torch.export.Dim.AUTO  # type: ignore[attr-defined]
+    automatic = torch.export.Dim.AUTO
     even = fxopt.rewrite(Even().eval(), (torch.ones(8, 3),), dynamic_shapes=({0: automatic},))
     assert float(even(torch.ones(12, 3)).sum()) == 72
     with pytest.raises(CallError, match=r"rewritten for sizes where Eq\(Mod\(\w+, 4\), 0\), not for \w+ = 6"):

@@ -20,12 +20,12 @@ def fold(function: Any, *inputs: Tensor) -> PipelineResult:
 ONES = torch.ones(1)
 
 
-def test_arguments_that_have_a_name_alone_keep_it() -> None:
-    for function in (lambda x: torch.add(x * 2, ONES, alpha=3), lambda x: torch.sub(x * 2, ONES)):
-        x = torch.randn(3, 4)
-        result = fold(function, x)
-        assert [record.failure for record in result.records] == [""]
-        torch.testing.assert_close(result.program.module(x)[0], function(x))
+@pytest.mark.parametrize("function", [lambda x: torch.add(x * 2, ONES, alpha=3), lambda x: torch.sub(x * 2, ONES)])
+def test_arguments_that_have_a_name_alone_keep_it(function: Any) -> None:
+    x = torch.randn(3, 4)
+    result = fold(function, x)
+    assert [record.failure for record in result.records] == [""]
+    torch.testing.assert_close(result.program.module(x)[0], function(x))
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class CallForm:
                     f"{expected.name} is {value!r}, but this module was rewritten for {expected.value!r}; {_ADVICE}"
                 )
         # In code that is compiled around it, expressions of sizes can't be computed.
-        if (self._derived or self.guards) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (self._derived or self.guards):
             self._check_derived(leaves, symbols)
         return leaves
 

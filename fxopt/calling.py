@@ -141,10 +141,7 @@ class CallForm:
         return tuple(given[n] for n in wanted[: self.positional]), {name: given[name] for name in self.keywords}
 
     def _is_default(self, name: str, value: Any) -> bool:
-        if name not in self.defaults or isinstance(value, Tensor):
-            return False
-        default = self.defaults[name]
-        return value is default or (type(value) is type(default) and bool(value == default))
+        return name in self.defaults and _is_same(value, Constant(name, self.defaults[name]))
 
     def _check_tensor(self, value: Any, expected: Sized, symbols: dict[str, int]) -> None:
         if not isinstance(value, Tensor):
@@ -215,17 +212,21 @@ def _size(size: Any) -> Any:
 
 def _bounds(values: list[Any]) -> dict[str, tuple[int, int | None]]:
     """What symbols may be. A lower bound of 2 is torch's way of telling sizes that are not broadcast: it is none."""
-    sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
-    symbolic: Any = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
-    ranges = symbolic.node.shape_env.var_to_range if symbolic is not None else {}
+    known = _shape_env(values)
+    ranges = {} if known is None else known.var_to_range
     found = {str(symbol): (_number(r.lower) or 0, _number(r.upper)) for symbol, r in ranges.items()}
     return {name: (low if low > 2 else 0, high) for name, (low, high) in found.items() if low > 2 or high is not None}
 
 
 def _guards(values: list[Any]) -> tuple[Any, ...]:
+    known = _shape_env(values)
+    return () if known is None else tuple(dict.fromkeys(guard.expr for guard in known.guards))
+
+
+def _shape_env(values: list[Any]) -> Any:
+    """What the symbols among the sizes of ``values`` are known by; ``None`` where all sizes are numbers."""
     sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
-    symbolic: Any = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
-    return () if symbolic is None else tuple(dict.fromkeys(guard.expr for guard in symbolic.node.shape_env.guards))
+    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
 
 
 def _value(expression: Any, symbols: Mapping[str, int]) -> int | bool | None:

@@ -198,6 +198,7 @@ def forget_results(program: Program, places: frozenset[int]) -> None:
 
 def _output(program: Program) -> Node:
     (output,) = program.graph.find_nodes(op="output")
+    assert isinstance(output, Node)
     return output
 
 

@@ -44,7 +44,7 @@ TRANSFORMED: dict[str, Function] = {
 
 
 # PyTorch's own, of what it loads for jvp.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_graphs_with_functional_transforms_are_left_alone(name: str) -> None:
     function, x = TRANSFORMED[name], torch.randn(2, 3)

@@ -175,7 +175,7 @@ def test_gradients_of_the_input_alone_run_the_folded_program() -> None:
 
 
 # PyTorch scripts its rules for tangents when they are first needed.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`.* is deprecated")
 def test_weights_in_functional_transforms_are_not_folded() -> None:
     """Tangents and models side by side belong to one call; what is kept for the next is made of the module's own."""
     net = Net(lambda n, x: torch.relu(n.a(x) * n.scale), a=nn.Linear(C, 6), scale=torch.ones(6)).double()

@@ -60,6 +60,7 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
         _reject_detached(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
         _reshape_views(traced.graph)
+    _reshape_attention(traced.graph)
     traced.graph.eliminate_dead_code()
     _reject_lost(traced)
     type(traced).__name__ = "Program"  # as printed; the class is this graph's own
@@ -126,6 +127,19 @@ def _reshape_views(graph: fx.Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
+
+
+def _reshape_attention(graph: fx.Graph) -> None:
+    """Strides of attention's result are those of the kernel that computes it. ``nn.MultiheadAttention`` of PyTorch 2.11
+    makes it contiguous before it views it, which leaves no trace where the fake result is so already.
+    """
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        source = node.args[0]
+        while source.target in (aten.transpose.int, aten.permute.default):
+            source = source.args[0]
+        if source.target is aten.scaled_dot_product_attention.default:
+            node.target = aten.reshape.default
 
 
 def _reject_detached(module: fx.GraphModule) -> None:

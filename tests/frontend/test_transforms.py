@@ -22,11 +22,13 @@ def _masked(x: Tensor) -> Tensor:
 
 
 def _edited(x: Tensor) -> Tensor:
-    return torch.vmap(lambda row: row.exp().mul_(2))((x * 1).add_(1))
+    y: Tensor = torch.vmap(lambda row: row.exp().mul_(2))((x * 1).add_(1))
+    return y
 
 
 def _branched(x: Tensor) -> Tensor:
-    return torch.cond(x.sum() > 0, torch.vmap(torch.sum), lambda y: y.sum(1), (x,))
+    y: Tensor = torch.cond(x.sum() > 0, torch.vmap(torch.sum), lambda y: y.sum(1), (x,))
+    return y
 
 
 TRANSFORMED: dict[str, Function] = {

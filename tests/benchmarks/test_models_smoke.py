@@ -17,7 +17,7 @@ from benchmarks.model_results import CaseResult, PeerResult, judge
 from benchmarks.timing import Timing
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 
 _QUICK = ("--quick", "--device", "cpu", "--rounds", "2", "--keep-caches")
 

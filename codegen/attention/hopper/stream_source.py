@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from textwrap import indent
 from typing import ClassVar, Final
 
 import torch
@@ -12,7 +13,7 @@ from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
 from fxopt.codegen.attention.hopper import stream, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
-from fxopt.codegen.attention.hopper.source import CONSTANTS, TILES, HopperText, as_gluon, parameters
+from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText, as_gluon, parameters
 from fxopt.codegen.attention.hopper.template import PLACE
 from fxopt.codegen.attention.hopper.tile import StreamedTile
 from fxopt.codegen.attention.portable import phases
@@ -25,12 +26,10 @@ from fxopt.ir.expression import Expr, J, Kind, S, call, capture, conjunction
 
 _PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _STREAM_BARRIERS: Final = ("ready", "free", "q_free")
-_STREAM_STATE: Final = ("acc", "p", "s", "pair", "query", *TILES, "ready", "free")
 #: What the result of a tile leaves with, beside itself.
-_LEAVE: Final = (
-    *("out_target", "lse_ptr", "out_tiles", "Sq", "heads"),
-    *("ROWS", "WIDTH", "MEMBER", "WITH_LSE"),
-)
+_LEAVE: Final = ("out_target", "out_tiles", "heads", "ROWS", "WIDTH", "MEMBER")
+#: What the place of a tile is, beside what its rows read.
+_PLACE: Final = ("row", "head", "block", "start", "full_start", "full_stop")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class StreamText(HopperText):
     """The same where the blocks of keys of all tiles of a program are one stream."""
 
     _parts: ClassVar[tuple[str, ...]] = (PLACE, stream.PRODUCER, stream.ATTEND, stream.CONSUMER, stream.KERNEL)
-    _loop_text: ClassVar[str] = stream.LOOP
     _multiplied: ClassVar[tuple[str, ...]] = (*TILES, "out_tiles")
 
     @property
@@ -46,17 +44,8 @@ class StreamText(HopperText):
         return (*_STREAM_BARRIERS, *self._tile_names)
 
     @property
-    def _state(self) -> tuple[str, ...]:
-        return (*_STREAM_STATE, *self._tile_names)
-
-    @property
     def _constants(self) -> tuple[str, ...]:
         return (*CONSTANTS, "AHEAD", *(("TILE_STAGES",) if self._tile else ()))
-
-    @property
-    def _block_constants(self) -> tuple[str, ...]:
-        streamed = ("MEMBER", "GROUPS", "TILE_STAGES") if self._tile else ()
-        return ("BLOCK_N", "WIDTH", "STAGES", "AHEAD", "SCORES", "WEIGHTS", *streamed)
 
     @property
     def _scores(self) -> tuple[str, ...]:
@@ -119,7 +108,6 @@ class StreamText(HopperText):
             "produce_tile": self._tile.produce,
             "allocate_tile": tile.ALLOCATE.format(self._tile.name),
             "tiled": fill(tile.DESCRIBED, described),
-            "scale_queries": tile.SCALE.format(self._factor) if self._factor != 1.0 else "",
             "beneath": read if self._beneath else tile.ZERO,
             "read_tile": "" if self._beneath else read,
             "release_tile": release if self._beneath else "",
@@ -127,6 +115,13 @@ class StreamText(HopperText):
             "release_added": "" if self._beneath else release,
             "sums": sums,
         }
+
+    @property
+    def _scaled(self) -> str:
+        """The lines that multiply the queries of a new tile."""
+        if self._factor == 1.0:
+            return ""
+        return "if begins:\n" + indent(tile.SCALE.format(self._factor), "    ")
 
     @property
     def _order(self) -> dict[str, str]:
@@ -143,13 +138,19 @@ class StreamText(HopperText):
     @property
     def _attend(self) -> dict[str, str]:
         found = super()._attend
+        names = (*self._scores, *self._attend_names)
+        constants = ("partial", "BLOCK_N", "SCORES")
+        loads = found["load_captures"].replace("if BOUNDED:", "if partial:")
         return {
             **found,
+            "load_captures": loads,
+            "attend_parameters": parameters((*names, "start", *constants)),
+            "attend_arguments": listing((*names, "block * BLOCK_N", *constants)),
             "aside": as_gluon(self._sums[1]),
             "moved": " + aside" if self._sums[1] else "",
             "move": "shift = shift - aside" if self._sums[1] else "",
             "pair_type": _PAIR[self.dtype],
-            "leave_parameters": parameters(("acc", "total", "peak", "row", "head", *_LEAVE)),
+            "leave_parameters": parameters(("acc", "row", "head", *_LEAVE)),
             "leave_arguments": listing(_LEAVE),
         }
 
@@ -191,30 +192,51 @@ class StreamText(HopperText):
     def _masks(self) -> str:
         above, below = row_limits(self.range, self.emit)
         rest = conjunction(self.range.rest)
-        lines = ["if BOUNDED:", f"    kept = before(first, eights, {above or 'Sk'}, s, BLOCK_N)"]
-        lines += [f"    kept &= ~before(first, eights, {below}, s, BLOCK_N)"] if below else []
-        lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest]
+        lines = ["if partial:", f"    words = before({above or 'Sk'}, start, s, BLOCK_N)"]
+        lines += [f"    words &= ~before({below}, start, s, BLOCK_N)"] if below else []
+        lines += ["    kept = chosen(words, s, BLOCK_N)"]
+        lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest if self._sure]
         lines += ['    x = tl.where(kept, x, float("-inf"))']
         if rest is not None and not self._sure:
-            lines += ["else:", f'    x = tl.where({self.emit(rest)}, x, float("-inf"))']
+            lines += [f'x = tl.where({self.emit(rest)}, x, float("-inf"))']
         return "\n".join(lines)
 
     @property
     def _consumer(self) -> dict[str, str]:
-        found = super()._consumer
-        tile = f"{found['tile']}\nblock = stop - 1"
-        if self.config.ahead or self.config.groups > 2:
-            # One that runs ahead needs that for its first products; three groups of warps have no registers to spare.
-            recall = {"recall": _recalled("turn - 1"), "recall_last": _recalled("turns_of(blocks, halves, pairs) - 1")}
-            early = {"before_products": f"{tile}\n{stream.QUERY}", "beside_products": ""}
-            return {**found, **early, **recall, "no_tile": "", "remember": ""}
-        late = {"before_products": stream.FIRST_QUERY, "beside_products": tile, "recall": "", "recall_last": ""}
-        carried = {"no_tile": "row_before, head_before = 0, 0", "remember": "row_before, head_before = row, head"}
-        return {**found, **late, **carried}
+        ahead = bool(self.config.ahead)
+        own = (*("own_first", "own_last"), *self._range_names[2:], "BLOCK_N")
+        places = {
+            "located_first": f"({', '.join((*_PLACE, *self._located))})",
+            "locate_arguments": listing(self._locating),
+        }
+        found = fill(stream.LOCATE, places).rstrip("\n")
+        return {
+            **super()._consumer,
+            **places,
+            "locate_parameters": parameters(self._locating),
+            "own_range_arguments": listing(own),
+            "located": listing(self._located),
+            "early": f"{found}\n{stream.QUERY_AHEAD}" if ahead else f"{stream.QUERY}\n{self._scaled}",
+            "late": "" if ahead else found,
+            "partial": " | ".join(self._cuts),
+        }
 
-    def _loop(self, last: str, bounded: bool) -> str:
-        holes = {"last": last, "query": stream.QUERY, "arguments": self._advancing(str(bounded))}
-        return fill(stream.LOOP, holes).rstrip("\n")
+    @property
+    def _cuts(self) -> tuple[str, ...]:
+        """When a block is partial."""
+        return ("(block >= full_stop)", *["(block < full_start)"] * self._partial_at_start)
+
+    @property
+    def _locating(self) -> tuple[str, ...]:
+        """What tells where a tile lies."""
+        hull = ("HULL",) if self._hull else ()
+        return ("turn", "MEMBER", *self._pointers, *SIZES, "ROWS", "BLOCK_N", *hull, "SCORES")
+
+    @property
+    def _located(self) -> tuple[str, ...]:
+        """What a block update needs of its tile."""
+        given = (*self._pointers, *SIZES, "total", "peak")
+        return tuple(name for name in self._attend_names if name not in given)
 
     @property
     def _constant_values(self) -> dict[str, object]:
@@ -226,10 +248,6 @@ def _kind(captured: Capture) -> type[CapturedTensor]:
     if tile.is_tile(captured):
         return StreamedTile
     return PairedBand if captured.is_band else CapturedTensor
-
-
-def _recalled(turn: str) -> str:
-    return fill(stream.RECALL, {"turn": turn}).rstrip("\n")
 
 
 def _sloped(slope: str, negative: bool) -> str:

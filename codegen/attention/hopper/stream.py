@@ -114,6 +114,20 @@ def anew(x):
 
 
 @gluon.jit
+def held(x):
+    """Sums ``x``, which are never negative: weights are made before what follows, and not when they are needed.
+
+    The assembler would move them behind the wait for products that run beside them; it doesn't look into a sleep.
+    """
+    check: gl.constexpr = (
+        "{ .reg .pred p; .reg .f32 a, b; min.f32 a, $$4, $$5; min.f32 b, $$6, $$7; min.f32 a, a, b;"
+        " setp.lt.f32 p, a, 0f00000000; @p nanosleep.u32 1;"
+        " mov.b32 $$0, $$4; mov.b32 $$1, $$5; mov.b32 $$2, $$6; mov.b32 $$3, $$7; }"
+    )
+    return gl.inline_asm_elementwise(check, "=r,=r,=r,=r,r,r,r,r", [x], dtype=gl.float32, is_pure=False, pack=4)
+
+
+@gluon.jit
 def columns(x, start, BLOCK_N: gl.constexpr):
     """The keys of the columns of ``x``, from ``start`` on, as sums ``[1, 1, 8] + [1, BLOCK_N / 8, 1]``.
 
@@ -267,6 +281,7 @@ def multiply(
     )
     # So the first turn begins a tile.
     block = start - 1
+    continues = turns > turns
     mbarrier.wait(ready.index(0), 0)
     if AHEAD:
         k = k_tiles.index(0).reshape([BLOCK_N, WIDTH])
@@ -288,7 +303,7 @@ def multiply(
         $beneath
         weights = unpacked(p, BLOCK_N, WEIGHTS)
         products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
-        acc = warpgroup_mma(weights, v, acc, is_async=True)
+        acc = warpgroup_mma(weights, v, acc, use_acc=continues, is_async=True)
         $read_tile
         $release_tile
         $late
@@ -300,6 +315,8 @@ def multiply(
         # Of the tile before only what its sums are multiplied by is still needed.
         inverse = peak
         if begins:
+            # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
+            tma.store_wait(0)
             inverse = close(total, peak, row_before, head_before, lse_ptr, Sq, ROWS, MEMBER, WITH_LSE)
             total = gl.zeros_like(total)
             peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
@@ -308,14 +325,12 @@ def multiply(
             $attend_arguments
         )
         fresh = gl.convert_layout(packed(w, BLOCK_N), p.type.layout)
+        total = held(total)
         mbarrier.wait(ready.index(upcoming), ((pair + 1) // STAGES) & 1)
         if AHEAD:
             acc, p, fresh, s = warpgroup_mma_wait(0, deps=[acc, p, fresh, products])
         else:
             acc, p, fresh = warpgroup_mma_wait(0, deps=[acc, p, fresh])
-        if begins:
-            # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
-            tma.store_wait(0)
         mbarrier.arrive(free.index(slot), count=1)
         $release_added
         factor = gl.where(begins, inverse, decay)
@@ -326,8 +341,9 @@ def multiply(
                     acc, row_before, head_before,
                     $leave_arguments
                 )
-            acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
         p = fresh
+        # The next product is the first one of its tile, and replaces what is there.
+        continues = not begins
         pair += 1
         block -= 1
         if block < start:
@@ -335,7 +351,7 @@ def multiply(
             turn += 1
     slot = pair % STAGES
     v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-    acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
+    acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, use_acc=continues, is_async=True)
     inverse = close(total, peak, row, head, lse_ptr, Sq, ROWS, MEMBER, WITH_LSE)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     tma.store_wait(0)

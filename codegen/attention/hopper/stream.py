@@ -274,8 +274,9 @@ def multiply(
     total = gl.sum(by_thread(s, BLOCK_N), 1)
     peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
     turns = turns_of(blocks, halves, pairs)
-    pair = 0
-    turn = 0
+    turn, place_q = 0, 0
+    # Where the next block lies, and the parity of its barrier; how many pairs there have been.
+    slot, parity, pair = 0, 0, 0
     $located_first = locate(
         $locate_arguments
     )
@@ -290,13 +291,13 @@ def multiply(
         s = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(free.index(0), count=1)
         mbarrier.wait(ready.index(1), 0)
-        pair = 1
+        slot, pair = 1, 1
     while turn < turns:
         begins = block < start
         row_before, head_before = row, head
         $early
-        slot = pair % STAGES
-        upcoming = (pair + 1) % STAGES
+        upcoming = gl.where(slot == STAGES - 1, 0, slot + 1)
+        parity = gl.where(slot == STAGES - 1, 1 - parity, parity)
         q = q_tiles.index(query).reshape([64, WIDTH])
         k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
@@ -307,9 +308,6 @@ def multiply(
         $read_tile
         $release_tile
         $late
-        # Instructions don't move across waits. Without this one, for nothing, and the next one, which could come later,
-        # the assembler would put the softmax before or behind the products that are to run beside it.
-        mbarrier.wait(ready.index(slot), 0, pred=Sk < 0)
         if not AHEAD:
             s = warpgroup_mma_wait(1, deps=[products])
         # Of the tile before only what its sums are multiplied by is still needed.
@@ -326,7 +324,7 @@ def multiply(
         )
         fresh = gl.convert_layout(packed(w, BLOCK_N), p.type.layout)
         total = held(total)
-        mbarrier.wait(ready.index(upcoming), ((pair + 1) // STAGES) & 1)
+        mbarrier.wait(ready.index(upcoming), parity)
         if AHEAD:
             acc, p, fresh, s = warpgroup_mma_wait(0, deps=[acc, p, fresh, products])
         else:
@@ -344,12 +342,13 @@ def multiply(
         p = fresh
         # The next product is the first one of its tile, and replaces what is there.
         continues = not begins
+        slot = upcoming
         pair += 1
         block -= 1
         if block < start:
-            mbarrier.arrive(q_free.index(turn % QUERIES), count=1)
+            mbarrier.arrive(q_free.index(place_q), count=1)
+            place_q = gl.where(place_q == QUERIES - 1, 0, place_q + 1)
             turn += 1
-    slot = pair % STAGES
     v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
     acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, use_acc=continues, is_async=True)
     inverse = close(total, peak, row, head, lse_ptr, Sq, ROWS, MEMBER, WITH_LSE)
@@ -373,7 +372,7 @@ if begins:
     )
 """
 #: The queries of the products that come next.
-QUERY: Final = "query = turn % QUERIES * GROUPS + MEMBER"
+QUERY: Final = "query = place_q * GROUPS + MEMBER"
 QUERY_AHEAD: Final = "query = gl.where(block > start, turn, turn + AHEAD) % QUERIES * GROUPS + MEMBER"
 
 KERNEL: Final = '''

@@ -297,6 +297,7 @@ LANGUAGE = SimpleNamespace(
     constexpr=int,
     convert_layout=lambda x, layout: x,
     exp2=torch.exp2,
+    fma=lambda x, y, z: x * y + z,
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     inline_asm_elementwise=_assembly,
     join=lambda low, high: torch.stack((low, high), -1),

@@ -200,14 +200,15 @@ def attend(
     $widen
     $masks
     $aside
-    block_peak = gl.max(gl.max(by_thread(x, BLOCK_N), 1), 1)
+    $far
+    block_peak = gl.max(gl.max(by_thread(x, BLOCK_N), 1)$farther, 1)
     highest = gl.maximum(peak, gl.convert_layout(block_peak, peak.type.layout)$moved)
     # A row without keys so far has no maximum to subtract.
     shift = gl.where(highest == float("-inf"), 0.0, highest)
     $unit
     decay = gl.exp2((peak - shift) * $scale)
     $move
-    p = gl.exp2($exponent)
+    p = $weights
     parts = gl.sum(by_thread(p, BLOCK_N), 1)
     kept_total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None]
     return p, kept_total + gl.convert_layout(parts, total.type.layout), highest, decay

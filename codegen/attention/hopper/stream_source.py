@@ -13,6 +13,7 @@ from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
 from fxopt.codegen.attention.hopper import stream, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
+from fxopt.codegen.attention.hopper.slopes import SLOPES, parts
 from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText, as_gluon, parameters
 from fxopt.codegen.attention.hopper.template import PLACE
 from fxopt.codegen.attention.hopper.tile import StreamedTile
@@ -30,6 +31,23 @@ _STREAM_BARRIERS: Final = ("ready", "free", "q_free")
 _LEAVE: Final = ("out_target", "out_tiles", "heads", "ROWS", "WIDTH", "MEMBER")
 #: What the place of a tile is, beside what its rows read.
 _PLACE: Final = ("row", "head", "block", "start", "full_start", "full_stop")
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """The text of what logits are made of: ``factor·(logits + slope·column among eight) + aside``.
+
+    Attributes:
+        logits: of what varies within a row.
+        aside: the lines of what all logits of a row have aside of it, which the shift takes.
+        slope: what `fxopt.codegen.attention.hopper.slopes` leaves to later; empty where nothing is left.
+        factor: the unit of the logits.
+    """
+
+    logits: str
+    aside: str
+    slope: str = ""
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,7 @@ class StreamText(HopperText):
     def _functions(self) -> str:
         copies = phases.PHASES + BAND if self._bands else ""
         widened = tile.WIDENED[self.dtype] if self._tile else ""
-        return super()._functions + copies + widened + (tile.SCALED if self._factor != 1.0 else "")
+        return super()._functions + copies + widened + (tile.SCALED if self._factor != 1.0 else "") + (SLOPES if self._sums.slope else "")
 
     @property
     def _indices(self) -> frozenset[str]:
@@ -146,21 +164,42 @@ class StreamText(HopperText):
             "load_captures": loads,
             "attend_parameters": parameters((*names, "start", *constants)),
             "attend_arguments": listing((*names, "block * BLOCK_N", *constants)),
-            "aside": as_gluon(self._sums[1]),
-            "moved": " + aside" if self._sums[1] else "",
-            "move": "shift = shift - aside" if self._sums[1] else "",
+            "aside": as_gluon(self._sums.aside),
+            "moved": self._moved,
+            "move": "shift = shift - aside" if self._sums.aside else "",
+            **self._powers,
             "pair_type": _PAIR[self.dtype],
             "leave_parameters": parameters(("acc", "row", "head", *_LEAVE)),
             "leave_arguments": listing(_LEAVE),
         }
 
     @property
+    def _moved(self) -> str:
+        """What makes maxima of logits those of a row."""
+        factor = f" * {self._sums.factor!r}" if self._sums.factor != 1.0 else ""
+        return factor + (" + aside" if self._sums.aside else "")
+
+    @property
+    def _powers(self) -> dict[str, str]:
+        """The lines of the exponential."""
+        slope, plan = self._sums.slope, self.exponent
+        if not slope:
+            return {"far": "", "farther": "", "weights": f"gl.exp2({as_gluon(plan.text)})"}
+        scale = f"unit * {self._sums.factor!r}"
+        return {
+            "far": f"far = within(s, {slope}, BLOCK_N)",
+            "farther": " + far",
+            "unit": as_gluon(plan.unit) or f"unit = gl.full([64], {plan.scale}, gl.float32, layout=shift.type.layout)",
+            "weights": f"powers(x, far, {scale}, shift * unit, BLOCK_N)",
+        }
+
+    @property
     def _score(self) -> str:
-        return self._sums[0]
+        return self._sums.logits
 
     @cached_property
-    def _sums(self) -> tuple[str, str]:
-        """The text of the logits, and the lines of what all logits of a row have aside of it, which the shift takes."""
+    def _sums(self) -> Sums:
+        """The texts of the logits."""
         captures = self.spec.captures
         inner = self._beneath[0] if self._beneath else self.exponent.inner
         column, start = capture(len(captures)), capture(len(captures) + 1)
@@ -169,7 +208,7 @@ class StreamText(HopperText):
         def sloped(node: Expr) -> Expr:
             if node.op != "mul" or node.args[1] not in (column, call("neg", column)):
                 return node
-            slopes.append(_sloped(self.emit(node.args[0]), negative=node.args[1] != column))
+            slopes.append(_signed(self.emit(node.args[0]), negative=node.args[1] != column))
             return capture(len(captures) + 1 + len(slopes))
 
         def moving(leaf: Expr) -> bool:
@@ -180,13 +219,21 @@ class StreamText(HopperText):
 
         score = split_distances(inner, captures, column, start)
         score, aside = apart(score.replace(sloped), moving) if score.reads(S) else (score, None)
-        texts = ("column", "start", *slopes)
+        places = [capture(len(captures) + 2 + n) for n in range(len(slopes))]
+        found = parts(score, places.__contains__)
+        texts = ("column", "start", *map(_whole, slopes))
         names = {str(capture(len(captures) + n)): text for n, text in enumerate(texts)}
         made: tuple[Kind, ...] = ("float", "int")
         real: tuple[Kind, ...] = ("float",)
         kinds = (*self.spec.capture_kinds, *made, *real * len(slopes))
         text = f"aside = of_rows({emit(aside, names, kinds)}, peak, SCORES)" if aside is not None else ""
-        return emit(score, names, kinds), text
+        if found is None:
+            return Sums(emit(score, names, kinds), text)
+        signed = (_signed(slopes[places.index(place)], sign < 0) for place, sign in found.signs)
+        slope = " + ".join(signed)
+        if found.factor != 1.0:
+            slope = f"({slope}) * {1 / found.factor!r}"
+        return Sums(f"along({emit(found.rest, names, kinds)}, {slope}, BLOCK_N)", text, slope, found.factor)
 
     @property
     def _masks(self) -> str:
@@ -250,8 +297,11 @@ def _kind(captured: Capture) -> type[CapturedTensor]:
     return PairedBand if captured.is_band else CapturedTensor
 
 
-def _sloped(slope: str, negative: bool) -> str:
+def _signed(slope: str, negative: bool) -> str:
+    return f"{'-' if negative else ''}{slope if slope.isidentifier() else f'({slope})'}"
+
+
+def _whole(slope: str) -> str:
     """The text of the columns times a slope: of what each is from the first one on a product with a constant."""
-    factor = f"{'-' if negative else ''}{slope if slope.isidentifier() else f'({slope})'}"
-    far, eights = (f"{factor} * {part}.to(tl.float32)" for part in ("(first - start)", "eights"))
+    far, eights = (f"{slope} * {part}.to(tl.float32)" for part in ("(first - start)", "eights"))
     return f"whole({far}, {eights}, s, BLOCK_N)"

@@ -205,6 +205,8 @@ def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_
         return pairs.to(torch.bfloat16 if "bf16" in text else torch.float16)
     if "{$0, $1}" in text:
         return given[0][..., 0], given[0][..., 1]
+    if text == "mov.b32 $0, 0;":
+        return torch.zeros_like(given[0])
     if "bmsk" in text:
         return (1 << given[0].clamp(max=32).long()) - 1
     if "red.global" not in text:

@@ -114,20 +114,6 @@ def anew(x):
 
 
 @gluon.jit
-def held(x):
-    """Sums ``x``, which are never negative: weights are made before what follows, and not when they are needed.
-
-    The assembler would move them behind the wait for products that run beside them; it doesn't look into a sleep.
-    """
-    check: gl.constexpr = (
-        "{ .reg .pred p; .reg .f32 a, b; min.f32 a, $$4, $$5; min.f32 b, $$6, $$7; min.f32 a, a, b;"
-        " setp.lt.f32 p, a, 0f00000000; @p nanosleep.u32 1;"
-        " mov.b32 $$0, $$4; mov.b32 $$1, $$5; mov.b32 $$2, $$6; mov.b32 $$3, $$7; }"
-    )
-    return gl.inline_asm_elementwise(check, "=r,=r,=r,=r,r,r,r,r", [x], dtype=gl.float32, is_pure=False, pack=4)
-
-
-@gluon.jit
 def columns(x, start, BLOCK_N: gl.constexpr):
     """The keys of the columns of ``x``, from ``start`` on, as sums ``[1, 1, 8] + [1, BLOCK_N / 8, 1]``.
 
@@ -187,11 +173,13 @@ def chosen(words, like, BLOCK_N: gl.constexpr):
 def attend(
     $attend_parameters
 ):
-    """Weights of one block of raw products ``s``, from key ``start``, and the running sum and maximum of the rows.
+    """Logits of one block of raw products ``s``, from key ``start``, and what their exponentials need, by rows.
 
-    The sum stays in eight parts to a row. ``partial`` blocks hold keys beyond the end, or keys that the mask keeps for
-    some rows only.
+    That is the running maximum, by what sums so far shrink, and what is subtracted. ``partial`` blocks hold keys beyond
+    the end, or keys that the mask keeps for some rows only.
     """
+    # Rows beyond the end repeat the last one, so that nothing outside the captured tensors is read.
+    i = gl.minimum(row * ROWS + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)), Sq - 1)[:, None]
     first, eights = columns(s, start, BLOCK_N)
     j = whole(first, eights, s, BLOCK_N)
     column = whole((first - start).to(gl.float32), eights.to(gl.float32), s, BLOCK_N)
@@ -208,10 +196,25 @@ def attend(
     $unit
     decay = gl.exp2((peak - shift) * $scale)
     $move
-    p = $weights
-    parts = gl.sum(by_thread(p, BLOCK_N), 1)
+    return x, highest, decay, $shifts
+
+
+@gluon.jit
+def weigh(
+    $weigh_parameters
+):
+    """The weights of a block, packed, and the running sum of the rows, which stays in eight parts to a row."""
+    $far
+    w = $weights
+    parts = gl.sum(by_thread(w, BLOCK_N), 1)
     kept_total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None]
-    return p, kept_total + gl.convert_layout(parts, total.type.layout), highest, decay
+    return gl.convert_layout(packed(w, BLOCK_N), p.type.layout), kept_total + gl.convert_layout(parts, total.type.layout)
+
+
+@gluon.jit
+def nothing(p):
+    """Weights of zero, made here."""
+    return gl.inline_asm_elementwise("mov.b32 $$0, 0;", "=r,r", [p], dtype=gl.int32, is_pure=False, pack=1)
 
 '''
 
@@ -228,19 +231,21 @@ def locate(
         $own_range_arguments
     )
     return (
-        row, head, stop - 1, start, full_start, full_stop,
+        row, b, h, stop - 1, start, full_start, full_stop, own_start, own_stop,
         $located
     )
 
 
 @gluon.jit
-def close(total, peak, row, head, lse_ptr, Sq, ROWS: gl.constexpr, MEMBER: gl.constexpr, WITH_LSE: gl.constexpr):
+def close(
+    $close_parameters
+):
     """What the sums of a tile are divided by, as a factor; its log-sum-exp is stored."""
     total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
     if WITH_LSE:
         lse = peak$lse_factor + gl.log(total)
         rows = row * ROWS + MEMBER * 64 + gl.arange(0, 64, layout=peak.type.layout)
-        gl.store(lse_ptr + head.to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
+        gl.store(lse_ptr + (b * heads + h).to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
     return $inverse
 
 
@@ -253,7 +258,7 @@ def leave(
     own.reshape([64, WIDTH]).store(acc.to(own.dtype))
     fence_async_shared()
     first = row * ROWS + MEMBER * 64
-    tma.async_copy_shared_to_global(out_target, [head // heads, head % heads, first, 0], own)
+    tma.async_copy_shared_to_global(out_target, [b, h, first, 0], own)
 
 
 @gluon.jit
@@ -295,7 +300,7 @@ def multiply(
         slot, pair = 1, 1
     while turn < turns:
         begins = block < start
-        row_before, head_before = row, head
+        row_before, b_before, h_before = row, b, h
         $early
         upcoming = gl.where(slot == STAGES - 1, 0, slot + 1)
         parity = gl.where(slot == STAGES - 1, 1 - parity, parity)
@@ -316,20 +321,21 @@ def multiply(
         if begins:
             # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
             tma.store_wait(0)
-            inverse = close(total, peak, row_before, head_before, lse_ptr, Sq, ROWS, MEMBER, WITH_LSE)
+            inverse = close(
+                total, peak, row_before, b_before, h_before,
+                $close_arguments
+            )
             total = gl.zeros_like(total)
             peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
         partial = $partial
-        w, total, peak, decay = attend(
-            $attend_arguments
-        )
-        fresh = gl.convert_layout(packed(w, BLOCK_N), p.type.layout)
-        total = held(total)
+        $soften
         mbarrier.wait(ready.index(upcoming), parity)
+        # The weights of the block before are in use until here. Those of this one take their registers.
         if AHEAD:
-            acc, p, fresh, s = warpgroup_mma_wait(0, deps=[acc, p, fresh, products])
+            acc, p, s = warpgroup_mma_wait(0, deps=[acc, p, products])
         else:
-            acc, p, fresh = warpgroup_mma_wait(0, deps=[acc, p, fresh])
+            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+        $weigh
         mbarrier.arrive(free.index(slot), count=1)
         $release_added
         factor = gl.where(begins, inverse, decay)
@@ -337,10 +343,9 @@ def multiply(
         if begins:
             if turn > 0:
                 leave(
-                    acc, row_before, head_before,
+                    acc, row_before, b_before, h_before,
                     $leave_arguments
                 )
-        p = fresh
         # The next product is the first one of its tile, and replaces what is there.
         continues = not begins
         slot = upcoming
@@ -352,19 +357,51 @@ def multiply(
             turn += 1
     v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
     acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, use_acc=continues, is_async=True)
-    inverse = close(total, peak, row, head, lse_ptr, Sq, ROWS, MEMBER, WITH_LSE)
+    inverse = close(
+        total, peak, row, b, h,
+        $close_arguments
+    )
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     tma.store_wait(0)
     mbarrier.arrive(free.index(slot), count=1)
     acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, RESULT))[:, None]
     leave(
-        acc, row, head,
+        acc, row, b, h,
         $leave_arguments
     )
     tma.store_wait(0)
 
 '''
 
+#: The softmax of a block, in two parts.
+SOFTEN: Final = """\
+x, peak, decay, $shifts = attend(
+    $attend_arguments
+)
+"""
+WEIGH: Final = """\
+p, total = weigh(
+    $weigh_arguments
+)
+"""
+#: The same where there are blocks that no row of the group needs, though others of the tile do.
+SOFTEN_NEEDED: Final = """\
+needed = (block >= own_start) & (block < own_stop)
+x, decay = s, gl.full([64], 1.0, gl.float32, layout=ROW)
+$unset
+if needed:
+    x, peak, decay, $shifts = attend(
+        $attend_arguments
+    )
+"""
+WEIGH_NEEDED: Final = """\
+if needed:
+    p, total = weigh(
+        $weigh_arguments
+    )
+else:
+    p = nothing(p)
+"""
 #: At the beginning of a tile: where it lies.
 LOCATE: Final = """\
 if begins:

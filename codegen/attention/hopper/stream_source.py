@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from textwrap import indent
@@ -28,9 +29,12 @@ from fxopt.ir.expression import Expr, J, Kind, S, call, capture, conjunction
 _PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _STREAM_BARRIERS: Final = ("ready", "free", "q_free")
 #: What the result of a tile leaves with, beside itself.
-_LEAVE: Final = ("out_target", "out_tiles", "heads", "ROWS", "WIDTH", "MEMBER")
+_LEAVE: Final = ("out_target", "out_tiles", "ROWS", "WIDTH", "MEMBER")
+_CLOSE: Final = ("lse_ptr", "Sq", "heads", "ROWS", "MEMBER", "WITH_LSE")
 #: What the place of a tile is, beside what its rows read.
-_PLACE: Final = ("row", "head", "block", "start", "full_start", "full_stop")
+_PLACE: Final = ("row", "b", "h", "block", "start", "full_start", "full_stop", "own_start", "own_stop")
+#: What the second part of a softmax takes from the first, beside what is subtracted.
+_WEIGH: Final = ("p", "x", "total", "decay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,20 +160,28 @@ class StreamText(HopperText):
     @property
     def _attend(self) -> dict[str, str]:
         found = super()._attend
-        names = (*self._scores, *self._attend_names)
-        constants = ("partial", "BLOCK_N", "SCORES")
+        read = (name for name in self._attend_names if name not in ("i", "Sq"))
+        names = (*self._scores, *read, "row", "Sq")
+        constants = ("partial", "BLOCK_N", "ROWS", "MEMBER", "SCORES")
+        weigh = (*_WEIGH, *self._shifts)
+        slope = () if not self._sums.slope else tuple(n for n in self._attend_names if re.search(rf"\b{n}\b", self._sums.slope))
         loads = found["load_captures"].replace("if BOUNDED:", "if partial:")
         return {
             **found,
             "load_captures": loads,
             "attend_parameters": parameters((*names, "start", *constants)),
             "attend_arguments": listing((*names, "block * BLOCK_N", *constants)),
+            "shifts": ", ".join(self._shifts),
+            "weigh_parameters": parameters((*weigh, *slope, "BLOCK_N")),
+            "weigh_arguments": listing((*weigh, *slope, "BLOCK_N")),
             "aside": as_gluon(self._sums.aside),
             "moved": self._moved,
             "move": "shift = shift - aside" if self._sums.aside else "",
             **self._powers,
             "pair_type": _PAIR[self.dtype],
-            "leave_parameters": parameters(("acc", "row", "head", *_LEAVE)),
+            "close_parameters": parameters(("total", "peak", "row", "b", "h", *_CLOSE)),
+            "close_arguments": listing(_CLOSE),
+            "leave_parameters": parameters(("acc", "row", "b", "h", *_LEAVE)),
             "leave_arguments": listing(_LEAVE),
         }
 
@@ -187,7 +199,7 @@ class StreamText(HopperText):
             return {"far": "", "farther": "", "weights": f"gl.exp2({as_gluon(plan.text)})"}
         scale = f"unit * {self._sums.factor!r}"
         return {
-            "far": f"far = within(s, {slope}, BLOCK_N)",
+            "far": f"far = within(x, {slope}, BLOCK_N)",
             "farther": " + far",
             "unit": as_gluon(plan.unit) or f"unit = gl.full([64], {plan.scale}, gl.float32, layout=shift.type.layout)",
             "weights": f"powers(x, far, {scale}, shift * unit, BLOCK_N)",
@@ -266,7 +278,22 @@ class StreamText(HopperText):
             "early": f"{found}\n{stream.QUERY_AHEAD}" if ahead else f"{stream.QUERY}\n{self._scaled}",
             "late": "" if ahead else found,
             "partial": " | ".join(self._cuts),
+            **self._softmax,
         }
+
+    @property
+    def _softmax(self) -> dict[str, str]:
+        """The lines from products to weights."""
+        follows = any(bound.follows_rows for bound in self.range.bounds)
+        texts = (stream.SOFTEN_NEEDED, stream.WEIGH_NEEDED) if follows else (stream.SOFTEN, stream.WEIGH)
+        unset = "\n".join(f"{name} = peak" for name in self._shifts)
+        holes = {**self._attend, "unset": unset}
+        return dict(zip(("soften", "weigh"), (fill(text, holes).rstrip("\n") for text in texts), strict=True))
+
+    @property
+    def _shifts(self) -> tuple[str, ...]:
+        """What exponentials need by rows."""
+        return ("shift", "unit") if self._sums.slope or self.exponent.unit else ("shift",)
 
     @property
     def _cuts(self) -> tuple[str, ...]:
@@ -282,7 +309,7 @@ class StreamText(HopperText):
     @property
     def _located(self) -> tuple[str, ...]:
         """What a block update needs of its tile."""
-        given = (*self._pointers, *SIZES, "total", "peak")
+        given = (*self._pointers, *SIZES, "total", "peak", "i", *_PLACE)
         return tuple(name for name in self._attend_names if name not in given)
 
     @property

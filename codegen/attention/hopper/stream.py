@@ -193,10 +193,9 @@ def attend(
     highest = gl.maximum(peak, gl.convert_layout(block_peak, peak.type.layout)$moved)
     # A row without keys so far has no maximum to subtract.
     shift = gl.where(highest == float("-inf"), 0.0, highest)
-    $unit
     decay = gl.exp2((peak - shift) * $scale)
     $move
-    return x, highest, decay, $shifts
+    return x, highest, decay, shift
 
 
 @gluon.jit
@@ -204,6 +203,7 @@ def weigh(
     $weigh_parameters
 ):
     """The weights of a block, packed, and the running sum of the rows, which stays in eight parts to a row."""
+    $unit
     $far
     w = $weights
     parts = gl.sum(by_thread(w, BLOCK_N), 1)
@@ -375,7 +375,7 @@ def multiply(
 
 #: The softmax of a block, in two parts.
 SOFTEN: Final = """\
-x, peak, decay, $shifts = attend(
+x, peak, decay, shift = attend(
     $attend_arguments
 )
 """
@@ -387,10 +387,9 @@ p, total = weigh(
 #: The same where there are blocks that no row of the group needs, though others of the tile do.
 SOFTEN_NEEDED: Final = """\
 needed = (block >= own_start) & (block < own_stop)
-x, decay = s, gl.full([64], 1.0, gl.float32, layout=ROW)
-$unset
+x, shift, decay = s, peak, gl.full([64], 1.0, gl.float32, layout=ROW)
 if needed:
-    x, peak, decay, $shifts = attend(
+    x, peak, decay, shift = attend(
         $attend_arguments
     )
 """

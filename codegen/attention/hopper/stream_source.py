@@ -33,8 +33,8 @@ _LEAVE: Final = ("out_target", "out_tiles", "ROWS", "WIDTH", "MEMBER")
 _CLOSE: Final = ("lse_ptr", "Sq", "heads", "ROWS", "MEMBER", "WITH_LSE")
 #: What the place of a tile is, beside what its rows read.
 _PLACE: Final = ("row", "b", "h", "block", "start", "full_start", "full_stop", "own_start", "own_stop")
-#: What the second part of a softmax takes from the first, beside what is subtracted.
-_WEIGH: Final = ("p", "x", "total", "decay")
+#: What the second part of a softmax takes from the first.
+_WEIGH: Final = ("p", "x", "total", "decay", "shift")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +163,16 @@ class StreamText(HopperText):
         read = (name for name in self._attend_names if name not in ("i", "Sq"))
         names = (*self._scores, *read, "row", "Sq")
         constants = ("partial", "BLOCK_N", "ROWS", "MEMBER", "SCORES")
-        weigh = (*_WEIGH, *self._shifts)
-        slope = () if not self._sums.slope else tuple(n for n in self._attend_names if re.search(rf"\b{n}\b", self._sums.slope))
+        sloping = (name for name in self._attend_names if re.search(rf"\b{name}\b", self._sums.slope))
+        weigh = (*_WEIGH, *sloping, "BLOCK_N")
         loads = found["load_captures"].replace("if BOUNDED:", "if partial:")
         return {
             **found,
             "load_captures": loads,
             "attend_parameters": parameters((*names, "start", *constants)),
             "attend_arguments": listing((*names, "block * BLOCK_N", *constants)),
-            "shifts": ", ".join(self._shifts),
-            "weigh_parameters": parameters((*weigh, *slope, "BLOCK_N")),
-            "weigh_arguments": listing((*weigh, *slope, "BLOCK_N")),
+            "weigh_parameters": parameters(weigh),
+            "weigh_arguments": listing(weigh),
             "aside": as_gluon(self._sums.aside),
             "moved": self._moved,
             "move": "shift = shift - aside" if self._sums.aside else "",
@@ -286,14 +285,8 @@ class StreamText(HopperText):
         """The lines from products to weights."""
         follows = any(bound.follows_rows for bound in self.range.bounds)
         texts = (stream.SOFTEN_NEEDED, stream.WEIGH_NEEDED) if follows else (stream.SOFTEN, stream.WEIGH)
-        unset = "\n".join(f"{name} = peak" for name in self._shifts)
-        holes = {**self._attend, "unset": unset}
-        return dict(zip(("soften", "weigh"), (fill(text, holes).rstrip("\n") for text in texts), strict=True))
-
-    @property
-    def _shifts(self) -> tuple[str, ...]:
-        """What exponentials need by rows."""
-        return ("shift", "unit") if self._sums.slope or self.exponent.unit else ("shift",)
+        lines = (fill(text, self._attend).rstrip("\n") for text in texts)
+        return dict(zip(("soften", "weigh"), lines, strict=True))
 
     @property
     def _cuts(self) -> tuple[str, ...]:

@@ -332,9 +332,9 @@ def multiply(
         mbarrier.wait(ready.index(upcoming), parity)
         # The weights of the block before are in use until here. Those of this one take their registers.
         if AHEAD:
-            acc, p, s = warpgroup_mma_wait(0, deps=[acc, p, products])
+            $in_use, s = warpgroup_mma_wait(0, deps=[$in_use, products])
         else:
-            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+            $in_use = warpgroup_mma_wait(0, deps=[$in_use])
         $weigh
         mbarrier.arrive(free.index(slot), count=1)
         $release_added
@@ -401,6 +401,21 @@ if needed:
 else:
     p = nothing(p)
 """
+#: The same as a whole, beside the products of the block before. All blocks of the plainest attention are needed, but the
+#: assembler, which doesn't know, can't move exponentials out of the branch and behind the wait for those products.
+SOFTEN_EARLY: Final = """\
+decay = gl.full([64], 1.0, gl.float32, layout=ROW)
+if (block >= own_start) & (block < own_stop):
+    x, peak, decay, shift = attend(
+        $attend_arguments
+    )
+    fresh, total = weigh(
+        $weigh_arguments
+    )
+else:
+    fresh = nothing(p)
+"""
+WEIGH_EARLY: Final = "p = fresh\n"
 #: At the beginning of a tile: where it lies.
 LOCATE: Final = """\
 if begins:

@@ -284,9 +284,16 @@ class StreamText(HopperText):
     def _softmax(self) -> dict[str, str]:
         """The lines from products to weights."""
         follows = any(bound.follows_rows for bound in self.range.bounds)
-        texts = (stream.SOFTEN_NEEDED, stream.WEIGH_NEEDED) if follows else (stream.SOFTEN, stream.WEIGH)
+        late = (stream.SOFTEN_NEEDED, stream.WEIGH_NEEDED) if follows else (stream.SOFTEN, stream.WEIGH)
+        texts = (stream.SOFTEN_EARLY, stream.WEIGH_EARLY) if self._early else late
         lines = (fill(text, self._attend).rstrip("\n") for text in texts)
-        return dict(zip(("soften", "weigh"), lines, strict=True))
+        in_use = "acc, p, fresh" if self._early else "acc, p"
+        return dict(zip(("soften", "weigh"), lines, strict=True)) | {"in_use": in_use}
+
+    @property
+    def _early(self) -> bool:
+        """Whether weights are computed beside products of the same group, which takes registers for both of them."""
+        return padded(self.head_dim) > 64
 
     @property
     def _cuts(self) -> tuple[str, ...]:

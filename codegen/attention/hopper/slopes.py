@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Final
 
+from fxopt.codegen.attention.distance import split_distances
 from fxopt.codegen.attention.softmax import split_factor
-from fxopt.ir.expression import Expr, S, call
+from fxopt.ir.attention import Capture
+from fxopt.ir.expression import Expr, J, S, call, capture
 
 SLOPES: Final = '''
 @gluon.jit
@@ -73,6 +75,15 @@ def parts(score: Expr, is_slope: Callable[[Expr], bool]) -> Sloped | None:
         return None
     inner, factor = split_factor(_sum(others))
     return Sloped(inner, factor, slopes) if inner == S else Sloped(_sum(others), 1.0, slopes)
+
+
+def is_linear(score: Expr, captures: Sequence[Capture]) -> bool:
+    """Whether ``score`` reads the key in whole terms that are linear in it, if at all."""
+    column, start = capture(len(captures)), capture(len(captures) + 1)
+    terms = _terms(split_distances(score, captures, column, start), 1)
+    sloped = (column, call("neg", column))
+    others = [term for term, _ in terms if term.op != "mul" or term.args[1] not in sloped]
+    return not any(leaf in (J, column) for term in others for leaf in term.walk())
 
 
 def _terms(score: Expr, sign: int) -> list[tuple[Expr, int]]:

@@ -140,7 +140,8 @@ def of_rows(x, peak, SCORES: gl.constexpr):
 @gluon.jit
 def ones(count):
     """As many of the lowest bits as ``count``, at most 32, says."""
-    return gl.inline_asm_elementwise("bmsk.clamp.b32 $$0, 0, $$1;", "=r,r", [count], dtype=gl.int32, is_pure=True, pack=1)
+    text: gl.constexpr = "bmsk.clamp.b32 $$0, 0, $$1;"
+    return gl.inline_asm_elementwise(text, "=r,r", [count], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -208,7 +209,8 @@ def weigh(
     w = $weights
     parts = gl.sum(by_thread(w, BLOCK_N), 1)
     kept_total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None]
-    return gl.convert_layout(packed(w, BLOCK_N), p.type.layout), kept_total + gl.convert_layout(parts, total.type.layout)
+    grown = kept_total + gl.convert_layout(parts, total.type.layout)
+    return gl.convert_layout(packed(w, BLOCK_N), p.type.layout), grown
 
 
 @gluon.jit
@@ -223,7 +225,7 @@ CONSUMER: Final = '''
 def locate(
     $locate_parameters
 ):
-    """Where a tile of group ``MEMBER`` lies, what its rows read, and its blocks of keys; blocks are full for the group."""
+    """Where a tile lies, what its rows read, and its blocks of keys; which of them group ``MEMBER`` needs, and in full."""
     $tile
     own_first = gl.minimum(first + MEMBER * 64, Sq - 1)
     own_last = gl.minimum(own_first + 64, Sq) - 1
@@ -401,8 +403,8 @@ if needed:
 else:
     p = nothing(p)
 """
-#: The same as a whole, beside the products of the block before. All blocks of the plainest attention are needed, but the
-#: assembler, which doesn't know, can't move exponentials out of the branch and behind the wait for those products.
+#: The same as a whole, beside the products of the block before. All blocks of the plainest attention are needed, but
+#: the assembler, which doesn't know, can't move exponentials out of the branch and behind the wait for those products.
 SOFTEN_EARLY: Final = """\
 decay = gl.full([64], 1.0, gl.float32, layout=ROW)
 if (block >= own_start) & (block < own_stop):

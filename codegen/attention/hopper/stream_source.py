@@ -103,7 +103,8 @@ class StreamText(HopperText):
     def _functions(self) -> str:
         copies = phases.PHASES + BAND if self._bands else ""
         widened = tile.WIDENED[self.dtype] if self._tile else ""
-        return super()._functions + copies + widened + (tile.SCALED if self._factor != 1.0 else "") + (SLOPES if self._sums.slope else "")
+        scaled = tile.SCALED if self._factor != 1.0 else ""
+        return super()._functions + copies + widened + scaled + (SLOPES if self._sums.slope else "")
 
     @property
     def _indices(self) -> frozenset[str]:

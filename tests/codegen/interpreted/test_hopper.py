@@ -48,7 +48,9 @@ def test_results_are_within_the_budget_of_eager(name: str, shape: str, config: s
     spec = specification(name, sizes, dtype, "zero" if len(shape) % 2 else "nan")
     (q, k, v), captures = operands(sizes, dtype), captured(name, sizes, spec)
     wide = [c.double() if c.is_floating_point() else c for c in captures]
-    exact = reference.attention(q.double(), k.double(), v.double(), wide, str(dataclasses.replace(spec, out_dtype=torch.float64)))
+    exact = reference.attention(
+        q.double(), k.double(), v.double(), wide, str(dataclasses.replace(spec, out_dtype=torch.float64))
+    )
     eager = reference.attention(q, k, v, captures, str(spec))
     lse = torch.logsumexp(reference.logits(spec, q.double(), k.double(), wide), -1)
     module = emulated(source(spec, 64, 64, dtype, config), tmp_path)

@@ -156,7 +156,7 @@ def test_candidates_neither_spill_nor_wait_for_each_product(name: str, width: in
         text = disassembled(kernel.asm["cubin"], tmp_path)
         # Where the assembler gives up overlapping products it waits after every one of them.
         waits, products = len(re.findall(r"DEPBAR\.LE gsb", text)), len(re.findall("HGMMA", text))
-        assert products >= 3 * waits, (config, waits, products)
+        assert products >= 2 * waits, (config, waits, products)
         assert "UTMALDG" in text and "UTMASTG" in text
         assert "setmaxnreg" in kernel.asm["ptx"]
 

@@ -43,7 +43,7 @@ _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
 _L2: Final = "32 * 2**20"
-_SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
+SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
 _STATE: Final = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
@@ -207,15 +207,15 @@ class HopperText(LogitsText):
         """Parameters and arguments of the functions."""
         sources = ("q_source", "k_source", "v_source")
         hull = ("HULL",) if self._hull else ()
-        load = (*sources, *TILES, *self._barriers, *self._pointers, *_SIZES, *self._constants, *hull)
-        multiply = ("out_target", "lse_ptr", *self._multiplied, *self._barriers, *self._pointers, *_SIZES)
+        load = (*sources, *TILES, *self._barriers, *self._pointers, *SIZES, *self._constants, *hull)
+        multiply = ("out_target", "lse_ptr", *self._multiplied, *self._barriers, *self._pointers, *SIZES)
         options = ("REGISTERS", *hull, "WITH_LSE")
-        kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *self._constants, *options)
+        kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *SIZES, *self._constants, *options)
         ranged = (*self._range_names, "BLOCK_N")
         group = (*multiply, *self._constants, *hull, "WITH_LSE")
         numbers = map(str, range(self.config.groups))
         members = (fill(GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in numbers)
-        unspecialized = (*_SIZES, *(p for c in self.captures for p in c.period))
+        unspecialized = (*SIZES, *(p for c in self.captures for p in c.period))
         return {
             "load_parameters": parameters(load),
             "load_arguments": listing(load),

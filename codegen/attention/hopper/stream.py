@@ -86,6 +86,12 @@ def by_thread(x, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def by_pair(x, BLOCK_N: gl.constexpr):
+    """The same with axes for the pair of eight columns, and for the column of a pair."""
+    return gl.reshape(x, [64, BLOCK_N // 8, 4, 2])
+
+
+@gluon.jit
 def packed(w, BLOCK_N: gl.constexpr):
     """Weights as pairs of half precision, in registers of 32 bits from one block to the next."""
     low, high = gl.split(gl.reshape(w, [64, BLOCK_N // 2, 2]))
@@ -132,24 +138,49 @@ def of_rows(x, peak, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def before(first, eights, limit, like, BLOCK_N: gl.constexpr):
-    """Whether the key of each column of ``like`` comes before its row's ``limit``: a comparison with a constant."""
-    ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, first.type.layout))
+def ones(count):
+    """As many of the lowest bits as ``count``, at most 32, says."""
+    text: gl.constexpr = "bmsk.clamp.b32 $$0, 0, $$1;"
+    return gl.inline_asm_elementwise(text, "=r,r", [count], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def before(limit, start, like, BLOCK_N: gl.constexpr):
+    """For each row and pair of columns in eight, the columns of ``like`` whose keys, from ``start``, precede ``limit``.
+
+    They are bits of a word, two for every eight columns, in the order in which one thread holds them.
+    """
+    PARTS: gl.constexpr = by_pair(like, BLOCK_N).type.layout
+    PAIRS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, PARTS))
     LIKE: gl.constexpr = like.type.layout
-    limits = limit + gl.zeros([64, 1], gl.int32, layout=LIKE)
-    limits = gl.convert_layout(gl.reshape(limits, [64]), ROWS)
-    return gl.convert_layout(gl.reshape(first - limits[:, None, None] < -eights, [64, BLOCK_N]), like.type.layout)
+    limits = gl.reshape(limit - start + gl.zeros([64, 1], gl.int32, layout=LIKE), [64])
+    limits = gl.convert_layout(limits, gl.SliceLayout(1, PAIRS))
+    left = limits[:, None] - 2 * gl.arange(0, 4, layout=gl.SliceLayout(0, PAIRS))[None, :]
+    return ones(gl.maximum((left >> 3) * 2 + gl.minimum(left & 7, 2), 0))
+
+
+@gluon.jit
+def chosen(words, like, BLOCK_N: gl.constexpr):
+    """Those columns, one by one."""
+    PARTS: gl.constexpr = by_pair(like, BLOCK_N).type.layout
+    eights = gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PARTS))))
+    twos = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PARTS))))
+    bits = 1 << (2 * eights[None, :, None, None] + twos[None, None, None, :])
+    found = (words[:, None, :, None] & bits) != 0
+    return gl.convert_layout(gl.reshape(found, [64, BLOCK_N]), like.type.layout)
 
 
 @gluon.jit
 def attend(
     $attend_parameters
 ):
-    """Weights of one block of raw products ``s``, from key ``start``, and the running sum and maximum of the rows.
+    """Logits of one block of raw products ``s``, from key ``start``, and what their exponentials need, by rows.
 
-    The sum stays in eight parts to a row. BOUNDED blocks hold keys beyond the end, or keys that the mask keeps for some
-    rows only.
+    That is the running maximum, by what sums so far shrink, and what is subtracted. ``partial`` blocks hold keys beyond
+    the end, or keys that the mask keeps for some rows only.
     """
+    # Rows beyond the end repeat the last one, so that nothing outside the captured tensors is read.
+    i = gl.minimum(row * ROWS + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)), Sq - 1)[:, None]
     first, eights = columns(s, start, BLOCK_N)
     j = whole(first, eights, s, BLOCK_N)
     column = whole((first - start).to(gl.float32), eights.to(gl.float32), s, BLOCK_N)
@@ -158,96 +189,108 @@ def attend(
     $widen
     $masks
     $aside
-    block_peak = gl.max(gl.max(by_thread(x, BLOCK_N), 1), 1)
+    $far
+    block_peak = gl.max(gl.max(by_thread(x, BLOCK_N), 1)$farther, 1)
     highest = gl.maximum(peak, gl.convert_layout(block_peak, peak.type.layout)$moved)
     # A row without keys so far has no maximum to subtract.
     shift = gl.where(highest == float("-inf"), 0.0, highest)
-    $unit
     decay = gl.exp2((peak - shift) * $scale)
     $move
-    p = gl.exp2($exponent)
-    parts = gl.sum(by_thread(p, BLOCK_N), 1)
-    kept_total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None]
-    return p, kept_total + gl.convert_layout(parts, total.type.layout), highest, decay
+    return x, highest, decay, shift
 
 
 @gluon.jit
-def advance(
-    $advance_parameters
+def weigh(
+    $weigh_parameters
 ):
-    """The softmax of the block from ``start``, beside the products of the weights and values of the block before it.
+    """The weights of a block, packed, and the running sum of the rows, which stays in eight parts to a row."""
+    $unit
+    $far
+    w = $weights
+    parts = gl.sum(by_thread(w, BLOCK_N), 1)
+    kept_total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None]
+    grown = kept_total + gl.convert_layout(parts, total.type.layout)
+    return gl.convert_layout(packed(w, BLOCK_N), p.type.layout), grown
 
-    With AHEAD its own products ``s`` are there, and those of the block after it are computed at the same time.
-    """
-    slot = pair % STAGES
-    upcoming = (pair + 1) % STAGES
-    q = q_tiles.index(query).reshape([64, WIDTH])
-    k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-    v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-    $beneath
-    weights = unpacked(p, BLOCK_N, WEIGHTS)
-    products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
-    acc = warpgroup_mma(weights, v, acc, is_async=True)
-    $read_tile
-    $release_tile
-    # Instructions don't move across waits. Without this one, for nothing, and the next one, which could come later, the
-    # assembler would put the softmax before or behind the products that are to run beside it.
-    mbarrier.wait(ready.index(slot), 0, pred=Sk < 0)
-    if not AHEAD:
-        s = warpgroup_mma_wait(1, deps=[products])
-    w, total, peak, decay = attend(
-        $attend_arguments
-    )
-    fresh = gl.convert_layout(packed(w, BLOCK_N), p.type.layout)
-    mbarrier.wait(ready.index(upcoming), ((pair + 1) // STAGES) & 1)
-    if AHEAD:
-        acc, p, fresh, s = warpgroup_mma_wait(0, deps=[acc, p, fresh, products])
-    else:
-        acc, p, fresh = warpgroup_mma_wait(0, deps=[acc, p, fresh])
-    mbarrier.arrive(free.index(slot), count=1)
-    $release_added
-    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return acc, fresh, s, total, peak, pair + 1
+
+@gluon.jit
+def nothing(p):
+    """Weights of zero, made here."""
+    return gl.inline_asm_elementwise("mov.b32 $$0, 0;", "=r,r", [p], dtype=gl.int32, is_pure=False, pack=1)
 
 '''
 
 CONSUMER: Final = '''
 @gluon.jit
+def locate(
+    $locate_parameters
+):
+    """Where a tile lies, what its rows read, and its blocks of keys; which of them group ``MEMBER`` needs, and in full."""
+    $tile
+    own_first = gl.minimum(first + MEMBER * 64, Sq - 1)
+    own_last = gl.minimum(own_first + 64, Sq) - 1
+    own_start, full_start, full_stop, own_stop = key_blocks(
+        $own_range_arguments
+    )
+    return (
+        row, b, h, stop - 1, start, full_start, full_stop, own_start, own_stop,
+        $located
+    )
+
+
+@gluon.jit
+def close(
+    $close_parameters
+):
+    """What the sums of a tile are divided by, as a factor; its log-sum-exp is stored."""
+    total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
+    if WITH_LSE:
+        lse = peak$lse_factor + gl.log(total)
+        rows = row * ROWS + MEMBER * 64 + gl.arange(0, 64, layout=peak.type.layout)
+        gl.store(lse_ptr + (b * heads + h).to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
+    return $inverse
+
+
+@gluon.jit
 def leave(
     $leave_parameters
 ):
     """Send the rows of group ``MEMBER`` of a tile to global memory, through shared memory that nothing reads."""
-    first = row * ROWS + MEMBER * 64
-    total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
-    inverse = $inverse
-    out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
-    # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
-    tma.store_wait(0)
     own = out_tiles.index(anew(MEMBER))
-    own.reshape([64, WIDTH]).store(out.to(own.dtype))
+    own.reshape([64, WIDTH]).store(acc.to(own.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(out_target, [head // heads, head % heads, first, 0], own)
-    if WITH_LSE:
-        lse = peak$lse_factor + gl.log(total)
-        rows = first + gl.arange(0, 64, layout=peak.type.layout)
-        gl.store(lse_ptr + head.to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
+    first = row * ROWS + MEMBER * 64
+    tma.async_copy_shared_to_global(out_target, [b, h, first, 0], own)
 
 
 @gluon.jit
 def multiply(
     $multiply_parameters
 ):
-    """The rows of group ``MEMBER`` of every tile."""
+    """The rows of group ``MEMBER`` of every tile.
+
+    Each turn of the loop computes the softmax of one block, beside the products of the weights and values of the block
+    before it. With AHEAD its own products are there, and those of the block after it are computed at the same time.
+    """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     s = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
     p = packed(s, BLOCK_N)
     acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
-    nothing = gl.sum(by_thread(s, BLOCK_N), 1)
-    total = nothing
-    peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
-    pair = 0
+    total = gl.sum(by_thread(s, BLOCK_N), 1)
+    peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+    turns = turns_of(blocks, halves, pairs)
+    turn, place_q = 0, 0
+    # Where the next block lies, and the parity of its barrier; how many pairs there have been.
+    slot, parity, pair = 0, 0, 0
+    $located_first = locate(
+        $locate_arguments
+    )
+    # So the first turn begins a tile.
+    block = start - 1
+    continues = turns > turns
     mbarrier.wait(ready.index(0), 0)
     if AHEAD:
         k = k_tiles.index(0).reshape([BLOCK_N, WIDTH])
@@ -256,78 +299,135 @@ def multiply(
         s = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(free.index(0), count=1)
         mbarrier.wait(ready.index(1), 0)
-        pair = 1
-    $no_tile
-    for turn in range(turns_of(blocks, halves, pairs)):
-        $before_products
-        # What is left of the tile before is multiplied first, and leaves beside the products of this one.
-        slot = pair % STAGES
+        slot, pair = 1, 1
+    while turn < turns:
+        begins = block < start
+        row_before, b_before, h_before = row, b, h
+        $early
+        upcoming = gl.where(slot == STAGES - 1, 0, slot + 1)
+        parity = gl.where(slot == STAGES - 1, 1 - parity, parity)
         q = q_tiles.index(query).reshape([64, WIDTH])
         k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-        result = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
-        $scale_queries
         $beneath
+        weights = unpacked(p, BLOCK_N, WEIGHTS)
         products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
+        acc = warpgroup_mma(weights, v, acc, use_acc=continues, is_async=True)
         $read_tile
         $release_tile
-        $beside_products
-        acc, p = warpgroup_mma_wait(1, deps=[result, p])
-        if turn > 0:
-            $recall
-            leave(
-                acc, total, peak, row_before, head_before,
-                $leave_arguments
-            )
-        $remember
-        acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
-        total = nothing
-        peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
+        $late
         if not AHEAD:
-            s = warpgroup_mma_wait(0, deps=[products])
-        w, total, peak, decay = attend(
-            $first_arguments
-        )
-        fresh = gl.convert_layout(packed(w, BLOCK_N), p.type.layout)
-        mbarrier.wait(ready.index((pair + 1) % STAGES), ((pair + 1) // STAGES) & 1)
+            s = warpgroup_mma_wait(1, deps=[products])
+        # Of the tile before only what its sums are multiplied by is still needed.
+        inverse = peak
+        if begins:
+            # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
+            tma.store_wait(0)
+            inverse = close(
+                total, peak, row_before, b_before, h_before,
+                $close_arguments
+            )
+            total = gl.zeros_like(total)
+            peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+        partial = $partial
+        $soften
+        mbarrier.wait(ready.index(upcoming), parity)
+        # The weights of the block before are in use until here. Those of this one take their registers.
         if AHEAD:
-            fresh, s = warpgroup_mma_wait(0, deps=[fresh, products])
+            $in_use, s = warpgroup_mma_wait(0, deps=[$in_use, products])
+        else:
+            $in_use = warpgroup_mma_wait(0, deps=[$in_use])
+        $weigh
         mbarrier.arrive(free.index(slot), count=1)
         $release_added
-        p = fresh
+        factor = gl.where(begins, inverse, decay)
+        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, RESULT))[:, None]
+        if begins:
+            if turn > 0:
+                leave(
+                    acc, row_before, b_before, h_before,
+                    $leave_arguments
+                )
+        # The next product is the first one of its tile, and replaces what is there.
+        continues = not begins
+        slot = upcoming
         pair += 1
         block -= 1
-        $loops
-        mbarrier.arrive(q_free.index(turn % QUERIES), count=1)
-    slot = pair % STAGES
+        if block < start:
+            mbarrier.arrive(q_free.index(place_q), count=1)
+            place_q = gl.where(place_q == QUERIES - 1, 0, place_q + 1)
+            turn += 1
     v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-    acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
+    acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, use_acc=continues, is_async=True)
+    inverse = close(
+        total, peak, row, b, h,
+        $close_arguments
+    )
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    tma.store_wait(0)
     mbarrier.arrive(free.index(slot), count=1)
-    $recall_last
+    acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, RESULT))[:, None]
     leave(
-        acc, total, peak, row_before, head_before,
+        acc, row, b, h,
         $leave_arguments
     )
     tma.store_wait(0)
 
 '''
 
-#: Where the tile before lies, made anew.
-RECALL: Final = "row_before, head_before = place($turn, blocks, halves, group, pairs)"
-#: The queries of a tile's first products where none run ahead.
-FIRST_QUERY: Final = "query = turn % QUERIES * GROUPS + MEMBER"
-#: The queries of the block whose products come next.
-QUERY: Final = "query = gl.where(block > start, turn, turn + AHEAD) % QUERIES * GROUPS + MEMBER"
-
-LOOP: Final = """\
-while block >= $last:
-    $query
-    acc, p, s, total, peak, pair = advance(
-        $arguments
-    )
-    block -= 1
+#: The softmax of a block, in two parts.
+SOFTEN: Final = """\
+x, peak, decay, shift = attend(
+    $attend_arguments
+)
 """
+WEIGH: Final = """\
+p, total = weigh(
+    $weigh_arguments
+)
+"""
+#: The same where there are blocks that no row of the group needs, though others of the tile do.
+SOFTEN_NEEDED: Final = """\
+needed = (block >= own_start) & (block < own_stop)
+x, shift, decay = s, peak, gl.full([64], 1.0, gl.float32, layout=ROW)
+if needed:
+    x, peak, decay, shift = attend(
+        $attend_arguments
+    )
+"""
+WEIGH_NEEDED: Final = """\
+if needed:
+    p, total = weigh(
+        $weigh_arguments
+    )
+else:
+    p = nothing(p)
+"""
+#: The same as a whole, beside the products of the block before. All blocks of the plainest attention are needed, but
+#: the assembler, which doesn't know, can't move exponentials out of the branch and behind the wait for those products.
+SOFTEN_EARLY: Final = """\
+decay = gl.full([64], 1.0, gl.float32, layout=ROW)
+if (block >= own_start) & (block < own_stop):
+    x, peak, decay, shift = attend(
+        $attend_arguments
+    )
+    fresh, total = weigh(
+        $weigh_arguments
+    )
+else:
+    fresh = nothing(p)
+"""
+WEIGH_EARLY: Final = "p = fresh\n"
+#: At the beginning of a tile: where it lies.
+LOCATE: Final = """\
+if begins:
+    $located_first = locate(
+        $locate_arguments
+    )
+"""
+#: The queries of the products that come next.
+QUERY: Final = "query = place_q * GROUPS + MEMBER"
+QUERY_AHEAD: Final = "query = gl.where(block > start, turn, turn + AHEAD) % QUERIES * GROUPS + MEMBER"
 
 KERNEL: Final = '''
 @gluon.jit(do_not_specialize=$unspecialized)

@@ -1,7 +1,7 @@
 """Scores that are linear in the key, such as ALiBi's, in one instruction each.
 
-A thread holds columns n = 8·e + m, with all e and two of the m. Of ``s·f + c·n`` it computes ``x = s + (c/f)·8·e`` alone,
-by a constant for each e; what is the same for all e is added where there is one number for them all:
+A thread holds columns n = 8·e + m, with all e and two of the m. Of ``s·f + c·n`` it computes ``x = s + (c/f)·8·e``
+alone, by a constant for each e; what is the same for all e is added where there is one number for them all:
 
     max_n (s·f + c·n) = max_m (f·(max_e x + (c/f)·m)),        exponent = x·(u·f) − (shift·u − (c/f)·m·(u·f)).
 """
@@ -58,7 +58,7 @@ class Sloped:
     Attributes:
         rest: what is left, in units of the factor.
         factor: the positive constant taken out.
-        signs: of the slopes, whose places are those of `parts`.
+        signs: the slopes, each with its sign.
     """
 
     rest: Expr

@@ -12,7 +12,7 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
-from fxopt.codegen.attention.hopper import stream, tile
+from fxopt.codegen.attention.hopper import stream, stream_softmax, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
 from fxopt.codegen.attention.hopper.slopes import SLOPES, parts
 from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText, as_gluon, parameters
@@ -58,7 +58,7 @@ class Sums:
 class StreamText(HopperText):
     """The same where the blocks of keys of all tiles of a program are one stream."""
 
-    _parts: ClassVar[tuple[str, ...]] = (PLACE, stream.PRODUCER, stream.ATTEND, stream.CONSUMER, stream.KERNEL)
+    _parts: ClassVar[tuple[str, ...]] = (PLACE, stream.PRODUCER, stream_softmax.ATTEND, stream.CONSUMER, stream.KERNEL)
     _multiplied: ClassVar[tuple[str, ...]] = (*TILES, "out_tiles")
 
     @property
@@ -285,8 +285,12 @@ class StreamText(HopperText):
     def _softmax(self) -> dict[str, str]:
         """The lines from products to weights."""
         follows = any(bound.follows_rows for bound in self.range.bounds)
-        late = (stream.SOFTEN_NEEDED, stream.WEIGH_NEEDED) if follows else (stream.SOFTEN, stream.WEIGH)
-        texts = (stream.SOFTEN_EARLY, stream.WEIGH_EARLY) if self._early else late
+        late = (
+            (stream_softmax.SOFTEN_NEEDED, stream_softmax.WEIGH_NEEDED)
+            if follows
+            else (stream_softmax.SOFTEN, stream_softmax.WEIGH)
+        )
+        texts = (stream_softmax.SOFTEN_EARLY, stream_softmax.WEIGH_EARLY) if self._early else late
         lines = (fill(text, self._attend).rstrip("\n") for text in texts)
         in_use = "acc, p, fresh" if self._early else "acc, p"
         return dict(zip(("soften", "weigh"), lines, strict=True)) | {"in_use": in_use}

@@ -228,7 +228,7 @@ def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
                 init=lambda barrier, count: barrier.init(count),
                 wait=lambda barrier, phase, pred=True: barrier.wait(phase, pred),
                 expect=lambda barrier, size: barrier.change(1, size),
-                arrive=lambda barrier, count: barrier.change(count, 0),
+                arrive=lambda barrier, count, pred=True: barrier.change(count if pred else 0, 0),
                 MBarrierLayout=lambda: None,
             ),
             "tma": SimpleNamespace(

@@ -72,7 +72,16 @@ class HopperText(LogitsText):
         average = fill(AVERAGE, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}
         check = fill(REFERENCE, script) + fill(MAIN, script)
-        return fill(HEADER, holes) + devices + self._functions + average + body + fill(DESCRIBED, holes) + fill(LAUNCH, holes) + check
+        return (
+            fill(HEADER, holes)
+            + devices
+            + self._functions
+            + average
+            + body
+            + fill(DESCRIBED, holes)
+            + fill(LAUNCH, holes)
+            + check
+        )
 
     @property
     def _barriers(self) -> tuple[str, ...]:

@@ -25,6 +25,9 @@ from fxopt.ir.attention import NAME_OF, AttentionSpec
 
 _HALF: Final = (torch.bfloat16, torch.float16)
 _WIDTHS: Final = (16, 32, 64)
+#: Turns and blocks of queries in flight, and whether products run ahead; what fits is tried in this order.
+_FLIGHTS: Final = ((2, 4, True), (3, 4, True), (2, 2, True), (2, 4, False))
+_FLIGHTS_ALONE: Final = ((2, 4, False), (3, 6, False), (2, 2, False))
 
 
 def objection(problem: Problem) -> str | None:
@@ -75,20 +78,23 @@ def candidates(problem: Problem) -> tuple[str, ...]:
 
 
 def _configs(problem: Problem) -> tuple[Config, ...]:
-    pieces = cut(problem.keys or 1, LONGEST)
-    rows = _rows(problem)
+    pieces, width = cut(problem.keys or 1, LONGEST), padded(problem.head_dim)
+    blocks = min(4, -(-(problem.rows or LONGEST) // BLOCK))
     tiled = any(map(is_tile, problem.spec.captures))
     found = []
-    for groups, stages, queries, ahead in ((2, 3, 4, True), (2, 2, 4, True), (2, 2, 4, False), (2, 2, 2, False)):
-        config = Config(rows, pieces, groups, stages, queries, ahead)
-        if fits(config, padded(problem.head_dim), tiled=tiled):
+    for stages, queries, ahead in _FLIGHTS if _bare(problem) else _FLIGHTS_ALONE:
+        # One block to a turn: its keys must find a place that the same group used before.
+        further = 2 if blocks == 1 else 1
+        config = Config(BLOCK * blocks, pieces, 2, stages * further, queries, ahead)
+        if fits(config, width, tiled=tiled):
             found.append(config)
     return tuple(found[:2])
 
 
-def _rows(problem: Problem) -> int:
-    blocks = -(-(problem.rows or LONGEST) // BLOCK)
-    return BLOCK * min(4, blocks)
+def _bare(problem: Problem) -> bool:
+    """Whether registers hold the products of two blocks: few keys, or nothing around the products but a tile."""
+    spec, keys = problem.spec, problem.keys or 1
+    return keys <= 128 or (keys <= 208 and spec.mask is None and all(map(is_tile, spec.captures)))
 
 
 def fits(config: Config, width: int, *, tiled: bool) -> bool:

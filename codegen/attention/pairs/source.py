@@ -32,7 +32,7 @@ _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 
 _SOURCES: Final = ("q_source", "k_source", "v_source")
 _TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
-_SIZES: Final = ("heads", "kv_heads", "spans", "pairs", "Sq", "Sk")
+_SIZES: Final = ("heads", "kv_heads", "spans", "pairs", "Sq", "Sk", "copies")
 _LOADED: Final = ("ROWS", "PARTS", "PART", "STAGES", "QUERIES")
 _MULTIPLIED: Final = ("ROWS", "PARTS", "STAGES", "QUERIES", "GROUPS", "WIDTH", "AHEAD", "FULL", "WITH_LSE")
 _PARTS: Final = (template.PLACE, template.PRODUCER, template.ATTEND, template.CONSUMER, template.KERNEL)
@@ -210,7 +210,7 @@ class PairsText(LogitsText):
         tensors = ("described(q, 64)", f"described(k, {config.part})", f"described(v, {config.part})")
         tiles = self._tile.arguments(config) if self._tile else ()
         values = [v for c in plain for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period))]
-        sizes = ("heads", "kv_heads", "spans", "pairs", "rows", "keys")
+        sizes = ("heads", "kv_heads", "spans", "pairs", "rows", "keys", str(config.keys // config.part))
         switches = (f"{name}={value}" for name, value in self._constants.items())
         options = ("FULL=full", "WITH_LSE=with_lse", "num_warps=4")
         results = ("described(out, 64)", "lse")

@@ -25,7 +25,10 @@ PRODUCER: Final = '''
 def load(
     $load_parameters
 ):
-    """Load what the other warps read, in the order of their first need: keys, queries, values, further queries."""
+    """Load what the other warps read, in the order of their first need: keys, queries, values, further queries.
+
+    ``copies`` is PARTS; the compiler would unroll a loop of so many, for which these warps have no registers.
+    """
     block = 0
     for turn in range(turns_of(spans, pairs)):
         b, h, first = place(turn, spans, heads, ROWS)
@@ -33,7 +36,7 @@ def load(
         slot = turn % STAGES
         mbarrier.wait(free.index(slot), ((turn // STAGES) & 1) ^ 1)
         mbarrier.expect(k_ready.index(slot), k_source.block_type.nbytes * PARTS)
-        for n in range(PARTS):
+        for n in range(copies):
             tma.async_copy_global_to_shared(
                 k_source, [b, g, n * PART, 0], k_ready.index(slot), k_tiles.index(slot * PARTS + n)
             )
@@ -47,7 +50,7 @@ def load(
             $produce_tile
             if member == 0:
                 mbarrier.expect(v_ready.index(slot), v_source.block_type.nbytes * PARTS)
-                for n in range(PARTS):
+                for n in range(copies):
                     tma.async_copy_global_to_shared(
                         v_source, [b, g, n * PART, 0], v_ready.index(slot), v_tiles.index(slot * PARTS + n)
                     )

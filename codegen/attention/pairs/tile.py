@@ -95,7 +95,11 @@ class PairTile(CapturedTensor):
 
     def shared(self, config: Config) -> tuple[str, ...]:
         """The names of the shared memory that it takes, and of barriers that say when it may be read and written."""
-        return (*(f"{self.name}_tiles_{n}" for n in range(len(config.pieces))), f"{self.name}_ready", f"{self.name}_free")
+        return (
+            *(f"{self.name}_tiles_{n}" for n in range(len(config.pieces))),
+            f"{self.name}_ready",
+            f"{self.name}_free",
+        )
 
     def produce(self, config: Config) -> str:
         """The lines that load what a block of rows reads."""

@@ -1,4 +1,4 @@
-"""Whole pairs on Hopper, emulated: numbers of every expression against float64, barriers that are met, slots in time."""
+"""Whole pairs on Hopper, emulated: numbers against float64, barriers that are met, places that are free in time."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention.pairs.config import Config, read_config
-from fxopt.codegen.attention.pairs.kernel import candidates, source
+from fxopt.codegen.attention.pairs.kernel import candidates, objection, source
 from fxopt.codegen.attention.pairs.tile import tile_stages
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
+from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 from tests.codegen.test_compiled import stack_bytes
@@ -38,7 +40,10 @@ SPECS = {
         parse("s * 0.125 + c0 * float(j - i)"), parse("j <= i"), (Capture("-h--", torch.float32),), out_dtype=HALF
     ),
 }
-KEYS = (64, 128, 197, 256)
+CASES = [
+    *(("plain", keys) for keys in (64, 128, 197, 256)), *(("tile", keys) for keys in (128, 197, 256)),
+    ("causal", 197), ("padding", 197), ("padding", 256), ("causal-tile", 200), ("alibi", 128), ("alibi", 197),
+]  # fmt: skip
 
 
 def problem(name: str, width: int = 64, keys: int = 197, **sizes: Any) -> Problem:
@@ -81,10 +86,8 @@ def _type(name: str, spec: AttentionSpec) -> str:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("name", "keys"), CASES)
 def test_candidates_neither_spill_nor_wait_for_each_product(name: str, keys: int, tmp_path: Path) -> None:
-    keys = keys + keys % 8 % 5 if name == "causal-tile" else keys
     for config in map(read_config, candidates(problem(name, keys=keys))):
         kernel = compiled(SPECS[name], 64, config, keys)
         assert kernel.metadata.shared <= SHARED
@@ -95,3 +98,94 @@ def test_candidates_neither_spill_nor_wait_for_each_product(name: str, keys: int
         assert products >= 3 * waits, (config, waits, products)
         assert "UTMALDG" in text and "UTMASTG" in text
         assert "setmaxnreg" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("text", ["pairs:256x128+64+16g2s2q4a1", "pairs:64x16g3s3q3a0", "pairs:64x64g2s4q2a1"])
+def test_configurations_print_and_read_back(text: str) -> None:
+    assert str(read_config(text)) == text
+
+
+def test_a_configuration_reads_as_written() -> None:
+    config = read_config("pairs:256x128+64+16g2s3q4a1")
+    assert config == Config(256, (128, 64, 16), 2, 3, 4, True)
+    assert (config.keys, config.starts, config.part, config.blocks, config.registers) == (
+        208,
+        (0, 128, 192),
+        16,
+        4,
+        240,
+    )
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("pairs:256x128+64+16g2s2q4", "not a configuration of this kernel"),
+    ("short:64x64w4p8", "not a configuration of this kernel"),
+    ("pairs:256x128+48g2s2q4a0", "falling powers of two"),
+    ("pairs:256x64+128g2s2q4a0", "falling powers of two"),
+    ("pairs:256x64+32+16+16g2s2q4a0", "falling powers of two"),
+    ("pairs:256x256+16g2s2q4a0", "256 keys at most"),
+    ("pairs:96x64g2s2q4a0", "rows in 64s"),
+    ("pairs:64x64g4s2q4a0", "two or three groups"),
+    ("pairs:256x64g2s0q4a0", "find no place"),
+    ("pairs:256x64g2s1q4a1", "find no place"),
+    ("pairs:64x64g2s2q2a1", "find no place"),
+    ("pairs:256x64g2s2q3a0", "see every use"),
+    ("pairs:64x64g2s3q2a0", "see every use"),
+    ("pairs:128x64g3s2q3a0", "see every use"),
+])  # fmt: skip
+def test_what_is_no_configuration(text: str, reason: str) -> None:
+    with pytest.raises(LoweringError, match=reason):
+        read_config(text)
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"capability": (8, 0)}, "needs compute capability 9.0, not 8.0"),
+    ({"capability": (10, 0)}, "needs compute capability 9.0"),
+    ({"keys": None}, "not known"),
+    ({"dynamic_keys": True}, "may change"),
+    ({"keys": 257}, "256 keys at most, and here are 257"),
+    ({"head_dim": 128, "value_dim": 128}, "multiples of 8 up to 64"),
+    ({"head_dim": 36, "value_dim": 36}, "multiples of 8 up to 64"),
+    ({"value_dim": 32}, "pad alike"),
+    ({"dtype": torch.float32}, "bfloat16 or float16 alike"),
+    ({"dtype": torch.float16}, "bfloat16 or float16 alike"),
+])  # fmt: skip
+def test_objections(change: dict[str, Any], reason: str) -> None:
+    near_miss = dataclasses.replace(problem("plain"), **change)
+    assert reason in str(objection(near_miss))
+    assert objection(problem("plain")) is None
+
+
+@pytest.mark.parametrize(("captures", "reason"), [
+    ((Capture("-hij", HALF), Capture("b-ij", HALF)), "more than one"),
+    ((Capture("p-ij", HALF),), "periodic"),
+    ((Capture("-hij", torch.float32),), "must be bf16"),
+    ((Capture("-hij", torch.float16),), "must be bf16"),
+    ((Capture("bhij", HALF),), "multiple of 8 keys, not 197"),
+    ((Capture("-h-d", HALF),), "distance of key and row"),
+    ((Capture("--ij", HALF),), "None"),
+    ((Capture("-hij", HALF), Capture("b--j", torch.float32)), "None"),
+])  # fmt: skip
+def test_what_is_captured_by_row_and_key(captures: tuple[Capture, ...], reason: str) -> None:
+    score = " + ".join(("s", *(f"c{n}" for n in range(len(captures)))))
+    spec = AttentionSpec(parse(score), None, captures, out_dtype=HALF)
+    assert reason in str(objection(dataclasses.replace(problem("plain"), spec=spec)))
+    if "8 keys" in reason:
+        assert objection(dataclasses.replace(problem("plain"), spec=spec, keys=200)) is None
+
+
+def test_what_takes_too_much_shared_memory_is_refused() -> None:
+    with pytest.raises(LoweringError, match="shared memory"):
+        source(SPECS["tile"], 64, 64, HALF, "pairs:256x256g2s2q4a0")
+    assert source(SPECS["plain"], 64, 64, HALF, "pairs:256x256g2s2q4a0")
+
+
+def test_candidates_fit_for_every_number_of_keys_and_rows() -> None:
+    for name in ("plain", "tile", "alibi"):
+        for keys in range(8, 257, 8):
+            for rows in (1, 64, 65, 197, 1000):
+                found = candidates(problem(name, keys=keys, rows=rows))
+                assert 1 <= len(set(found)) == len(found) <= 2
+                for text in found:
+                    assert read_config(text).keys >= keys
+                    source(SPECS[name], 64, 64, HALF, text)

@@ -26,8 +26,8 @@ from fxopt.ir.attention import NAME_OF, AttentionSpec
 _HALF: Final = (torch.bfloat16, torch.float16)
 _WIDTHS: Final = (16, 32, 64)
 #: Turns and blocks of queries in flight, and whether products run ahead; what fits is tried in this order.
-_FLIGHTS: Final = ((2, 4, True), (3, 4, True), (2, 2, True), (2, 4, False))
-_FLIGHTS_ALONE: Final = ((2, 4, False), (3, 6, False), (2, 2, False))
+_FLIGHTS: Final = ((2, 4, True), (3, 4, True), (2, 2, True), (2, 4, False), (1, 2, False))
+_FLIGHTS_ALONE: Final = ((2, 4, False), (3, 6, False), (2, 2, False), (1, 2, False))
 
 
 def objection(problem: Problem) -> str | None:

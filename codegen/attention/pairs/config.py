@@ -9,7 +9,7 @@ from typing import Final
 from fxopt.errors import LoweringError
 
 PREFIX: Final = "pairs"
-_TEXT: Final = re.compile(r"pairs:(\d+)x(\d+(?:\+\d+)*)g(\d)s(\d)q(\d)a([01])")
+_TEXT: Final = re.compile(r"pairs:(\d+)x(\d+(?:\+\d+)*)g(\d)s(\d)q(\d)")
 #: Rows of a block, one group of four warps.
 BLOCK: Final = 64
 #: The most keys that a group holds at once.
@@ -28,9 +28,8 @@ class Config:
         groups: of four warps that take the blocks of a program in turn.
         stages: turns whose keys and values are in flight.
         queries: blocks of queries in flight.
-        ahead: whether a group multiplies the queries and keys of its next block before it sends a result.
 
-    Prints as ``pairs:256x128+64+16g2s2q4a1``; `read_config` is the inverse.
+    Prints as ``pairs:256x128+64+16g2s2q4``; `read_config` is the inverse.
     """
 
     rows: int
@@ -38,7 +37,6 @@ class Config:
     groups: int
     stages: int
     queries: int
-    ahead: bool
 
     def __post_init__(self) -> None:
         powers = all(n >= 16 and n & (n - 1) == 0 for n in self.pieces)
@@ -49,23 +47,9 @@ class Config:
             )
         if self.rows < BLOCK or self.rows % BLOCK or self.groups not in _REGISTERS:
             raise LoweringError(f"{self} is not a configuration: rows in {BLOCK}s, and two or three groups of warps")
-        if min(self.stages, self.queries) < 1 or self.stages < self.least_stages:
-            raise LoweringError(f"{self} is not a configuration: its groups wait for keys that find no place")
-        if self.queries % self.groups or not self.follows_places:
-            raise LoweringError(f"{self} is not a configuration: a group must see every use of the places it waits for")
-
-    @property
-    def follows_places(self) -> bool:
-        """Whether the turn whose keys lay in a place before is one that the same group has worked on.
-
-        A barrier tells even from odd uses only: who waits for a use must know that the one before it has come.
-        """
-        return self.blocks >= self.groups or self.stages * self.blocks % self.groups == 0
-
-    @property
-    def least_stages(self) -> int:
-        """Turns whose keys must find a place: of the block that a group works on and, ahead, of its next one."""
-        return 1 + -(-self.groups // self.blocks) if self.ahead else 1
+        # A barrier tells even from odd uses only: a group waits for places that it alone used before.
+        if self.stages < 1 or self.queries < 1 or self.queries % self.groups:
+            raise LoweringError(f"{self} is not a configuration: stages from 1, blocks of queries a multiple of groups")
 
     @property
     def blocks(self) -> int:
@@ -94,14 +78,13 @@ class Config:
 
     def __str__(self) -> str:
         pieces = "+".join(map(str, self.pieces))
-        return f"{PREFIX}:{self.rows}x{pieces}g{self.groups}s{self.stages}q{self.queries}a{int(self.ahead)}"
+        return f"{PREFIX}:{self.rows}x{pieces}g{self.groups}s{self.stages}q{self.queries}"
 
 
 def read_config(text: str) -> Config:
     """Read what ``str(Config)`` printed; raises `LoweringError` on anything else."""
     match = _TEXT.fullmatch(text)
     if match is None:
-        raise LoweringError(f"not a configuration of this kernel: {text!r}; an example is 'pairs:256x128g2s2q4a1'")
-    rows, pieces, groups, stages, queries, ahead = match.groups()
-    cut = tuple(map(int, pieces.split("+")))
-    return Config(int(rows), cut, int(groups), int(stages), int(queries), ahead == "1")
+        raise LoweringError(f"not a configuration of this kernel: {text!r}; an example is 'pairs:256x128g2s2q4'")
+    rows, pieces, groups, stages, queries = match.groups()
+    return Config(int(rows), tuple(map(int, pieces.split("+"))), int(groups), int(stages), int(queries))

@@ -25,9 +25,10 @@ from fxopt.ir.attention import NAME_OF, AttentionSpec
 
 _HALF: Final = (torch.bfloat16, torch.float16)
 _WIDTHS: Final = (16, 32, 64)
-#: Turns and blocks of queries in flight, and whether products run ahead; what fits is tried in this order.
-_FLIGHTS: Final = ((2, 4, True), (3, 4, True), (2, 2, True), (2, 4, False), (1, 2, False))
-_FLIGHTS_ALONE: Final = ((2, 4, False), (3, 6, False), (2, 2, False), (1, 2, False))
+#: Blocks of a turn, at most.
+_MOST_BLOCKS: Final = 4
+#: Groups of warps, turns and blocks of queries in flight; what fits is tried in this order.
+_FLIGHTS: Final = ((3, 2, 3), (2, 2, 4), (2, 2, 2), (2, 1, 2))
 
 
 def objection(problem: Problem) -> str | None:
@@ -79,22 +80,22 @@ def candidates(problem: Problem) -> tuple[str, ...]:
 
 def _configs(problem: Problem) -> tuple[Config, ...]:
     pieces, width = cut(problem.keys or 1, LONGEST), padded(problem.head_dim)
-    blocks = min(4, -(-(problem.rows or LONGEST) // BLOCK))
+    blocks = -(-(problem.rows or LONGEST) // BLOCK)
+    # As few blocks beyond the last row as a turn of at most four allows.
+    blocks = -(-blocks // -(-blocks // _MOST_BLOCKS))
     tiled = any(map(is_tile, problem.spec.captures))
     found = []
-    for stages, queries, ahead in _FLIGHTS if _bare(problem) else _FLIGHTS_ALONE:
-        # One block to a turn: its keys must find a place that the same group used before.
-        further = 2 if blocks == 1 else 1
-        config = Config(BLOCK * blocks, pieces, 2, stages * further, queries, ahead)
-        if fits(config, width, tiled=tiled):
+    for groups, stages, queries in _FLIGHTS:
+        config = Config(BLOCK * blocks, pieces, groups, stages, queries)
+        if fits(config, width, tiled=tiled) and (groups == 2 or _bare(problem)):
             found.append(config)
     return tuple(found[:2])
 
 
 def _bare(problem: Problem) -> bool:
-    """Whether registers hold the products of two blocks: few keys, or nothing around the products but a tile."""
-    spec, keys = problem.spec, problem.keys or 1
-    return keys <= 128 or (keys <= 208 and spec.mask is None and all(map(is_tile, spec.captures)))
+    """Whether three groups have the registers: few keys, or nothing around the products."""
+    spec, keys = problem.spec, cut(problem.keys or 1, LONGEST)
+    return sum(keys) <= 128 or (sum(keys) <= 208 and spec.mask is None and not spec.captures)
 
 
 def fits(config: Config, width: int, *, tiled: bool) -> bool:

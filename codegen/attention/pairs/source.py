@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -25,7 +25,7 @@ from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import conjuncts
 
-_LEGEND: Final = "(rows x keys in pieces, groups, stages, blocks of queries, products ahead)"
+_LEGEND: Final = "(rows x keys in pieces, groups, stages, blocks of queries)"
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 #: By what a row without keys gives.
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
@@ -33,8 +33,8 @@ _SOURCES: Final = ("q_source", "k_source", "v_source")
 _TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 _SIZES: Final = ("heads", "kv_heads", "spans", "pairs", "Sq", "Sk", "copies")
-_LOADED: Final = ("ROWS", "PARTS", "PART", "STAGES", "QUERIES")
-_MULTIPLIED: Final = ("ROWS", "PARTS", "STAGES", "QUERIES", "GROUPS", "WIDTH", "AHEAD", "FULL", "WITH_LSE")
+_LOADED: Final = ("BLOCKS", "PARTS", "PART", "STAGES", "QUERIES")
+_MULTIPLIED: Final = ("BLOCKS", "PARTS", "STAGES", "QUERIES", "GROUPS", "WIDTH", "FULL", "WITH_LSE")
 _PARTS: Final = (template.PLACE, template.PRODUCER, template.ATTEND, template.CONSUMER, template.KERNEL)
 
 
@@ -145,39 +145,28 @@ class PairsText(LogitsText):
             "multiply_parameters": parameters(("MEMBER", *group)),
             "groups": "".join(members).rstrip("\n"),
             "layouts": self._each(_layout),
-            "products": self._products("slot"),
-            "next_products": self._products("turn % STAGES"),
-            "sums": self._names("s"),
-            "packed": self._names("w"),
-            "pieces": str(len(self.config.pieces)),
+            "products": self._each(_products),
+            "packed": ", ".join(f"w_{n}" for n in range(len(self.config.pieces))),
             "await_tile": self._tile.await_values if self._tile else "",
             "release_tile": self._tile.release if self._tile else "",
             "logits": self._each(self._logits_of),
-            "peaks": self._each(_peaks),
             "weights": self._each(_weights),
-            "values": self._each(_values),
             "inverse": _INVERSE[self.spec.empty_rows],
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
-
-    def _names(self, letter: str) -> str:
-        return ", ".join(f"{letter}_{n}" for n in range(len(self.config.pieces)))
 
     def _each(self, text: Callable[[int, int, int], str]) -> str:
         """``text(n, start, keys)`` of every piece."""
         config = self.config
         return "\n".join(text(n, *place) for n, place in enumerate(zip(config.starts, config.pieces, strict=True)))
 
-    def _products(self, slot: str) -> str:
-        return self._each(
-            lambda n, start, keys: f"s_{n} = products(q, k_tiles, {slot}, {start}, {keys}, PARTS, SCORES_{n})"
-        )
-
     def _logits_of(self, n: int, start: int, keys: int) -> str:
+        """The logits of a piece, beside the products of those after it, and the largest of each row in eight parts."""
         values = (self._tile.values(n, keys),) if self._tile else ()
         bounded = f"FULL <= {n}" if self.spec.mask is None else "True"
         arguments = (f"s_{n}", *values, *self._logits_names, str(start), str(keys), bounded, f"SCORES_{n}")
-        return _called(f"x_{n} = logits", arguments)
+        wait = f"s_{n} = warpgroup_mma_wait({len(self.config.pieces) - 1 - n}, deps=[s_{n}])"
+        return "\n".join((wait, f"x_{n} = logits(\n    {', '.join(arguments)}\n)", _peaks(n, keys)))
 
     @property
     def _launch(self) -> dict[str, str]:
@@ -194,6 +183,7 @@ class PairsText(LogitsText):
             "tiled": self._tiled,
             "align_tile": f"{self._tile.name} = aligned({self._tile.name})" if self._tile else "",
             "rows": str(config.rows),
+            "blocks": str(config.blocks),
             "full": f"sum(keys >= end for end in {ends})",
             "launch_arguments": listing(self._arguments),
         }
@@ -220,44 +210,41 @@ class PairsText(LogitsText):
     def _constants(self) -> dict[str, object]:
         config, width = self.config, padded(self.head_dim)
         found = {
-            "ROWS": config.rows,
+            "BLOCKS": config.blocks,
             "PARTS": config.keys // config.part,
             "PART": config.part,
             "STAGES": config.stages,
             "QUERIES": config.queries,
             "GROUPS": config.groups,
             "WIDTH": width,
-            "AHEAD": config.ahead,
             "REGISTERS": config.registers,
         }
         return found | ({"TILE_STAGES": tile_stages(config, width)} if self._tile else {})
-
-
-def _called(function: str, arguments: Iterable[str]) -> str:
-    """A call with its arguments on a line of their own."""
-    return f"{function}(\n    {', '.join(arguments)}\n)"
 
 
 def _layout(n: int, start: int, keys: int) -> str:
     return f"SCORES_{n}: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {keys}, 16])"
 
 
-def _peaks(n: int, start: int, keys: int) -> str:
-    """The largest logit of each row so far, in eight parts."""
+def _products(n: int, start: int, keys: int) -> str:
+    return f"s_{n} = products(q, k_tiles, slot, {start}, {keys}, PARTS, SCORES_{n})"
+
+
+def _peaks(n: int, keys: int) -> str:
     largest = f"gl.max(by_thread(x_{n}, {keys}), 1)"
     return f"peaks = gl.maximum(peaks, gl.convert_layout({largest}, peaks.type.layout))" if n else f"peaks = {largest}"
 
 
 def _weights(n: int, start: int, keys: int) -> str:
-    """The weights of a piece and the sum of each row's so far, in eight parts."""
+    """The weights of a piece, the sum of each row's in eight parts, and the products of its values on their way."""
     total = f"gl.sum(by_thread(p_{n}, {keys}), 1)"
     further = f"parts += gl.convert_layout({total}, parts.type.layout)"
-    weigh = f"p_{n} = weigh(x_{n}, peak, {start}, Sk, {keys}, SCORES_{n})"
-    return f"{weigh}\n{further if n else f'parts = {total}'}"
-
-
-def _values(n: int, start: int, keys: int) -> str:
-    """The products of a piece's weights and values, added to those before."""
-    packed = f"w_{n} = gl.convert_layout(p_{n}.to(v_tiles.dtype), WEIGHTS)"
     onto = "acc, is_async=True" if n else "acc, use_acc=False, is_async=True"
-    return f"{packed}\nacc = warpgroup_mma(w_{n}, piece(v_tiles, slot, {start}, {keys}, PARTS, WIDTH), {onto})"
+    return "\n".join(
+        (
+            f"p_{n} = weigh(x_{n}, peak, {start}, Sk, {keys}, SCORES_{n})",
+            f"w_{n} = gl.convert_layout(p_{n}.to(v_tiles.dtype), WEIGHTS)",
+            f"acc = warpgroup_mma(w_{n}, piece(v_tiles, slot, {start}, {keys}, PARTS, WIDTH), {onto})",
+            further if n else f"parts = {total}",
+        )
+    )

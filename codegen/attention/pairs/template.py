@@ -6,17 +6,22 @@ from typing import Final
 
 PLACE: Final = '''
 @gluon.jit
-def place(turn, spans, heads, ROWS: gl.constexpr):
-    """Batch entry, head and first row of a turn of the program."""
-    index = gl.program_id(0) + turn * gl.num_programs(0)
-    pair = index // spans
-    return pair // heads, pair % heads, index % spans * ROWS
+def place(block, heads, spans, BLOCKS: gl.constexpr):
+    """Batch entry, head and first row of a block: those of a pair are counted up to a multiple of BLOCKS."""
+    turn = block // BLOCKS
+    pair = turn // spans
+    return pair // heads, pair % heads, (turn % spans * BLOCKS + block % BLOCKS) * 64
 
 
 @gluon.jit
-def turns_of(spans, pairs):
-    """How many turns the program takes."""
-    return gl.cdiv(pairs * spans - gl.program_id(0), gl.num_programs(0))
+def share(pairs, spans, BLOCKS: gl.constexpr):
+    """The program's blocks, as many as any other's or one less: from the first to the one behind the last."""
+    count = pairs * spans * BLOCKS
+    each = count // gl.num_programs(0)
+    rest = count % gl.num_programs(0)
+    program = gl.program_id(0)
+    begin = program * each + gl.minimum(program, rest)
+    return begin, begin + each + gl.where(program < rest, 1, 0)
 
 '''
 
@@ -29,9 +34,12 @@ def load(
 
     ``copies`` is PARTS; the compiler would unroll a loop of so many, for which these warps have no registers.
     """
-    block = 0
-    for turn in range(turns_of(spans, pairs)):
-        b, h, first = place(turn, spans, heads, ROWS)
+    begin, end = share(pairs, spans, BLOCKS)
+    first_turn = begin // BLOCKS
+    for turn in range(gl.cdiv(end, BLOCKS) - first_turn):
+        start = gl.maximum(begin, (first_turn + turn) * BLOCKS)
+        stop = gl.minimum(end, (first_turn + turn + 1) * BLOCKS)
+        b, h, row = place(start, heads, spans, BLOCKS)
         g = $kv_head
         slot = turn % STAGES
         mbarrier.wait(free.index(slot), ((turn // STAGES) & 1) ^ 1)
@@ -40,21 +48,20 @@ def load(
             tma.async_copy_global_to_shared(
                 k_source, [b, g, n * PART, 0], k_ready.index(slot), k_tiles.index(slot * PARTS + n)
             )
-        for member in gl.static_range(ROWS // 64):
-            place_q = block % QUERIES
-            mbarrier.wait(q_free.index(place_q), ((block // QUERIES) & 1) ^ 1)
-            mbarrier.expect(q_ready.index(place_q), q_source.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q_source, [b, h, first + member * 64, 0], q_ready.index(place_q), q_tiles.index(place_q)
-            )
+        for block in range(start, stop):
+            number = block - begin
+            first = row + (block - start) * 64
+            query = number % QUERIES
+            mbarrier.wait(q_free.index(query), ((number // QUERIES) & 1) ^ 1)
+            mbarrier.expect(q_ready.index(query), q_source.block_type.nbytes)
+            tma.async_copy_global_to_shared(q_source, [b, h, first, 0], q_ready.index(query), q_tiles.index(query))
             $produce_tile
-            if member == 0:
+            if block == start:
                 mbarrier.expect(v_ready.index(slot), v_source.block_type.nbytes * PARTS)
                 for n in range(copies):
                     tma.async_copy_global_to_shared(
                         v_source, [b, g, n * PART, 0], v_ready.index(slot), v_tiles.index(slot * PARTS + n)
                     )
-            block += 1
 
 '''
 
@@ -125,70 +132,53 @@ CONSUMER: Final = '''
 def multiply(
     $multiply_parameters
 ):
-    """Every GROUPS-th block of 64 rows of the program's turns, from number MEMBER on: all keys at once, one softmax."""
+    """Every GROUPS-th block of 64 rows of the program, from number MEMBER on: all keys at once, one softmax.
+
+    Products of one piece of the keys overlap with what is computed of another one.
+    """
     $layouts
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
-    BLOCKS: gl.constexpr = ROWS // 64
-    count = turns_of(spans, pairs) * BLOCKS
-    block = MEMBER
-    if AHEAD:
-        slot = block // BLOCKS % STAGES
-        mbarrier.wait(q_ready.index(block % QUERIES), (block // QUERIES) & 1, pred=block < count)
-        mbarrier.wait(k_ready.index(slot), (block // BLOCKS // STAGES) & 1, pred=block < count)
-        q = q_tiles.index(block % QUERIES).reshape([64, WIDTH])
-        $products
-        $sums = warpgroup_mma_wait(0, deps=[$sums])
-        mbarrier.arrive(q_free.index(block % QUERIES), count=1, pred=block < count)
-    while block < count:
-        turn = block // BLOCKS
+    begin, end = share(pairs, spans, BLOCKS)
+    first_turn = begin // BLOCKS
+    block = begin + MEMBER
+    for turn in range(gl.cdiv(end, BLOCKS) - first_turn):
         slot = turn % STAGES
         phase = (turn // STAGES) & 1
-        b, h, first = place(turn, spans, heads, ROWS)
-        first += block % BLOCKS * 64
-        if not AHEAD:
-            mbarrier.wait(q_ready.index(block % QUERIES), (block // QUERIES) & 1)
-            mbarrier.wait(k_ready.index(slot), phase)
-            q = q_tiles.index(block % QUERIES).reshape([64, WIDTH])
+        # Every group sees every turn, of which it may have no block: a barrier tells even from odd uses only.
+        mbarrier.wait(k_ready.index(slot), phase)
+        while block < gl.minimum(end, (first_turn + turn + 1) * BLOCKS):
+            number = block - begin
+            query = number % QUERIES
+            b, h, first = place(block, heads, spans, BLOCKS)
+            mbarrier.wait(q_ready.index(query), (number // QUERIES) & 1)
+            q = q_tiles.index(query).reshape([64, WIDTH])
             $products
-            $sums = warpgroup_mma_wait(0, deps=[$sums])
-            mbarrier.arrive(q_free.index(block % QUERIES), count=1)
-        $await_tile
-        $logits
-        $peaks
-        peak = gl.max(peaks, 1)
-        $weights
+            $await_tile
+            $logits
+            # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(query), count=1)
+            peak = gl.max(peaks, 1)
+            mbarrier.wait(v_ready.index(slot), phase)
+            acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
+            $weights
+            $release_tile
+            total = gl.convert_layout(gl.sum(parts, 1), peak.type.layout)
+            acc, $packed = warpgroup_mma_wait(0, deps=[acc, $packed])
+            inverse = $inverse
+            own = out_tiles.index(MEMBER)
+            out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, RESULT))[:, None]
+            own.reshape([64, WIDTH]).store(out.to(own.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_target, [b, h, first, 0], own)
+            if WITH_LSE:
+                lse = peak$lse_factor + gl.log(total)
+                rows = first + gl.arange(0, 64, layout=peak.type.layout)
+                gl.store(lse_ptr + (b * heads + h).to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
+            block += GROUPS
         mbarrier.wait(v_ready.index(slot), phase)
-        acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
-        $values
-        $release_tile
-        total = gl.convert_layout(gl.sum(parts, 1), peak.type.layout)
-        following = block + GROUPS
-        if AHEAD:
-            # Beside these products and until the result is on its way, those of the block after it are computed.
-            q = q_tiles.index(following % QUERIES).reshape([64, WIDTH])
-            turn = following // BLOCKS
-            mbarrier.wait(q_ready.index(following % QUERIES), (following // QUERIES) & 1, pred=following < count)
-            mbarrier.wait(k_ready.index(turn % STAGES), (turn // STAGES) & 1, pred=following < count)
-            $next_products
-        acc, $packed = warpgroup_mma_wait($pieces if AHEAD else 0, deps=[acc, $packed])
-        # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
-        tma.store_wait(0)
         mbarrier.arrive(free.index(slot), count=1)
-        inverse = $inverse
-        own = out_tiles.index(MEMBER)
-        out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, RESULT))[:, None]
-        own.reshape([64, WIDTH]).store(out.to(own.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_target, [b, h, first, 0], own)
-        if WITH_LSE:
-            lse = peak$lse_factor + gl.log(total)
-            rows = first + gl.arange(0, 64, layout=peak.type.layout)
-            gl.store(lse_ptr + (b * heads + h).to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
-        if AHEAD:
-            $sums = warpgroup_mma_wait(0, deps=[$sums])
-            mbarrier.arrive(q_free.index(following % QUERIES), count=1, pred=following < count)
-        block = following
     tma.store_wait(0)
 
 '''
@@ -198,10 +188,10 @@ KERNEL: Final = '''
 def attention_kernel(
     $kernel_parameters
 ):
-    """Turns of up to ROWS query rows of one (batch, head) pair, one after another.
+    """Blocks of 64 query rows, one after another; BLOCKS of one (batch, head) pair are a turn, and read the same keys.
 
-    One group of warps loads by TMA, what the next turn reads while this one is worked on; the others take the blocks of
-    64 rows in turn and multiply by wgmma. The first FULL pieces of keys lie within the keys.
+    One group of warps loads by TMA, what the next turn reads while this one is worked on; the others take the blocks in
+    turn and multiply by wgmma. The first FULL pieces of keys lie within the keys.
     """
     q_tiles = gl.allocate_shared_memory(q_source.dtype, [QUERIES] + q_source.block_shape, q_source.layout)
     k_tiles = gl.allocate_shared_memory(k_source.dtype, [STAGES * PARTS] + k_source.block_shape, k_source.layout)
@@ -219,7 +209,7 @@ def attention_kernel(
     for n in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(n), count=1)
         mbarrier.init(v_ready.index(n), count=1)
-        mbarrier.init(free.index(n), count=ROWS // 64)
+        mbarrier.init(free.index(n), count=GROUPS)
     gl.warp_specialize(
         [
             (load, (
@@ -256,7 +246,7 @@ def launch(
     if spans * pairs == 0:
         return out, lse
     full = $full
-    programs = min(spans * pairs, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = min(spans * pairs * $blocks, torch.cuda.get_device_properties(q.device).multi_processor_count)
     with torch.cuda.device_of(q):
         $align_tile
         attention_kernel[(programs,)](

@@ -18,12 +18,12 @@ SHARED: Final = 227 * 1024 - 1024
 SIZE: Final = 2
 
 _PRODUCE: Final = """\
-own = block % TILE_STAGES
-mbarrier.wait({0}_free.index(own), ((block // TILE_STAGES) & 1) ^ 1)
+own = number % TILE_STAGES
+mbarrier.wait({0}_free.index(own), ((number // TILE_STAGES) & 1) ^ 1)
 mbarrier.expect({0}_ready.index(own), {1})"""
 _COPY: Final = """\
 tma.async_copy_global_to_shared(
-    {0}_source_{1}, [{2}, {3}, first + member * 64, {4}], {0}_ready.index(own), {0}_tiles_{1}.index(own)
+    {0}_source_{1}, [{2}, {3}, first, {4}], {0}_ready.index(own), {0}_tiles_{1}.index(own)
 )"""
 _ALLOCATE: Final = """\
 {0}_tiles_{1} = gl.allocate_shared_memory(
@@ -36,8 +36,8 @@ for n in gl.static_range(TILE_STAGES):
     mbarrier.init({0}_ready.index(n), count=1)
     mbarrier.init({0}_free.index(n), count=1)"""
 _AWAIT: Final = """\
-own = block % TILE_STAGES
-mbarrier.wait({0}_ready.index(own), (block // TILE_STAGES) & 1)"""
+own = number % TILE_STAGES
+mbarrier.wait({0}_ready.index(own), (number // TILE_STAGES) & 1)"""
 _RELEASE: Final = """\
 # Given back as late as here: the products have taken every weight, so that every value read has come.
 mbarrier.arrive({0}_free.index(own), count=1)"""
@@ -47,10 +47,10 @@ TILE_LAYOUTS = {keys: gl.NVMMASharedLayout.get_default_for([1, 1, 64, keys], gl.
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x``, copied where TMA can't read it."""
+    """``x``, copied where TMA can't read it: to rows that begin with a line of the cache."""
     if describable(x):
         return x
-    wide = x.new_empty((*x.shape[:3], -(-x.shape[3] // 8) * 8))
+    wide = x.new_empty((*x.shape[:3], -(-x.shape[3] // 64) * 64))
     return wide[..., : x.shape[3]].copy_(x)
 
 

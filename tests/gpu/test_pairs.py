@@ -26,9 +26,9 @@ SHAPES = {
     "ViT": Shape(64, 64, 197, 197, 4, "group", "bshd", packed=True, batch=37, heads=12),
     "BERT": Shape(64, 64, 128, 128, 4, "group", "bshd", batch=40, heads=12),
     "256": Shape(64, 64, 256, 256, 2, "tile", "bshd", batch=13, heads=16),
-    "64": Shape(32, 32, 64, 64, 3, "group", "bhsd", batch=70, heads=6),
+    "64": Shape(32, 32, 100, 64, 3, "group", "bhsd", batch=70, heads=6),
     "cross": Shape(40, 64, 700, 77, 1, "group", "bhsd", batch=3, heads=8),
-    "few": Shape(16, 16, 9, 20, 2, "group", "bshd", batch=3, heads=4),
+    "few": Shape(16, 16, 90, 20, 2, "group", "bshd", batch=3, heads=4),
 }
 CROSS = [
     (name, shape, list(DTYPES)[(n + m) % 2], (n + m // 2) % 2)

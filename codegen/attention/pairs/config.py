@@ -47,6 +47,8 @@ class Config:
             )
         if self.rows < BLOCK or self.rows % BLOCK or self.groups not in _REGISTERS:
             raise LoweringError(f"{self} is not a configuration: rows in {BLOCK}s, and two or three groups of warps")
+        if self.blocks < self.groups:
+            raise LoweringError(f"{self} is not a configuration: every group has a block of every turn")
         # A barrier tells even from odd uses only: a group waits for places that it alone used before.
         if self.stages < 1 or self.queries < 1 or self.queries % self.groups:
             raise LoweringError(f"{self} is not a configuration: stages from 1, blocks of queries a multiple of groups")

@@ -40,6 +40,8 @@ def objection(problem: Problem) -> str | None:
     reason = _objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
     if reason is not None:
         return reason
+    if problem.rows is not None and problem.rows <= BLOCK:
+        return f"it is for more than {BLOCK} rows, and there are {problem.rows}"
     if problem.keys is None or problem.dynamic_keys:
         return "the number of keys may change" if problem.keys else "the number of keys is not known"
     if problem.keys > LONGEST:
@@ -86,8 +88,10 @@ def _configs(problem: Problem) -> tuple[Config, ...]:
     tiled = any(map(is_tile, problem.spec.captures))
     found = []
     for groups, stages, queries in _FLIGHTS:
+        if groups > blocks or (groups > 2 and not _bare(problem)):
+            continue
         config = Config(BLOCK * blocks, pieces, groups, stages, queries)
-        if fits(config, width, tiled=tiled) and (groups == 2 or _bare(problem)):
+        if fits(config, width, tiled=tiled):
             found.append(config)
     return tuple(found[:2])
 

@@ -165,7 +165,9 @@ class PairsText(LogitsText):
         values = (self._tile.values(n, keys),) if self._tile else ()
         bounded = f"FULL <= {n}" if self.spec.mask is None else "True"
         arguments = (f"s_{n}", *values, *self._logits_names, str(start), str(keys), bounded, f"SCORES_{n}")
-        wait = f"s_{n} = warpgroup_mma_wait({len(self.config.pieces) - 1 - n}, deps=[s_{n}])"
+        # Given the peaks so far, the wait stays behind them.
+        waited = f"s_{n}, peaks" if n else f"s_{n}"
+        wait = f"{waited} = warpgroup_mma_wait({len(self.config.pieces) - 1 - n}, deps=[{waited}])"
         return "\n".join((wait, f"x_{n} = logits(\n    {', '.join(arguments)}\n)", _peaks(n, keys)))
 
     @property
@@ -235,16 +237,18 @@ def _peaks(n: int, keys: int) -> str:
     return f"peaks = gl.maximum(peaks, gl.convert_layout({largest}, peaks.type.layout))" if n else f"peaks = {largest}"
 
 
+#: Before the first products of weights and values. As late as here, the registers of the result hold nothing before.
+_BEGIN: Final = """\
+mbarrier.wait(v_ready.index(slot), (turn // STAGES) & 1)
+acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)"""
+
+
 def _weights(n: int, start: int, keys: int) -> str:
     """The weights of a piece, the sum of each row's in eight parts, and the products of its values on their way."""
     total = f"gl.sum(by_thread(p_{n}, {keys}), 1)"
-    further = f"parts += gl.convert_layout({total}, parts.type.layout)"
+    weigh = f"p_{n} = weigh(x_{n}, peak, {start}, Sk, {keys}, SCORES_{n})"
+    add = f"parts += gl.convert_layout({total}, parts.type.layout)" if n else f"parts = {total}"
+    packed = f"w_{n} = gl.convert_layout(p_{n}.to(v_tiles.dtype), WEIGHTS)"
     onto = "acc, is_async=True" if n else "acc, use_acc=False, is_async=True"
-    return "\n".join(
-        (
-            f"p_{n} = weigh(x_{n}, peak, {start}, Sk, {keys}, SCORES_{n})",
-            f"w_{n} = gl.convert_layout(p_{n}.to(v_tiles.dtype), WEIGHTS)",
-            f"acc = warpgroup_mma(w_{n}, piece(v_tiles, slot, {start}, {keys}, PARTS, WIDTH), {onto})",
-            further if n else f"parts = {total}",
-        )
-    )
+    product = f"acc = warpgroup_mma(w_{n}, piece(v_tiles, slot, {start}, {keys}, PARTS, WIDTH), {onto})"
+    return "\n".join((weigh, add, packed, *(() if n else (_BEGIN,)), product))

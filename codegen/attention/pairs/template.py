@@ -14,6 +14,12 @@ def place(block, heads, spans, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
+def anew(x):
+    """The integer ``x``, unknown to the compiler: what is made of it is made where it is needed, and not kept."""
+    return gl.inline_asm_elementwise("mov.b32 $$0, $$1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def share(pairs, spans, BLOCKS: gl.constexpr):
     """The program's blocks, as many as any other's or one less: from the first to the one behind the last."""
     count = pairs * spans * BLOCKS
@@ -89,6 +95,15 @@ def by_thread(x, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def columns(x, COUNT: gl.constexpr, SCORES: gl.constexpr):
+    """The numbers of the columns of ``x``: what a thread holds of them is made of two registers where it is needed."""
+    EIGHTS: gl.constexpr = gl.SliceLayout(0, by_thread(x, COUNT).type.layout)
+    first = anew(gl.arange(0, 8, layout=gl.SliceLayout(0, EIGHTS)))
+    eights = 8 * gl.arange(0, COUNT // 8, layout=gl.SliceLayout(1, EIGHTS))
+    return gl.convert_layout(gl.reshape(eights[:, None] + first[None, :], [COUNT]), gl.SliceLayout(0, SCORES))
+
+
+@gluon.jit
 def logits(
     $logits_parameters
 ):
@@ -96,7 +111,7 @@ def logits(
 
     A BOUNDED piece holds keys beyond the end, or keys that the mask keeps for some rows only.
     """
-    n = gl.arange(0, COUNT, layout=gl.SliceLayout(0, SCORES))
+    n = columns(s, COUNT, SCORES)
     j = (start + n)[None, :]
     # Rows beyond the end repeat the last one, so that nothing outside the captured tensors is read.
     i = gl.minimum(first + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)), Sq - 1)[:, None]
@@ -124,7 +139,7 @@ def weigh(x, peak, start, Sk, COUNT: gl.constexpr, SCORES: gl.constexpr):
 
 #: The mean of all values where a row keeps none: as if every key had the weight one.
 AVERAGE: Final = """\
-j = (start + gl.arange(0, COUNT, layout=gl.SliceLayout(0, SCORES)))[None, :]
+j = (start + columns(x, COUNT, SCORES))[None, :]
 p = gl.where((highest == float("-inf"))[:, None] & (j < Sk), 1.0, p)"""
 
 CONSUMER: Final = '''
@@ -140,45 +155,44 @@ def multiply(
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
     begin, end = share(pairs, spans, BLOCKS)
-    first_turn = begin // BLOCKS
     block = begin + MEMBER
-    for turn in range(gl.cdiv(end, BLOCKS) - first_turn):
+    # Every group sees every turn, the first one too if it has no block there: a barrier tells even from odd uses only.
+    late = block // BLOCKS > begin // BLOCKS
+    mbarrier.wait(k_ready.index(0), 0, pred=late)
+    mbarrier.wait(v_ready.index(0), 0, pred=late)
+    mbarrier.arrive(free.index(0), count=1, pred=late)
+    while block < end:
+        query = (block - begin) % QUERIES
+        turn = block // BLOCKS - begin // BLOCKS
         slot = turn % STAGES
-        phase = (turn // STAGES) & 1
-        # Every group sees every turn, of which it may have no block: a barrier tells even from odd uses only.
-        mbarrier.wait(k_ready.index(slot), phase)
-        while block < gl.minimum(end, (first_turn + turn + 1) * BLOCKS):
-            number = block - begin
-            query = number % QUERIES
-            b, h, first = place(block, heads, spans, BLOCKS)
-            mbarrier.wait(q_ready.index(query), (number // QUERIES) & 1)
-            q = q_tiles.index(query).reshape([64, WIDTH])
-            $products
-            $await_tile
-            $logits
-            # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
-            tma.store_wait(0)
-            mbarrier.arrive(q_free.index(query), count=1)
-            peak = gl.max(peaks, 1)
-            mbarrier.wait(v_ready.index(slot), phase)
-            acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
-            $weights
-            $release_tile
-            total = gl.convert_layout(gl.sum(parts, 1), peak.type.layout)
-            acc, $packed = warpgroup_mma_wait(0, deps=[acc, $packed])
-            inverse = $inverse
-            own = out_tiles.index(MEMBER)
-            out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, RESULT))[:, None]
-            own.reshape([64, WIDTH]).store(out.to(own.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_target, [b, h, first, 0], own)
-            if WITH_LSE:
-                lse = peak$lse_factor + gl.log(total)
-                rows = first + gl.arange(0, 64, layout=peak.type.layout)
-                gl.store(lse_ptr + (b * heads + h).to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
-            block += GROUPS
-        mbarrier.wait(v_ready.index(slot), phase)
-        mbarrier.arrive(free.index(slot), count=1)
+        b, h, first = place(block, heads, spans, BLOCKS)
+        mbarrier.wait(q_ready.index(query), ((block - begin) // QUERIES) & 1)
+        mbarrier.wait(k_ready.index(slot), (turn // STAGES) & 1)
+        q = q_tiles.index(query).reshape([64, WIDTH])
+        $products
+        $await_tile
+        $logits
+        # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
+        tma.store_wait(0)
+        mbarrier.arrive(q_free.index(query), count=1)
+        peak = gl.max(peaks, 1)
+        $weights
+        $release_tile
+        total = gl.convert_layout(gl.sum(parts, 1), peak.type.layout)
+        acc, $packed = warpgroup_mma_wait(0, deps=[acc, $packed])
+        mbarrier.arrive(free.index(slot), count=1, pred=(block + GROUPS) // BLOCKS > block // BLOCKS)
+        inverse = $inverse
+        own = out_tiles.index(anew(MEMBER))
+        out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, RESULT))[:, None]
+        own.reshape([64, WIDTH]).store(out.to(own.dtype))
+        fence_async_shared()
+        b, h, first = place(anew(block), heads, spans, BLOCKS)
+        tma.async_copy_shared_to_global(out_target, [b, h, first, 0], own)
+        if WITH_LSE:
+            lse = peak$lse_factor + gl.log(total)
+            rows = first + gl.arange(0, 64, layout=peak.type.layout)
+            gl.store(lse_ptr + (b * heads + h).to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
+        block += GROUPS
     tma.store_wait(0)
 
 '''

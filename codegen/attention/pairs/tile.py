@@ -36,8 +36,8 @@ for n in gl.static_range(TILE_STAGES):
     mbarrier.init({0}_ready.index(n), count=1)
     mbarrier.init({0}_free.index(n), count=1)"""
 _AWAIT: Final = """\
-own = number % TILE_STAGES
-mbarrier.wait({0}_ready.index(own), (number // TILE_STAGES) & 1)"""
+own = (block - begin) % TILE_STAGES
+mbarrier.wait({0}_ready.index(own), ((block - begin) // TILE_STAGES) & 1)"""
 _RELEASE: Final = """\
 # Given back as late as here: the products have taken every weight, so that every value read has come.
 mbarrier.arrive({0}_free.index(own), count=1)"""

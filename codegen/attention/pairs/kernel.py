@@ -22,9 +22,18 @@ from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short.config import cut
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import NAME_OF, AttentionSpec
+from fxopt.ir.expression import S
 
 _HALF: Final = (torch.bfloat16, torch.float16)
 _WIDTHS: Final = (16, 32, 64)
+#: How much longer a turn takes than its products and exponentials one after the other, as measured on an H100, and the
+#: cycles per score of a tensor captured by row and key, read where it is or from a copy for TMA.
+_PACE: Final = 1.2
+_TILE, _COPIED = 0.03, 0.08
+#: More keys than these leave no registers for what a score reads beside products and a tile, and with a mask want to
+#: be worked on in pieces.
+_ROOMY: Final = 208
+_MASKED: Final = (128, 64, 64)
 #: Blocks of a turn, at most.
 _MOST_BLOCKS: Final = 4
 #: Groups of warps, turns and blocks of queries in flight; what fits is tried in this order.
@@ -46,8 +55,17 @@ def objection(problem: Problem) -> str | None:
         return "the number of keys may change" if problem.keys else "the number of keys is not known"
     if problem.keys > LONGEST:
         return f"it holds {LONGEST} keys at most, and here are {problem.keys}"
+    if problem.keys > _ROOMY and _is_placed(problem.spec):
+        return f"registers hold {_ROOMY} keys where the score reads places or vectors, and here are {problem.keys}"
     copied = problem.keys % 8 and any(is_tile(c) and c.dims[0] == "b" for c in problem.spec.captures)
     return f"a tile for every batch element needs a multiple of 8 keys, not {problem.keys}" if copied else None
+
+
+def _is_placed(spec: AttentionSpec) -> bool:
+    """Whether the score reads more than products and a tile."""
+    symbols = (leaf for leaf in spec.score.walk() if leaf.op == "symbol" and leaf != S)
+    captures = (leaf for leaf in spec.score.walk() if leaf.op == "capture")
+    return any(symbols) or any(not is_tile(spec.captures[int(leaf.value or 0)]) for leaf in captures)
 
 
 def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
@@ -82,6 +100,8 @@ def candidates(problem: Problem) -> tuple[str, ...]:
 
 def _configs(problem: Problem) -> tuple[Config, ...]:
     pieces, width = cut(problem.keys or 1, LONGEST), padded(problem.head_dim)
+    if pieces == (LONGEST,) and problem.spec.mask is not None:
+        pieces = _MASKED
     blocks = -(-(problem.rows or LONGEST) // BLOCK)
     # As few blocks beyond the last row as a turn of at most four allows.
     blocks = -(-blocks // -(-blocks // _MOST_BLOCKS))
@@ -109,8 +129,10 @@ def fits(config: Config, width: int, *, tiled: bool) -> bool:
 
 def seconds(problem: Problem, config: str) -> float:
     """How long a configuration should take on a problem (`fxopt.codegen.attention.cost`)."""
-    cut_, width = read_config(config), padded(problem.head_dim)
-    schedule = cost.Schedule(cut_.rows, cut_.keys, 1, 2 * width, pace=1.0, start=0, latency=0, tile=0.02)
+    found, width = read_config(config), padded(problem.head_dim)
+    tile = _TILE if (problem.keys or 0) % 8 == 0 else _COPIED
+    # A turn's work is shared evenly; two groups or three overlap by as much.
+    schedule = cost.Schedule(found.rows, found.keys, 1, 2 * width, pace=_PACE, start=0, latency=0, even=True, tile=tile)
     return cost.seconds(problem, schedule)
 
 

@@ -209,7 +209,7 @@ class PairsText(LogitsText):
         return (*tensors, *tiles, *results, *(c.argument for c in plain), *values, *sizes, *switches, *options)
 
     @property
-    def _constants(self) -> dict[str, object]:
+    def _constants(self) -> dict[str, int]:
         config, width = self.config, padded(self.head_dim)
         found = {
             "BLOCKS": config.blocks,

@@ -18,6 +18,7 @@ from fxopt.codegen.attention.hopper.config import Config
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
     CONSUMER,
+    DESCRIBED,
     GROUP,
     IMPORTS,
     KERNEL,
@@ -71,7 +72,16 @@ class HopperText(LogitsText):
         average = fill(AVERAGE, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}
         check = fill(REFERENCE, script) + fill(MAIN, script)
-        return fill(HEADER, holes) + devices + self._functions + average + body + fill(LAUNCH, holes) + check
+        return (
+            fill(HEADER, holes)
+            + devices
+            + self._functions
+            + average
+            + body
+            + fill(DESCRIBED, holes)
+            + fill(LAUNCH, holes)
+            + check
+        )
 
     @property
     def _barriers(self) -> tuple[str, ...]:

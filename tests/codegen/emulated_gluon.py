@@ -129,17 +129,29 @@ class Descriptor:
         return SimpleNamespace(nbytes=prod(self.block_shape) * self.base.element_size())
 
     def block(self, place: Sequence[Any]) -> Tensor:
+        found = torch.zeros(self.block_shape, dtype=self.dtype)
+        inside, outside = self._overlap(place)
+        found[inside] = self._whole[outside]
+        return found
+
+    def write(self, place: Sequence[Any], values: Tensor) -> None:
+        inside, outside = self._overlap(place)
+        self._whole[outside] = values.view(self.block_shape)[inside]
+
+    @property
+    def _whole(self) -> Tensor:
+        return torch.as_strided(self.base, list(self.shape), list(self.strides))
+
+    def _overlap(self, place: Sequence[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """What of a block at ``place`` lies in the tensor, as indices into the block and into the tensor."""
         size = self.base.element_size()
         assert int(place[-1]) * size % _ALIGNMENT == 0, "TMA reads from multiples of 16 bytes only"
         assert self.block_shape[-1] * size % _ALIGNMENT == 0 and all(0 < n <= 256 for n in self.block_shape)
-        found = torch.zeros(self.block_shape, dtype=self.dtype)
-        source = torch.as_strided(self.base, list(self.shape), list(self.strides))
         spans = [
             (int(p), min(int(p) + n, size)) for p, n, size in zip(place, self.block_shape, self.shape, strict=True)
         ]
         inside = tuple(slice(0, max(stop - start, 0)) for start, stop in spans)
-        found[inside] = source[tuple(slice(start, max(stop, start)) for start, stop in spans)]
-        return found
+        return inside, tuple(slice(start, max(stop, start)) for start, stop in spans)
 
 
 class _Layout:
@@ -184,26 +196,27 @@ def _wait(outstanding: int, deps: Sequence[Tensor]) -> Any:
 _ADDING = threading.Lock()
 
 
+def _write(target: Descriptor, place: Sequence[Any], source: Shared) -> None:
+    target.write(place, source.values)
+
+
+def _add(target: Descriptor, place: Sequence[Any], source: Shared) -> None:
+    with _ADDING:
+        target.write(place, target.block(place) + source.values)
+
+
+def _builtin(function: Callable[..., None]) -> Callable[..., None]:
+    """What a module makes of a compiler's own operation."""
+    assert function.__name__ == "add_tile"
+    return _add
+
+
 def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     if "tanh.approx" in text:
         return torch.tanh(given[0])
     if "%ctaid.x" in text:
         return torch.tensor(_PROGRAM.number)
-    if "red.global" not in text:
-        return given[0]
-    target, x = given
-    address, values = _packs(torch.as_tensor(target.offset).expand(x.shape)), _packs(x)
-    with _ADDING:
-        for n in range(4):
-            target.memory.index_add_(0, address[:, 0] + n, values[:, n].contiguous())
-    return None
-
-
-def _packs(x: Tensor) -> Tensor:
-    """Four elements each that a thread holds one after another: two columns of a row, then of the row 8 further on."""
-    rows, columns = x.shape
-    held = x.reshape(rows // 16, 2, 8, columns // 8, 4, 2)
-    return held.permute(0, 2, 4, 3, 1, 5).reshape(-1, 4)
+    return given[0]
 
 
 def _load(at: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
@@ -301,11 +314,14 @@ BARRIERS = SimpleNamespace(
     arrive=lambda barrier, count: barrier.change(count, 0),
     wait=lambda barrier, parity: barrier.wait(int(parity)),
 )
-TMA = SimpleNamespace(async_copy_global_to_shared=_copy)
+TMA = SimpleNamespace(
+    async_copy_global_to_shared=_copy, async_copy_shared_to_global=_write, store_wait=lambda pendings: None
+)
 _HERE = "from tests.codegen.emulated_gluon import"
 _IMPORTS = {
     "from triton.experimental import gluon\n": f"{_HERE} GLUON as gluon\n",
     "from triton.experimental.gluon import language as gl\n": f"{_HERE} LANGUAGE as gl\n",
+    "from triton.experimental.gluon.language._core import builtin\n": f"{_HERE} _builtin as builtin\n",
     "from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma\n": (
         f"{_HERE} BARRIERS as mbarrier, TMA as tma, fence as fence_async_shared\n"
     ),

@@ -15,7 +15,7 @@ s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 #: The same, one block ahead: dq goes to memory meanwhile.
 _SCORE_NEXT: Final = """\
-dv, w, dk, u = warpgroup_mma_wait(1, deps=[dv, w, dk, u])
+dv, w = warpgroup_mma_wait(2, deps=[dv, w])
 ahead = (step + 1) & (STAGES - 1)
 mbarrier.wait(q_ready.index(ahead), ((step + 1) >> (STAGES // 2)) & 1)
 q = q_tiles.index(ahead).reshape([BLOCK_M, WIDTH])
@@ -38,7 +38,8 @@ s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=False, is_async=True)
 s = warpgroup_mma_wait(0, deps=[s])
 """
 
-_WAIT: Final = "dv, w, dk, u, dq = warpgroup_mma_wait(0, deps=[dv, w, dk, u, dq])"
+_DK: Final = "dk = warpgroup_mma(u, q, dk, is_async=True)"
+_FREE: Final = "mbarrier.arrive(free.index(slot), count=1)"
 
 
 def order_holes(ahead: bool) -> dict[str, str]:
@@ -46,10 +47,14 @@ def order_holes(ahead: bool) -> dict[str, str]:
     holes = {
         "score_now": "" if ahead else _SCORE_NOW,
         "score_wait": "" if ahead else "s = warpgroup_mma_wait(1, deps=[s])",
+        "dk_early": _DK if ahead else "",
+        "dk_late": "" if ahead else _DK,
         "score_next": _SCORE_NEXT if ahead else "",
-        "dq_wait": "dq = warpgroup_mma_wait(1, deps=[dq])" if ahead else _WAIT,
-        "score_done": "s = warpgroup_mma_wait(0, deps=[s])" if ahead else "",
+        "dq_wait": "dk, u, dq = warpgroup_mma_wait(1, deps=[dk, u, dq])" if ahead else "dv, w, dq = warpgroup_mma_wait(1, deps=[dv, w, dq])",
+        "free_early": _FREE if ahead else "",
+        "free_late": "" if ahead else "dk, u = warpgroup_mma_wait(0, deps=[dk, u])\n" + _FREE,
         "score_first": _SCORE_FIRST if ahead else "",
+        "score_done": "s = warpgroup_mma_wait(0, deps=[s])" if ahead else "",
         "load_nothing": _LOAD_NOTHING if ahead else "",
     }
     return {name: text.rstrip("\n") for name, text in holes.items()}

@@ -36,11 +36,6 @@ _CONSTANTS: Final = ("BLOCK_M", "WIDTH", "STAGES", "WHOLE")
 #: Where a block of rows does not need all keys.
 _PARTIAL: Final = {"full_start": "(start < full_start)", "full_stop": "(start >= full_stop)"}
 _BARRIERS: Final = ("q_ready", "dout_ready", "free")
-#: Where a key's gradients lie in memory, in units of the head dimension.
-_KEY_LINE: Final[dict[OutLayout, str]] = {
-    "bhsd": "(b_wide * kv_heads + g) * Sk + columns",
-    "bshd": "(b_wide * Sk + columns) * kv_heads + g",
-}
 
 
 @dataclass(frozen=True)
@@ -139,9 +134,9 @@ class HopperText(BackwardText):
         vectors = (*self._statistics, "delta")
         sources = ("q_source", "k_source", "v_source", "dout_source", *(f"{name}_source" for name in vectors))
         tiles = ("q_tiles", "k_tile", "v_tile", "dout_tiles", *(f"{name}_tiles" for name in vectors))
-        results = ("dk_ptr", "dv_ptr", "dq_ptr")
+        results = ("dk_source", "dv_source", "sums_source")
         load = (*sources, *tiles, "keys_ready", *_BARRIERS, *self._captured, *_SIZES, *self._constants)
-        group = (*tiles, "ds_tiles", "keys_ready", *_BARRIERS, "ds_ready", *results, *self._captured, *_SIZES)
+        group = (*tiles, "ds_tiles", "dq_tiles", "keys_ready", *_BARRIERS, "ds_ready", "done", *results, *self._captured, *_SIZES)
         group = (*group, *self._constants)
         members = (fill(hopper.GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in "01")
         unspecialized = (*_SIZES, *(p for c in self._folds.captures for p in c.period))
@@ -175,7 +170,7 @@ class HopperText(BackwardText):
         """The holes of the update by a block of rows."""
         inner, (slope, _) = self._weights.inner, self._folds.slope
         vectors = (f"{name}_tiles" for name in (*self._statistics, "delta"))
-        tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", *_BARRIERS, "ds_ready")
+        tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", "dq_tiles", *_BARRIERS, "ds_ready", "sums_source")
         captures = (name for c in self._folds.by_key for name in c.attend_names)
         symbols = (name for name in ("b", "h", "j") if name in self._read)
         state = (
@@ -193,10 +188,10 @@ class HopperText(BackwardText):
             "Sk",
         )
         constants = ("MEMBER", *_CONSTANTS, *("EVEN",) * self._indexed, "SCORES", "WEIGHTS", "DQ")
-        placed = ("sums + block * (BLOCK_M * WIDTH)", "block * BLOCK_M")
+        placed = ("line + block * (BLOCK_M * WIDTH // 32)", "block * BLOCK_M")
         loads = "\n".join(c.load_in_loop for c in self._folds.by_key if c.in_loop)
         return {
-            "fold_parameters": parameters((*state, "target", "start", *constants)),
+            "fold_parameters": parameters((*state, "line", "start", *constants)),
             "fold_arguments": listing((*state, *placed, *constants)),
             "folded": ", ".join(self._folded),
             **order_holes(self.cut.ahead),
@@ -259,16 +254,25 @@ class HopperText(BackwardText):
             "capture_bases": as_gluon("\n".join(c.base for c in self._folds.by_key)),
             "tile_index": "m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))" if self._indexed else "",
             "dq_columns": "WIDTH // 2" if by_columns else "WIDTH",
+            "part_lines": str(padded(self.head_dim) * (1 if by_columns else 2)),
             "turned": "turned" if by_columns else "turned.slice(MEMBER * 64, 64, 1)",
             "k_part": "keys.slice(MEMBER * (WIDTH // 2), WIDTH // 2, 1)" if by_columns else "keys",
-            "key_line": _KEY_LINE[spec.out_layout],
+            **self._wide,
             "width": str(padded(self.head_dim)),
             "rows_at_a_time": str(self.cut.rows),
             "described_rows": "64, 128" if by_columns else "128,",
             "element": _ELEMENT[self.dtype],
-            "dk_mask": _inside("columns < Sk", "d", self.head_dim),
-            "dv_mask": _inside("columns < Sk", "d", self.value_dim),
             "finish_mask": _inside("rows < Sq", "d", self.head_dim),
+        }
+
+    @property
+    def _wide(self) -> dict[str, str]:
+        """64-bit heads, where addresses of captured tensors are counted from them."""
+        bases = "\n".join(c.base for c in self._folds.by_key)
+        wide = ", ".join(name for name in ("b", "g") if f"{name}_wide" in bases)
+        return {
+            "wide_heads": "b_wide, g_wide = b.to(gl.int64), g.to(gl.int64)" if wide else "",
+            "wide_head": "h_wide = h.to(gl.int64)" if "h_wide" in bases else "",
         }
 
     @property
@@ -292,7 +296,8 @@ class HopperText(BackwardText):
         constants = (f"GROUP={'heads // kv_heads'}", f"BLOCK_M={cut.rows}", f"KEYS={cut.keys}", f"WIDTH={width}")
         even = (f"EVEN=rows % {cut.rows} == 0",) * self._indexed
         switches = (f"STAGES={cut.stages}", *even, f"WHOLE=keys % {cut.keys} == 0")
-        arguments = (*described, "dk", "dv", "sums", *(c.name for c in captures), *values)
+        described += [f"described(dk, {cut.keys})", f"described(dv, {cut.keys})", "parts(sums)"]
+        arguments = (*described, *(c.name for c in captures), *values)
         sizes = ("heads", "kv_heads", "rows", "keys", "blocks", "group", "pairs")
         holes = {
             "keys": str(cut.keys),

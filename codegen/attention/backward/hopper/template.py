@@ -30,8 +30,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -117,24 +119,25 @@ tma.async_copy_global_to_shared(${vector}_source, [line + row], q_ready.index(sl
 """
 
 ADD: Final = '''
-@gluon.jit
-def add(target, x, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Add a tile of 64 rows to the sums at ``target``, where they lie in the order in which threads hold them.
+@builtin
+def add_tile(target, place, tile, _semantic=None):
+    """Add ``tile``, in shared memory, to the block of ``target`` at ``place``, by TMA; Gluon has no name for it."""
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, target.handle, place, tile.handle)
 
-    So a thread adds four neighbours at once, and a warp 512 bytes in a row.
+
+@gluon.jit
+def add(target, line, x, tile, COLUMNS: gl.constexpr):
+    """Add 64 rows of dq to the sums that begin at ``line``, where they lie in the order in which threads hold them.
+
+    So a thread stores four neighbours at once, and no two threads of a warp meet in a bank.
     """
-    r = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-    c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    thread = r // 16 * 32 + r % 8 * 4 + c // 2 % 4
-    address = (target + (c // 8 * 512 + thread * 4 + r // 8 % 2 * 2 + c % 2)).to(gl.int64)
-    gl.inline_asm_elementwise(
-        "red.global.add.v4.f32 [$$1], {$$5, $$6, $$7, $$8}; mov.b32 $$0, 0;",
-        "=r,l,l,l,l,f,f,f,f",
-        [address, x],
-        dtype=gl.int8,
-        is_pure=False,
-        pack=4,
-    )
+    held = x.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
+    tma.store_wait(0)
+    tile.store(held.reshape([2 * COLUMNS, 32]))
+    fence_async_shared()
+    add_tile(target, [line, 0], tile)
 
 '''
 
@@ -177,14 +180,16 @@ def fold_rows(
     fence_async_shared()
     mbarrier.arrive(ds_ready.index(step & 1), count=1)
     u = gl.convert_layout(ds, WEIGHTS)
-    dk = warpgroup_mma(u, q, dk, is_async=True)
+    $dk_early
     mbarrier.wait(ds_ready.index(step & 1), (step >> 1) & 1)
     nothing = gl.zeros([64, $dq_columns], gl.float32, layout=DQ)
     dq = warpgroup_mma($turned.permute((1, 0)), k_part, nothing, use_acc=False, is_async=True)
+    $dk_late
     $score_next
     $dq_wait
-    mbarrier.arrive(free.index(slot), count=1)
-    add(target + MEMBER * (BLOCK_M * WIDTH // 2), dq, $dq_columns, DQ)
+    $free_early
+    add(sums_source, line + MEMBER * (BLOCK_M * WIDTH // 64), dq, dq_tiles.index(MEMBER), $dq_columns)
+    $free_late
     $score_done
     return $folded, step + 1
 
@@ -203,7 +208,7 @@ def multiply(
     block, b, g = place(blocks, kv_heads, group, pairs)
     first = block * KEYS
     last = gl.minimum(first + KEYS, Sk) - 1
-    b_wide, g_wide = b.to(gl.int64), g.to(gl.int64)
+    $wide_heads
     columns = (first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))[:, None]
     # Keys beyond the end repeat the last one, so that nothing outside the captured tensors is read.
     j = gl.minimum(columns, Sk - 1)
@@ -218,24 +223,31 @@ def multiply(
     $score_first
     for turn in range(GROUP):
         h = $query_head
-        h_wide = h.to(gl.int64)
+        $wide_head
         $tile_index
         $capture_bases
         start, stop$full = row_blocks(
             $range_arguments
         )
-        sums = dq_ptr + (b_wide * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH)
+        line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH // 32)
         for block in range(start, stop):
             $folded, step = fold_rows(
                 $fold_arguments
             )
+    # Tiles of keys and values, once nobody multiplies by them, take the gradients on their way to memory.
+    v.store(dv.to(k.dtype))
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 0)
+    k.store($dk_result.to(k.dtype))
+    fence_async_shared()
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 1)
     block, b, g = place(blocks, kv_heads, group, pairs)
-    b_wide = b.to(gl.int64)
-    columns = (block * KEYS + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, GRADS)))[:, None]
-    d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, GRADS))[None, :]
-    line = $key_line
-    gl.store(dk_ptr + line * $head_dim + d, $dk_result.to(k.dtype), mask=$dk_mask)
-    gl.store(dv_ptr + line * $value_dim + d, dv.to(k.dtype), mask=$dv_mask)
+    if MEMBER == 0:
+        tma.async_copy_shared_to_global(dk_source, [b, g, block * KEYS, 0], k_tile)
+    else:
+        tma.async_copy_shared_to_global(dv_source, [b, g, block * KEYS, 0], v_tile)
+    tma.store_wait(0)
 
 '''
 
@@ -272,13 +284,16 @@ def gradient_kernel(
     q_tiles = gl.allocate_shared_memory(q_source.dtype, [STAGES] + q_source.block_shape, q_source.layout)
     dout_tiles = gl.allocate_shared_memory(dout_source.dtype, [STAGES] + dout_source.block_shape, dout_source.layout)
     ds_tiles = gl.allocate_shared_memory(k_source.dtype, [2, KEYS, BLOCK_M], TURNED)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [2, 2 * $dq_columns, 32], sums_source.layout)
     $allocate_vectors
     keys_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(keys_ready, count=1)
+    mbarrier.init(done, count=2)
     for n in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(n), count=1)
         mbarrier.init(dout_ready.index(n), count=1)
@@ -339,6 +354,7 @@ def finish_kernel(
 #: How blocks of so many rows lie in shared memory, where TMA puts them.
 LAYOUTS = {rows: gl.NVMMASharedLayout.get_default_for([1, 1, rows, $width], gl.$element) for rows in ($described_rows)}
 VECTOR = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+PARTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 
 
 def describable(x: torch.Tensor) -> bool:
@@ -358,6 +374,11 @@ def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
 def vectors(x: torch.Tensor) -> TensorDescriptor:
     """One number for each row of every head, as blocks of rows: each begins at a multiple of 16 bytes, as it must."""
     return TensorDescriptor(x, [x.numel()], [1], [$rows_at_a_time], VECTOR)
+
+
+def parts(x: torch.Tensor) -> TensorDescriptor:
+    """The sums of dq as what a group of warps adds at once, by lines of 32 numbers."""
+    return TensorDescriptor(x, [x.numel() // 32, 32], [32, 1], [$part_lines, 32], PARTS)
 
 '''
 

@@ -42,17 +42,27 @@ _DK: Final = "dk = warpgroup_mma(u, q, dk, is_async=True)"
 _FREE: Final = "mbarrier.arrive(free.index(slot), count=1)"
 
 
-def order_holes(ahead: bool) -> dict[str, str]:
+def order_holes(ahead: str) -> dict[str, str]:
     """The holes of the templates for either order."""
+    waits = {
+        "": "dv, w, dq = warpgroup_mma_wait(1, deps=[dv, w, dq])",
+        "a": "dk, u, dq = warpgroup_mma_wait(1, deps=[dk, u, dq])",
+        "c": "dq = warpgroup_mma_wait(2, deps=[dq])",
+    }
+    late = {
+        "": "dk, u = warpgroup_mma_wait(0, deps=[dk, u])\n" + _FREE,
+        "a": "",
+        "c": "dk, u = warpgroup_mma_wait(1, deps=[dk, u])\n" + _FREE,
+    }
     holes = {
         "score_now": "" if ahead else _SCORE_NOW,
         "score_wait": "" if ahead else "s = warpgroup_mma_wait(1, deps=[s])",
-        "dk_early": _DK if ahead else "",
-        "dk_late": "" if ahead else _DK,
+        "dk_early": _DK if ahead == "a" else "",
+        "dk_late": "" if ahead == "a" else _DK,
         "score_next": _SCORE_NEXT if ahead else "",
-        "dq_wait": "dk, u, dq = warpgroup_mma_wait(1, deps=[dk, u, dq])" if ahead else "dv, w, dq = warpgroup_mma_wait(1, deps=[dv, w, dq])",
-        "free_early": _FREE if ahead else "",
-        "free_late": "" if ahead else "dk, u = warpgroup_mma_wait(0, deps=[dk, u])\n" + _FREE,
+        "dq_wait": waits[ahead],
+        "free_early": _FREE if ahead == "a" else "",
+        "free_late": late[ahead],
         "score_first": _SCORE_FIRST if ahead else "",
         "score_done": "s = warpgroup_mma_wait(0, deps=[s])" if ahead else "",
         "load_nothing": _LOAD_NOTHING if ahead else "",

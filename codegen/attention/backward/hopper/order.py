@@ -9,7 +9,6 @@ from typing import Final
 
 #: The products of queries and keys where a block of rows begins with them.
 _SCORE_NOW: Final = """\
-mbarrier.wait(q_ready.index(slot), phase)
 s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
 """
 
@@ -55,6 +54,7 @@ def order_holes(ahead: str) -> dict[str, str]:
         "c": "dk, u = warpgroup_mma_wait(1, deps=[dk, u])\n" + _FREE,
     }
     holes = {
+        "row_wait": "" if ahead else "mbarrier.wait(q_ready.index(slot), phase)",
         "score_now": "" if ahead else _SCORE_NOW,
         "score_wait": "" if ahead else "s = warpgroup_mma_wait(1, deps=[s])",
         "dk_early": _DK if ahead == "a" else "",

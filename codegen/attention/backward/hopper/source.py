@@ -162,7 +162,8 @@ class HopperText(BackwardText):
             "flowing_bytes": "dout_source.block_type.nbytes + 4 * BLOCK_M",
             "load_vectors": _each(hopper.LOAD_VECTOR, names),
             "allocate_vectors": _each(hopper.ALLOCATE_VECTOR, (*names, "delta")),
-            "read_vectors": "\n".join(reads),
+            "read_vectors": reads[0],
+            "read_counts": "\n".join(reads[1:]),
         }
 
     @property

@@ -120,6 +120,11 @@ class HopperText(BackwardText):
         return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured)
 
     @property
+    def _reads_rows(self) -> bool:
+        """Whether captured tensors vary with the row."""
+        return any("i" in capture.dims for capture in self.spec.captures)
+
+    @property
     def _indexed(self) -> bool:
         """Whether captured tensors are read row by row, so that rows beyond the end must be told."""
         return any(c.in_loop for c in self._folds.by_key)
@@ -156,14 +161,16 @@ class HopperText(BackwardText):
     def _vectors(self) -> dict[str, str]:
         """The holes that have a line for each number of a row."""
         names = self._statistics
+        # Others would take registers that rows and keys need.
+        early = 0 if self._reads_rows else 1
         reads = [f"{name} = {name}_tiles.index(slot).load(gl.SliceLayout(0, SCORES))" for name in names]
         return {
             "scored_bytes": f"q_source.block_type.nbytes + {4 * len(names)} * BLOCK_M",
             "flowing_bytes": "dout_source.block_type.nbytes + 4 * BLOCK_M",
             "load_vectors": _each(hopper.LOAD_VECTOR, names),
             "allocate_vectors": _each(hopper.ALLOCATE_VECTOR, (*names, "delta")),
-            "read_vectors": reads[0],
-            "read_counts": "\n".join(reads[1:]),
+            "read_early": "\n".join(reads[:early]),
+            "read_late": "\n".join(reads[early:]),
         }
 
     @property

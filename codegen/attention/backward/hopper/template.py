@@ -153,8 +153,7 @@ def fold_rows(
     dout = dout_tiles.index(slot).reshape([BLOCK_M, WIDTH])
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
     $row_wait
-    # Before products keep shared memory busy.
-    $read_vectors
+    $read_early
     $score_now
     mbarrier.wait(dout_ready.index(slot), phase)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -165,7 +164,7 @@ def fold_rows(
     # One number of a thread and constants, which take no registers.
     rows = (start + m // 2 % 4 * 2) + (m // 8 * 8 + m % 2)
     i = rows[None, :]
-    $read_counts
+    $read_late
     $load_captures
     x = $score
     $widen

@@ -298,6 +298,7 @@ LANGUAGE = SimpleNamespace(
     program_id=lambda axis: torch.tensor(_PROGRAM.number),
     static_range=range,
     store=_store,
+    thread_barrier=lambda: None,
     warp_specialize=_specialize,
     where=lambda kept, x, y: torch.where(torch.as_tensor(kept), x, y),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),

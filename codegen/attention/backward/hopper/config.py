@@ -9,7 +9,7 @@ from typing import Final
 from fxopt.errors import LoweringError
 
 PREFIX: Final = "hopper:"
-_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)([ac]?)")
+_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)(a?)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
 #: What is said to be there after the last block, so that all blocks are alike; its products are not read.
 _LOAD_NOTHING: Final = """\
 slot = step & (STAGES - 1)
-mbarrier.wait(free.index(slot), ((step >> (STAGES // 2)) & 1) ^ 1)
+mbarrier.wait(q_free.index(slot), ((step >> (STAGES // 2)) & 1) ^ 1)
 mbarrier.arrive(q_ready.index(slot), count=1)
 """
 
@@ -38,7 +38,8 @@ s = warpgroup_mma_wait(0, deps=[s])
 """
 
 _DK: Final = "dk = warpgroup_mma(u, q, dk, is_async=True)"
-_FREE: Final = "mbarrier.arrive(free.index(slot), count=1)"
+_Q_DONE: Final = "mbarrier.arrive(q_free.index(slot), count=1)"
+_DOUT_DONE: Final = "mbarrier.arrive(dout_free.index(slot), count=1)"
 
 
 def order_holes(ahead: str) -> dict[str, str]:
@@ -46,12 +47,6 @@ def order_holes(ahead: str) -> dict[str, str]:
     waits = {
         "": "dv, w, dq = warpgroup_mma_wait(1, deps=[dv, w, dq])",
         "a": "dk, u, dq = warpgroup_mma_wait(1, deps=[dk, u, dq])",
-        "c": "dq = warpgroup_mma_wait(2, deps=[dq])",
-    }
-    late = {
-        "": "dk, u = warpgroup_mma_wait(0, deps=[dk, u])\n" + _FREE,
-        "a": "",
-        "c": "dk, u = warpgroup_mma_wait(1, deps=[dk, u])\n" + _FREE,
     }
     holes = {
         "row_wait": "" if ahead else "mbarrier.wait(q_ready.index(slot), phase)",
@@ -61,8 +56,8 @@ def order_holes(ahead: str) -> dict[str, str]:
         "dk_late": "" if ahead == "a" else _DK,
         "score_next": _SCORE_NEXT if ahead else "",
         "dq_wait": waits[ahead],
-        "free_early": _FREE if ahead == "a" else "",
-        "free_late": late[ahead],
+        "dout_done": _DOUT_DONE + ("\n" + _Q_DONE) * bool(ahead),
+        "q_done": "" if ahead else "dk, u = warpgroup_mma_wait(0, deps=[dk, u])\n" + _Q_DONE,
         "score_first": _SCORE_FIRST if ahead else "",
         "score_done": "s = warpgroup_mma_wait(0, deps=[s])" if ahead else "",
         "load_nothing": _LOAD_NOTHING if ahead else "",

@@ -35,7 +35,7 @@ _SIZES: Final = ("heads", "kv_heads", "Sq", "Sk", "blocks", "group", "pairs")
 _CONSTANTS: Final = ("BLOCK_M", "WIDTH", "STAGES", "WHOLE")
 #: Where a block of rows does not need all keys.
 _PARTIAL: Final = {"full_start": "(start < full_start)", "full_stop": "(start >= full_stop)"}
-_BARRIERS: Final = ("q_ready", "dout_ready", "free")
+_BARRIERS: Final = ("q_ready", "dout_ready", "q_free", "dout_free")
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ class HopperText(BackwardText):
         return {
             "scored_bytes": f"q_source.block_type.nbytes + {4 * len(names)} * BLOCK_M",
             "flowing_bytes": "dout_source.block_type.nbytes + 4 * BLOCK_M",
+            "load_dout": hopper.LOAD_DOUT,
             "load_vectors": _each(hopper.LOAD_VECTOR, names),
             "allocate_vectors": _each(hopper.ALLOCATE_VECTOR, (*names, "delta")),
             "read_early": "\n".join(reads[:early]),
@@ -196,10 +197,10 @@ class HopperText(BackwardText):
             "Sk",
         )
         constants = ("MEMBER", *_CONSTANTS, *("EVEN",) * self._indexed, "SCORES", "WEIGHTS", "DQ")
-        placed = ("line + block * (BLOCK_M * WIDTH // 32)", "block * BLOCK_M")
+        placed = ("line", "start * BLOCK_M", "block * BLOCK_M")
         loads = "\n".join(c.load_in_loop for c in self._folds.by_key if c.in_loop)
         return {
-            "fold_parameters": parameters((*state, "line", "start", *constants)),
+            "fold_parameters": parameters((*state, "line", "begin", "start", *constants)),
             "fold_arguments": listing((*state, *placed, *constants)),
             "folded": ", ".join(self._folded),
             **order_holes(self.cut.ahead),

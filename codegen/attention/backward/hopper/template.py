@@ -92,8 +92,14 @@ def load(
         for block in range(start, stop):
             slot = step & (STAGES - 1)
             # The barriers turn when all slots have been used: every 2 or 4 steps.
-            mbarrier.wait(free.index(slot), ((step >> (STAGES // 2)) & 1) ^ 1)
+            phase = ((step >> (STAGES // 2)) & 1) ^ 1
             row = block * BLOCK_M
+            # The slots of dout are free before those of q; the first products are those of q.
+            mbarrier.wait(dout_free.index(slot), phase)
+            if step > 0:
+                mbarrier.expect(dout_ready.index(slot), $flowing_bytes)
+                $load_dout
+            mbarrier.wait(q_free.index(slot), phase)
             mbarrier.expect(q_ready.index(slot), $scored_bytes)
             tma.async_copy_global_to_shared(q_source, [b, h, row, 0], q_ready.index(slot), q_tiles.index(slot))
             $load_vectors
@@ -102,16 +108,16 @@ def load(
                     dout_ready.index(0), $flowing_bytes + v_source.block_type.nbytes
                 )
                 tma.async_copy_global_to_shared(v_source, [b, g, first, 0], dout_ready.index(0), v_tile)
-            else:
-                mbarrier.expect(dout_ready.index(slot), $flowing_bytes)
-            tma.async_copy_global_to_shared(dout_source, [b, h, row, 0], dout_ready.index(slot), dout_tiles.index(slot))
-            tma.async_copy_global_to_shared(
-                delta_source, [line + row], dout_ready.index(slot), delta_tiles.index(slot)
-            )
+                $load_dout
             step += 1
     $load_nothing
 
 '''
+
+#: Gradients of the result, and delta.
+LOAD_DOUT: Final = """\
+tma.async_copy_global_to_shared(dout_source, [b, h, row, 0], dout_ready.index(slot), dout_tiles.index(slot))
+tma.async_copy_global_to_shared(delta_source, [line + row], dout_ready.index(slot), delta_tiles.index(slot))"""
 
 #: Statistics of a block of rows.
 LOAD_VECTOR: Final = """\
@@ -128,16 +134,13 @@ def add_tile(target, place, tile, _semantic=None):
 
 
 @gluon.jit
-def add(target, line, x, tile, COLUMNS: gl.constexpr):
-    """Add 64 rows of dq to the sums that begin at ``line``, where they lie in the order in which threads hold them.
+def hold(x, tile, COLUMNS: gl.constexpr):
+    """Store 64 rows of dq where they can be added from, in the order in which threads hold them.
 
     So a thread stores four neighbours at once, and no two threads of a warp meet in a bank.
     """
     held = x.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
-    tma.store_wait(0)
     tile.store(held.reshape([2 * COLUMNS, 32]))
-    fence_async_shared()
-    add_tile(target, [line, 0], tile)
 
 '''
 
@@ -147,6 +150,8 @@ def fold_rows(
     $fold_parameters
 ):
     """Add what one block of rows, from ``start``, gives to the gradients; keys run down, rows across."""
+    # Seen through, the compiler would keep 64-bit copies of all rows in registers.
+    start = gl.inline_asm_elementwise("mov.b32 $$0, $$1;", "=r,r", [start], dtype=gl.int32, is_pure=True, pack=1)
     slot = step & (STAGES - 1)
     phase = (step >> (STAGES // 2)) & 1
     q = q_tiles.index(slot).reshape([BLOCK_M, WIDTH])
@@ -157,9 +162,12 @@ def fold_rows(
     $score_now
     mbarrier.wait(dout_ready.index(slot), phase)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+    # Products are under way: time to add what the block of rows before has left. TMA adds nothing beyond the end.
+    fence_async_shared()
+    gl.thread_barrier()
+    held = gl.where(start > begin, line + (start - BLOCK_M) * (WIDTH // 32), 1 << 30)
+    add_tile(sums_source, [held, 0], dq_tiles.index(MEMBER))
     $score_wait
-    # Seen through, the compiler would keep 64-bit copies of all rows in registers.
-    start = gl.inline_asm_elementwise("mov.b32 $$0, $$1;", "=r,r", [start], dtype=gl.int32, is_pure=True, pack=1)
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
     # One number of a thread and constants, which take no registers.
     rows = (start + m // 2 % 4 * 2) + (m // 8 * 8 + m % 2)
@@ -189,9 +197,10 @@ def fold_rows(
     $dk_late
     $score_next
     $dq_wait
-    $free_early
-    add(sums_source, line + MEMBER * (BLOCK_M * WIDTH // 64), dq, dq_tiles.index(MEMBER), $dq_columns)
-    $free_late
+    tma.store_wait(0)
+    $dout_done
+    hold(dq, dq_tiles.index(MEMBER), $dq_columns)
+    $q_done
     $score_done
     return $folded, step + 1
 
@@ -231,11 +240,15 @@ def multiply(
         start, stop$full = row_blocks(
             $range_arguments
         )
-        line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH // 32)
+        line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH // 32) + MEMBER * (BLOCK_M * WIDTH // 64)
         for block in range(start, stop):
             $folded, step = fold_rows(
                 $fold_arguments
             )
+        if start < stop:
+            fence_async_shared()
+            gl.thread_barrier()
+            add_tile(sums_source, [line + (stop - 1) * (BLOCK_M * WIDTH // 32), 0], dq_tiles.index(MEMBER))
     # Tiles of keys and values, once nobody multiplies by them, take the gradients on their way to memory.
     v.store(dv.to(k.dtype))
     mbarrier.arrive(done, count=1)
@@ -291,7 +304,8 @@ def gradient_kernel(
     keys_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dout_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(keys_ready, count=1)
@@ -299,7 +313,8 @@ def gradient_kernel(
     for n in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(n), count=1)
         mbarrier.init(dout_ready.index(n), count=1)
-        mbarrier.init(free.index(n), count=2)
+        mbarrier.init(q_free.index(n), count=2)
+        mbarrier.init(dout_free.index(n), count=2)
     for n in gl.static_range(2):
         mbarrier.init(ds_ready.index(n), count=2)
     gl.warp_specialize(

@@ -15,6 +15,7 @@ from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
 from fxopt.codegen.attention.backward.hopper.order import order_holes
+from fxopt.codegen.attention.backward.hopper.sloped import Sloped, sloped_weights
 from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes, prepare_text
 from fxopt.codegen.attention.backward.row_range import row_range_text
 from fxopt.codegen.attention.backward.source import BackwardText
@@ -177,7 +178,10 @@ class HopperText(BackwardText):
     @property
     def _fold(self) -> dict[str, str]:
         """The holes of the update by a block of rows."""
-        inner, (slope, _) = self._weights.inner, self._folds.slope
+        slope, _ = self._folds.slope
+        found = self._sloped
+        inner = self._weights.inner if found is None else found.inner
+        weight = as_gluon(self._weights.text.format("[None, :]")) if found is None else found.weight
         vectors = (f"{name}_tiles" for name in (*self._statistics, "delta"))
         tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", "dq_tiles", *_BARRIERS, "ds_ready", "sums_source")
         captures = (name for c in self._folds.by_key for name in c.attend_names)
@@ -208,9 +212,15 @@ class HopperText(BackwardText):
             "score": self._emit(inner),
             "widen": "" if inner.reads(S) else "x = gl.zeros_like(s) + x",
             "masks": self._masks,
-            "weight": as_gluon(self._weights.text.format("[None, :]")),
+            "weight": weight,
+            "row_parts": "" if found is None else found.parts,
             "slope": "" if slope is None else f"p = p * ({self._emit(slope)})",
         }
+
+    @cached_property
+    def _sloped(self) -> Sloped | None:
+        """What is known of weights before products are there, where a multiple of the distance is added to them."""
+        return sloped_weights(self.spec, self._weights)
 
     @property
     def _full(self) -> tuple[str, ...]:
@@ -219,7 +229,7 @@ class HopperText(BackwardText):
         They take registers: where those are few, every block asks the mask.
         """
         found = self._folds.range
-        if self._indexed or (padded(self.head_dim) > 64 and not is_light(self.spec, self.dtype)):
+        if self._indexed or (padded(self.head_dim) > 64 and (self._sloped is not None or not is_light(self.spec, self.dtype))):
             return ()
         starts = any(b.slope for b in found.side("upper"))
         stops = any(b.side == "lower" or not b.slope for b in found.bounds)
@@ -266,6 +276,7 @@ class HopperText(BackwardText):
             "part_lines": str(padded(self.head_dim) * (1 if by_columns else 2)),
             "turned": "turned" if by_columns else "turned.slice(MEMBER * 64, 64, 1)",
             "k_part": "keys.slice(MEMBER * (WIDTH // 2), WIDTH // 2, 1)" if by_columns else "keys",
+            "clamped_keys": self._clamped_keys,
             **self._wide,
             "width": str(padded(self.head_dim)),
             "rows_at_a_time": str(self.cut.rows),
@@ -273,6 +284,13 @@ class HopperText(BackwardText):
             "element": _ELEMENT[self.dtype],
             "finish_mask": _inside("rows < Sq", "d", self.head_dim),
         }
+
+    @property
+    def _clamped_keys(self) -> str:
+        """The keys: none beyond the end where captured tensors are read by them, or derivatives might not be finite."""
+        if self._folds.slope[0] is None and not any("j" in capture.dims for capture in self.spec.captures):
+            return "j = columns"
+        return "# Nothing beyond the last key is read.\nj = gl.minimum(columns, Sk - 1)"
 
     @property
     def _wide(self) -> dict[str, str]:

@@ -52,8 +52,11 @@ def place(blocks, kv_heads, group, pairs):
     program = gl.inline_asm_elementwise(
         "mov.u32 $$0, %ctaid.x;", "=r,r", [blocks], dtype=gl.int32, is_pure=False, pack=1
     )
-    before = program // (group * blocks) * group
-    within = program % (group * blocks)
+    together = gl.inline_asm_elementwise(
+        "mul.lo.s32 $$0, $$1, $$2;", "=r,r,r", [group, blocks], dtype=gl.int32, is_pure=False, pack=1
+    )
+    before = program // together * group
+    within = program % together
     size = gl.minimum(group, pairs - before)
     pair = before + within % size
     return within // size, pair // kv_heads, pair % kv_heads
@@ -167,6 +170,7 @@ def fold_rows(
     gl.thread_barrier()
     held = gl.where(start > begin, line + (start - BLOCK_M) * (WIDTH // 32), 1 << 30)
     add_tile(sums_source, [held, 0], dq_tiles.index(MEMBER))
+    $row_parts
     $score_wait
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
     # One number of a thread and constants, which take no registers.
@@ -221,8 +225,7 @@ def multiply(
     last = gl.minimum(first + KEYS, Sk) - 1
     $wide_heads
     columns = (first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))[:, None]
-    # Keys beyond the end repeat the last one, so that nothing outside the captured tensors is read.
-    j = gl.minimum(columns, Sk - 1)
+    $clamped_keys
     keys = k_tile.reshape([KEYS, WIDTH])
     k = keys.slice(MEMBER * 64, 64, 0)
     v = v_tile.reshape([KEYS, WIDTH]).slice(MEMBER * 64, 64, 0)

@@ -164,6 +164,7 @@ class HopperText(BackwardText):
         names = self._statistics
         # Others would take registers that rows and keys need.
         early = 0 if self._reads_rows else 1
+        aside = self._sloped is not None
         reads = [f"{name} = {name}_tiles.index(slot).load(gl.SliceLayout(0, SCORES))" for name in names]
         return {
             "scored_bytes": f"q_source.block_type.nbytes + {4 * len(names)} * BLOCK_M",
@@ -171,7 +172,8 @@ class HopperText(BackwardText):
             "load_dout": hopper.LOAD_DOUT,
             "load_vectors": _each(hopper.LOAD_VECTOR, names),
             "allocate_vectors": _each(hopper.ALLOCATE_VECTOR, (*names, "delta")),
-            "read_early": "\n".join(reads[:early]),
+            "read_early": "\n".join(f"if WHOLE:\n    {line}" if aside else line for line in reads[:early]),
+            "read_next": f"if not WHOLE:\n    {reads[0]}" if aside else "",
             "read_late": "\n".join(reads[early:]),
         }
 

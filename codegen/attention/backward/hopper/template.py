@@ -170,6 +170,7 @@ def fold_rows(
     gl.thread_barrier()
     held = gl.where(start > begin, line + (start - BLOCK_M) * (WIDTH // 32), 1 << 30)
     add_tile(sums_source, [held, 0], dq_tiles.index(MEMBER))
+    $read_next
     $row_parts
     $score_wait
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))

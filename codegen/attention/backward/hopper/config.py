@@ -23,7 +23,7 @@ class Config:
     rows: int
     keys: int
     stages: int
-    ahead: str = ""
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.rows not in (64, 128) or self.keys != 128 or self.stages not in (2, 4):
@@ -32,7 +32,7 @@ class Config:
             )
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.rows}x{self.keys}s{self.stages}{self.ahead}"
+        return f"{PREFIX}{self.rows}x{self.keys}s{self.stages}{'a' * self.ahead}"
 
 
 def is_hopper(text: str) -> bool:
@@ -46,4 +46,4 @@ def read_config(text: str) -> Config:
     if match is None:
         raise LoweringError(f"not a configuration of a Hopper backward: {text!r}; an example is 'hopper:64x128s2'")
     rows, keys, stages = map(int, match.groups()[:3])
-    return Config(rows, keys, stages, match[4])
+    return Config(rows, keys, stages, match[4] == "a")

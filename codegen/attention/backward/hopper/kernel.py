@@ -1,8 +1,7 @@
 """The Hopper backward of an attention: TMA, wgmma and divided warps (Gluon); when it can serve, and its source.
 
 Shah et al., FlashAttention-3 (arXiv 2407.08608) describes the division of work: gradients of keys and values in
-registers, rows passing by, five products for each pair of blocks. Here dq goes from registers to global memory by
-vectors, and never through shared memory, whose bandwidth is this kernel's bound.
+registers, rows passing by, five products for each pair of blocks, dq added to its sums by TMA.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fxopt.ir.expression import Expr, S
 #: By padded head dimension. With heads 128 wide, products of queries and keys ahead of the rest cost 5 to 10%
 #: (`benchmarks/results/h100-attention-backward-hopper.json`).
 _CONFIGS: Final[dict[int, tuple[Config, ...]]] = {
-    64: (Config(64, 128, 4), Config(64, 128, 4, ahead="a")),
+    64: (Config(64, 128, 4), Config(64, 128, 4, ahead=True)),
     128: (Config(64, 128, 2),),
 }
 _HALF: Final = (torch.bfloat16, torch.float16)

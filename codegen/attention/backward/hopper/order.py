@@ -42,24 +42,39 @@ _Q_DONE: Final = "mbarrier.arrive(q_free.index(slot), count=1)"
 _DOUT_DONE: Final = "mbarrier.arrive(dout_free.index(slot), count=1)"
 
 
-def order_holes(ahead: str) -> dict[str, str]:
+def order_holes(ahead: bool) -> dict[str, str]:
     """The holes of the templates for either order."""
-    waits = {
-        "": "dv, w, dq = warpgroup_mma_wait(1, deps=[dv, w, dq])",
-        "a": "dk, u, dq = warpgroup_mma_wait(1, deps=[dk, u, dq])",
-    }
-    holes = {
-        "row_wait": "" if ahead else "mbarrier.wait(q_ready.index(slot), phase)",
-        "score_now": "" if ahead else _SCORE_NOW,
-        "score_wait": "" if ahead else "s = warpgroup_mma_wait(1, deps=[s])",
-        "dk_early": _DK if ahead == "a" else "",
-        "dk_late": "" if ahead == "a" else _DK,
-        "score_next": _SCORE_NEXT if ahead else "",
-        "dq_wait": waits[ahead],
-        "dout_done": _DOUT_DONE + ("\n" + _Q_DONE) * bool(ahead),
-        "q_done": "" if ahead else "dk, u = warpgroup_mma_wait(0, deps=[dk, u])\n" + _Q_DONE,
-        "score_first": _SCORE_FIRST if ahead else "",
-        "score_done": "s = warpgroup_mma_wait(0, deps=[s])" if ahead else "",
-        "load_nothing": _LOAD_NOTHING if ahead else "",
-    }
+    holes = dict(_AHEAD if ahead else _TOGETHER)
     return {name: text.rstrip("\n") for name, text in holes.items()}
+
+
+#: dk after dq, which leaves registers meanwhile.
+_TOGETHER: Final = {
+    "row_wait": "mbarrier.wait(q_ready.index(slot), phase)",
+    "score_now": _SCORE_NOW,
+    "score_wait": "s = warpgroup_mma_wait(1, deps=[s])",
+    "dk_early": "",
+    "dk_late": _DK,
+    "score_next": "",
+    "dq_wait": "dv, w, dq = warpgroup_mma_wait(1, deps=[dv, w, dq])",
+    "dout_done": _DOUT_DONE,
+    "q_done": f"dk, u = warpgroup_mma_wait(0, deps=[dk, u])\n{_Q_DONE}",
+    "score_first": "",
+    "score_done": "",
+    "load_nothing": "",
+}
+#: dk before dq, and the next products of queries and keys after it.
+_AHEAD: Final = {
+    "row_wait": "",
+    "score_now": "",
+    "score_wait": "",
+    "dk_early": _DK,
+    "dk_late": "",
+    "score_next": _SCORE_NEXT,
+    "dq_wait": "dk, u, dq = warpgroup_mma_wait(1, deps=[dk, u, dq])",
+    "dout_done": f"{_DOUT_DONE}\n{_Q_DONE}",
+    "q_done": "",
+    "score_first": _SCORE_FIRST,
+    "score_done": "s = warpgroup_mma_wait(0, deps=[s])",
+    "load_nothing": _LOAD_NOTHING,
+}

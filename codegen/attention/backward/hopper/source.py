@@ -12,6 +12,7 @@ import torch
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward import plan, template
 from fxopt.codegen.attention.backward.config import BackwardConfig
+from fxopt.codegen.attention.backward.hopper import finish
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
 from fxopt.codegen.attention.backward.hopper.order import order_holes
@@ -26,7 +27,7 @@ from fxopt.codegen.attention.portable.config import Config as PortableConfig
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
-from fxopt.ir.attention import AttentionSpec, OutLayout
+from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, S, conjunction
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -57,7 +58,7 @@ class HopperText(BackwardText):
         called = [_apart(as_gluon(text)) for text in helpers(body)]
         functions = [*helpers(before), *called]
         text = fill(hopper.HEADER, own) + "".join(f"\n{function}\n" for function in functions)
-        text += before + _apart(body) + fill(hopper.SUMS, own)
+        text += before + _apart(body) + fill(finish.SUMS, own)
         script = {**holes, **self._script}
         return text + fill(LAUNCH, {**own, **launch_holes(self), **self._launch}) + fill(MAIN, script)
 
@@ -121,11 +122,6 @@ class HopperText(BackwardText):
         return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured)
 
     @property
-    def _reads_rows(self) -> bool:
-        """Whether captured tensors vary with the row."""
-        return any("i" in capture.dims for capture in self.spec.captures)
-
-    @property
     def _indexed(self) -> bool:
         """Whether captured tensors are read row by row, so that rows beyond the end must be told."""
         return any(c.in_loop for c in self._folds.by_key)
@@ -142,7 +138,18 @@ class HopperText(BackwardText):
         tiles = ("q_tiles", "k_tile", "v_tile", "dout_tiles", *(f"{name}_tiles" for name in vectors))
         results = ("dk_source", "dv_source", "sums_source")
         load = (*sources, *tiles, "keys_ready", *_BARRIERS, *self._captured, *_SIZES, *self._constants)
-        group = (*tiles, "ds_tiles", "dq_tiles", "keys_ready", *_BARRIERS, "ds_ready", "done", *results, *self._captured, *_SIZES)
+        group = (
+            *tiles,
+            "ds_tiles",
+            "dq_tiles",
+            "keys_ready",
+            *_BARRIERS,
+            "ds_ready",
+            "done",
+            *results,
+            *self._captured,
+            *_SIZES,
+        )
         group = (*group, *self._constants)
         members = (fill(hopper.GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in "01")
         unspecialized = (*_SIZES, *(p for c in self._folds.captures for p in c.period))
@@ -163,7 +170,7 @@ class HopperText(BackwardText):
         """The holes that have a line for each number of a row."""
         names = self._statistics
         # Others would take registers that rows and keys need.
-        early = 0 if self._reads_rows else 1
+        early = not any("i" in capture.dims for capture in self.spec.captures)
         aside = self._sloped is not None
         reads = [f"{name} = {name}_tiles.index(slot).load(gl.SliceLayout(0, SCORES))" for name in names]
         return {
@@ -188,20 +195,8 @@ class HopperText(BackwardText):
         tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", "dq_tiles", *_BARRIERS, "ds_ready", "sums_source")
         captures = (name for c in self._folds.by_key for name in c.attend_names)
         symbols = (name for name in ("b", "h", "j") if name in self._read)
-        state = (
-            *self._folded,
-            "step",
-            "k",
-            "v",
-            "k_part",
-            *tiles,
-            *captures,
-            *symbols,
-            "columns",
-            *self._full,
-            "Sq",
-            "Sk",
-        )
+        operands = ("step", "k", "v", "k_part", *tiles, *captures, *symbols, "columns")
+        state = (*self._folded, *operands, *self._full, "Sq", "Sk")
         constants = ("MEMBER", *_CONSTANTS, *("EVEN",) * self._indexed, "SCORES", "WEIGHTS", "DQ")
         placed = ("line", "start * BLOCK_M", "block * BLOCK_M")
         loads = "\n".join(c.load_in_loop for c in self._folds.by_key if c.in_loop)
@@ -231,7 +226,9 @@ class HopperText(BackwardText):
         They take registers: where those are few, every block asks the mask.
         """
         found = self._folds.range
-        if self._indexed or (padded(self.head_dim) > 64 and (self._sloped is not None or not is_light(self.spec, self.dtype))):
+        if self._indexed or (
+            padded(self.head_dim) > 64 and (self._sloped is not None or not is_light(self.spec, self.dtype))
+        ):
             return ()
         starts = any(b.slope for b in found.side("upper"))
         stops = any(b.side == "lower" or not b.slope for b in found.bounds)
@@ -327,14 +324,14 @@ class HopperText(BackwardText):
         switches = (f"STAGES={cut.stages}", *even, f"WHOLE=keys % {cut.keys} == 0")
         described += [f"described(dk, {cut.keys})", f"described(dv, {cut.keys})", "parts(sums)"]
         arguments = (*described, *(c.name for c in captures), *values)
-        sizes = ("heads", "kv_heads", "rows", "keys", "blocks", "group", "pairs")
+        sizes = ("heads", "kv_heads", "rows", "keys", *_SIZES[4:])
         holes = {
             "keys": str(cut.keys),
             "width": str(width),
             "group": self._group(width),
             "gradient_arguments": listing((*arguments, *sizes, *constants, *switches, "num_warps=4")),
         }
-        return fill(hopper.LAUNCHES, {**holes, **self._finish}).rstrip("\n")
+        return fill(finish.LAUNCHES, {**holes, **self._finish}).rstrip("\n")
 
     @property
     def _finish(self) -> dict[str, str]:
@@ -353,7 +350,7 @@ class HopperText(BackwardText):
         return {
             "finish_parameters": listing((*names, "heads", "Sq", "Sk", "blocks", "WIDTH"), annotate=True),
             "finish_arguments": listing((*given, "heads", "rows", "keys", "blocks", f"WIDTH={width}", "num_warps=4")),
-            "spoil_dv": fill(hopper.SPOIL_DV, kv_head).rstrip("\n") if self.spoils else "",
+            "spoil_dv": fill(finish.SPOIL_DV, kv_head).rstrip("\n") if self.spoils else "",
         }
 
     def _group(self, width: int) -> str:

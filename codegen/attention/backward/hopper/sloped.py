@@ -19,11 +19,12 @@ from fxopt.codegen.printing import emit
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, I, S, capture
 
-#: ``across`` counts the rows of a block, with their sign in the distance; what is the same in all blocks is not worth registers.
+#: ``across`` counts the rows of a block, with their sign in the distance; it is computed anew, to spare registers.
 _PARTS: Final = """\
 nil = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [start], dtype=gl.int32, is_pure=True, pack=1)
 m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
-across = ((nil {sign} m // 2 % 4 * 2).to(gl.float32) {sign} (m // 8 * 8 + m % 2).to(gl.float32))[None, :]
+across = (nil {sign} m // 2 % 4 * 2).to(gl.float32) {sign} (m // 8 * 8 + m % 2).to(gl.float32)
+across = across[None, :]
 steep = ({factor}) * {log2e}
 row_part = steep * across - shift[None, :]
 key_part = steep * {distance}"""
@@ -39,7 +40,7 @@ class Sloped:
 
 
 def sloped_weights(spec: AttentionSpec, weights: Weights) -> Sloped | None:
-    """How the weights of ``spec`` are computed anew where a multiple of the distance is added to a function of ``s``."""
+    """How weights are computed anew where ``spec`` adds a multiple of the distance to a function of ``s``."""
     found = sloped(spec.score, spec.captures)
     if found is None or weights.recounted or any(leaf.op == "symbol" and leaf != S for leaf in found[0].walk()):
         return None

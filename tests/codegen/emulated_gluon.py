@@ -132,17 +132,29 @@ class Descriptor:
         return SimpleNamespace(nbytes=prod(self.block_shape) * self.base.element_size())
 
     def block(self, place: Sequence[Any]) -> Tensor:
+        found = torch.zeros(self.block_shape, dtype=self.dtype)
+        inside, outside = self._overlap(place)
+        found[inside] = self._whole[outside]
+        return found
+
+    def write(self, place: Sequence[Any], values: Tensor) -> None:
+        inside, outside = self._overlap(place)
+        self._whole[outside] = values.view(self.block_shape)[inside]
+
+    @property
+    def _whole(self) -> Tensor:
+        return torch.as_strided(self.base, list(self.shape), list(self.strides))
+
+    def _overlap(self, place: Sequence[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """What of a block at ``place`` lies in the tensor, as indices into the block and into the tensor."""
         size = self.base.element_size()
         assert int(place[-1]) * size % _ALIGNMENT == 0, "TMA reads from multiples of 16 bytes only"
         assert self.block_shape[-1] * size % _ALIGNMENT == 0 and all(0 < n <= 256 for n in self.block_shape)
-        found = torch.zeros(self.block_shape, dtype=self.dtype)
-        source = torch.as_strided(self.base, list(self.shape), list(self.strides))
         spans = [
             (int(p), min(int(p) + n, size)) for p, n, size in zip(place, self.block_shape, self.shape, strict=True)
         ]
         inside = tuple(slice(0, max(stop - start, 0)) for start, stop in spans)
-        found[inside] = source[tuple(slice(start, max(stop, start)) for start, stop in spans)]
-        return found
+        return inside, tuple(slice(start, max(stop, start)) for start, stop in spans)
 
 
 class _Layout:
@@ -173,14 +185,6 @@ def _copy(source: Descriptor, place: Sequence[Any], barrier: Barrier, target: Sh
     barrier.change(0, -block.numel() * block.element_size())
 
 
-def _send(target: Descriptor, place: Sequence[Any], tile: Shared) -> None:
-    spans = [
-        slice(int(p), min(int(p) + n, size)) for p, n, size in zip(place, target.block_shape, target.shape, strict=True)
-    ]
-    inside = tile.values.view(target.block_shape)[tuple(slice(0, max(s.stop - s.start, 0)) for s in spans)]
-    torch.as_strided(target.base, list(target.shape), list(target.strides))[tuple(spans)] = inside
-
-
 def _multiply(a: Any, b: Shared, acc: Tensor, use_acc: Any = True, is_async: bool = False) -> Tensor:
     left = a.values if isinstance(a, Shared) else a
     product = left.float() @ b.values.float()
@@ -195,9 +199,28 @@ def _wait(outstanding: int, deps: Sequence[Tensor]) -> Any:
 _ADDING = threading.Lock()
 
 
+def _write(target: Descriptor, place: Sequence[Any], source: Shared) -> None:
+    target.write(place, source.values)
+
+
+def _add(target: Descriptor, place: Sequence[Any], source: Shared) -> None:
+    with _ADDING:
+        target.write(place, target.block(place) + source.values)
+
+
+def _builtin(function: Callable[..., None]) -> Callable[..., None]:
+    """What a module makes of a compiler's own operation."""
+    assert function.__name__ == "add_tile"
+    return _add
+
+
 def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     if "tanh.approx" in text:
         return torch.tanh(given[0])
+    if text.startswith("mul.lo.s32"):
+        return given[0] * given[1]
+    if text == "mov.b32 $0, 0;":
+        return torch.zeros_like(given[0]) if given else torch.tensor(0)
     if "%ctaid.x" in text:
         return torch.tensor(_PROGRAM.number)
     if "cvt.rn" in text:
@@ -205,25 +228,9 @@ def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_
         return pairs.to(torch.bfloat16 if "bf16" in text else torch.float16)
     if "{$0, $1}" in text:
         return given[0][..., 0], given[0][..., 1]
-    if text == "mov.b32 $0, 0;":
-        return torch.zeros_like(given[0])
     if "bmsk" in text:
         return (1 << given[0].clamp(max=32).long()) - 1
-    if "red.global" not in text:
-        return given[0]
-    target, x = given
-    address, values = _packs(torch.as_tensor(target.offset).expand(x.shape)), _packs(x)
-    with _ADDING:
-        for n in range(4):
-            target.memory.index_add_(0, address[:, 0] + n, values[:, n].contiguous())
-    return None
-
-
-def _packs(x: Tensor) -> Tensor:
-    """Four elements each that a thread holds one after another: two columns of a row, then of the row 8 further on."""
-    rows, columns = x.shape
-    held = x.reshape(rows // 16, 2, 8, columns // 8, 4, 2)
-    return held.permute(0, 2, 4, 3, 1, 5).reshape(-1, 4)
+    return given[0]
 
 
 def _load(at: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
@@ -315,6 +322,7 @@ LANGUAGE = SimpleNamespace(
     static_range=range,
     store=_store,
     sum=torch.sum,
+    thread_barrier=lambda: None,
     warp_specialize=_specialize,
     where=lambda kept, x, y: torch.where(torch.as_tensor(kept), x, y),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -332,12 +340,13 @@ BARRIERS = SimpleNamespace(
     wait=lambda barrier, parity, pred=True: barrier.wait(int(parity)) if pred else None,
 )
 TMA = SimpleNamespace(
-    async_copy_global_to_shared=_copy, async_copy_shared_to_global=_send, store_wait=lambda outstanding: None
+    async_copy_global_to_shared=_copy, async_copy_shared_to_global=_write, store_wait=lambda outstanding: None
 )
 _HERE = "from tests.codegen.emulated_gluon import"
 _IMPORTS = {
     "from triton.experimental import gluon\n": f"{_HERE} GLUON as gluon\n",
     "from triton.experimental.gluon import language as gl\n": f"{_HERE} LANGUAGE as gl\n",
+    "from triton.experimental.gluon.language._core import builtin\n": f"{_HERE} _builtin as builtin\n",
     "from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma\n": (
         f"{_HERE} BARRIERS as mbarrier, TMA as tma, fence as fence_async_shared\n"
     ),

@@ -91,9 +91,6 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.values.view(*shape))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
-        return Shared(self.values.view(*shape))
-
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.values.permute(*order))
 
@@ -173,15 +170,7 @@ def _copy(source: Descriptor, place: Sequence[Any], barrier: Barrier, target: Sh
     barrier.change(0, -block.numel() * block.element_size())
 
 
-def _send(target: Descriptor, place: Sequence[Any], tile: Shared) -> None:
-    spans = [
-        slice(int(p), min(int(p) + n, size)) for p, n, size in zip(place, target.block_shape, target.shape, strict=True)
-    ]
-    inside = tile.values.view(target.block_shape)[tuple(slice(0, max(s.stop - s.start, 0)) for s in spans)]
-    torch.as_strided(target.base, list(target.shape), list(target.strides))[tuple(spans)] = inside
-
-
-def _multiply(a: Any, b: Shared, acc: Tensor, use_acc: Any = True, is_async: bool = False) -> Tensor:
+def _multiply(a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
     left = a.values if isinstance(a, Shared) else a
     product = left.float() @ b.values.float()
     assert product.shape == acc.shape
@@ -200,15 +189,6 @@ def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_
         return torch.tanh(given[0])
     if "%ctaid.x" in text:
         return torch.tensor(_PROGRAM.number)
-    if "cvt.rn" in text:
-        pairs = torch.stack(list(given), -1)
-        return pairs.to(torch.bfloat16 if "bf16" in text else torch.float16)
-    if "{$0, $1}" in text:
-        return given[0][..., 0], given[0][..., 1]
-    if text == "mov.b32 $0, 0;":
-        return torch.zeros_like(given[0])
-    if "bmsk" in text:
-        return (1 << given[0].clamp(max=32).long()) - 1
     if "red.global" not in text:
         return given[0]
     target, x = given
@@ -243,10 +223,10 @@ def _store(at: Pointer, values: Tensor, mask: Any) -> None:
 
 
 def _specialize(groups: Sequence[tuple[Callable[..., None], Sequence[Any]]], *_: object) -> None:
-    program, failures = (_PROGRAM.number, _PROGRAM.count), []
+    program, failures = _PROGRAM.number, []
 
     def run(function: Callable[..., None], arguments: Sequence[Any]) -> None:
-        _PROGRAM.number, _PROGRAM.count = program
+        _PROGRAM.number = program
         try:
             function(*arguments)
         except Exception as error:  # noqa: BLE001 - it is raised where the threads are waited for
@@ -275,7 +255,7 @@ class Kernel:
             given = [pointer(x) if isinstance(x, Tensor) else x for x in arguments]
             given = [torch.tensor(x) if isinstance(x, int) else x for x in given]
             for number in range(grid[0]):
-                _PROGRAM.number, _PROGRAM.count = number, grid[0]
+                _PROGRAM.number = number
                 self.function(*given, **named)
 
         return launch
@@ -292,29 +272,19 @@ def _number(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any]
 GLUON = SimpleNamespace(jit=_jit)
 LANGUAGE = SimpleNamespace(
     allocate_shared_memory=_allocate,
-    abs=torch.abs,
     arange=lambda start, stop, layout: torch.arange(start, stop),
     cast=lambda x, dtype: torch.as_tensor(x).to(dtype),
     cdiv=lambda a, b: -(-torch.as_tensor(a) // b),
     constexpr=int,
     convert_layout=lambda x, layout: x,
     exp2=torch.exp2,
-    fma=lambda x, y, z: x * y + z,
-    full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     inline_asm_elementwise=_assembly,
-    join=lambda low, high: torch.stack((low, high), -1),
     load=_load,
-    log=torch.log,
-    max=torch.amax,
     maximum=_number(torch.maximum),
     minimum=_number(torch.minimum),
-    num_programs=lambda axis: torch.tensor(_PROGRAM.count),
     program_id=lambda axis: torch.tensor(_PROGRAM.number),
-    reshape=torch.reshape,
-    split=lambda x: (x[..., 0], x[..., 1]),
     static_range=range,
     store=_store,
-    sum=torch.sum,
     warp_specialize=_specialize,
     where=lambda kept, x, y: torch.where(torch.as_tensor(kept), x, y),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -322,18 +292,16 @@ LANGUAGE = SimpleNamespace(
     bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32,
     int8=torch.int8, int32=torch.int32, int64=torch.int64,
     BlockedLayout=_Layout, DotOperandLayout=_Layout, NVMMADistributedLayout=_Layout, NVMMASharedLayout=_Layout,
-    SliceLayout=_Layout, SwizzledSharedLayout=_Layout,
+    SliceLayout=_Layout,
 )  # fmt: skip
 BARRIERS = SimpleNamespace(
     MBarrierLayout=_BarrierLayout,
     init=_init,
     expect=lambda barrier, size: barrier.change(1, size),
     arrive=lambda barrier, count: barrier.change(count, 0),
-    wait=lambda barrier, parity, pred=True: barrier.wait(int(parity)) if pred else None,
+    wait=lambda barrier, parity: barrier.wait(int(parity)),
 )
-TMA = SimpleNamespace(
-    async_copy_global_to_shared=_copy, async_copy_shared_to_global=_send, store_wait=lambda outstanding: None
-)
+TMA = SimpleNamespace(async_copy_global_to_shared=_copy)
 _HERE = "from tests.codegen.emulated_gluon import"
 _IMPORTS = {
     "from triton.experimental import gluon\n": f"{_HERE} GLUON as gluon\n",
@@ -359,8 +327,6 @@ def emulated(source: str, folder: Path) -> ModuleType:
     for line, instead in _IMPORTS.items():
         assert line in source
         source = source.replace(line, instead)
-    # Tensors have no layouts here.
-    source = source.replace(".type.layout", ".ndim")
     path = folder / f"emulated_{abs(hash(source))}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)

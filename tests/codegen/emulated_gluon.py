@@ -220,7 +220,7 @@ def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_
     if text.startswith("mul.lo.s32"):
         return given[0] * given[1]
     if text == "mov.b32 $0, 0;":
-        return torch.zeros_like(given[0]) if given else torch.tensor(0)
+        return torch.zeros_like(given[0]) if given and isinstance(given[0], Tensor) else torch.tensor(0)
     if "%ctaid.x" in text:
         return torch.tensor(_PROGRAM.number)
     if "cvt.rn" in text:

@@ -11,10 +11,12 @@ from typing import ClassVar, Final
 import torch
 
 from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, REFERENCE, allocation, description, unpacked
+from fxopt.codegen.attention.hopper import order
 from fxopt.codegen.attention.hopper.average import KERNEL as AVERAGE
 from fxopt.codegen.attention.hopper.average import LAUNCH as LAUNCH_AVERAGE
 from fxopt.codegen.attention.hopper.average import ROWS as AVERAGE_ROWS
 from fxopt.codegen.attention.hopper.config import Config
+from fxopt.codegen.attention.hopper.order import Order
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
     CONSUMER,
@@ -25,6 +27,7 @@ from fxopt.codegen.attention.hopper.template import (
     LOOP,
     PLACE,
     PRODUCER,
+    RANGE,
     TILE,
 )
 from fxopt.codegen.attention.interval import is_uniform
@@ -60,13 +63,16 @@ class HopperText(LogitsText):
     dtype: torch.dtype
     config: Config
     further_bounds: ClassVar[bool] = True
-    _parts: ClassVar[tuple[str, ...]] = (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL)
+    _parts: ClassVar[tuple[str, ...]] = (RANGE, PRODUCER, ATTEND, CONSUMER, KERNEL)
     _loop_text: ClassVar[str] = LOOP
     _multiplied: ClassVar[tuple[str, ...]] = TILES
+    #: The shared memory that results leave through, when all have left.
+    _left: ClassVar[str] = "q_tiles.index(MEMBER)"
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
-        body = "".join(fill(part, holes) for part in self._parts)
+        places = (PLACE,) if self._order is None else (order.PLACE, order.CLEAR)
+        body = "".join(fill(part, holes) for part in (*places, *self._parts))
         devices = "".join(f"\n{as_gluon(text)}\n" for text in helpers(body))
         average = fill(AVERAGE, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}
@@ -101,7 +107,8 @@ class HopperText(LogitsText):
     @property
     def _functions(self) -> str:
         """The text of what runs before the kernel."""
-        return "" if self._hull is None else self._hull.kernel
+        hull = "" if self._hull is None else self._hull.kernel
+        return hull + ("" if self._order is None else self._order.kernel)
 
     @property
     def _averages(self) -> bool:
@@ -126,6 +133,11 @@ class HopperText(LogitsText):
     def _hull(self) -> Hull | None:
         found = possible_keys(self.spec, sure=True)
         return None if found is None else Hull(self.spec, found, self.config.rows, self.config.keys)
+
+    @cached_property
+    def _order(self) -> Order | None:
+        """The order of tiles by their hulls; where rows bound the keys as well, long and short tiles are paired."""
+        return None if self._hull is None or self._ranged else Order(self._hull)
 
     @property
     def _sure(self) -> bool:
@@ -154,7 +166,7 @@ class HopperText(LogitsText):
             **description(spec, self.head_dim, self.value_dim, config, self.captures),
             "library": "",
             "imports": IMPORTS.rstrip("\n"),
-            **self._order,
+            **self._places,
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
             "key_range": as_gluon(self._key_range),
             "start_block": "start_block" if lower else begin,
@@ -162,18 +174,34 @@ class HopperText(LogitsText):
         }
 
     @property
-    def _order(self) -> dict[str, str]:
+    def _places(self) -> dict[str, str]:
         """The holes of the order of tiles: without halves where all rows need as many keys."""
+        if self._order is not None:
+            return self._ordered(self._order)
+        calls = {"places": "blocks, halves, group, pairs", "turns": "turns_of(blocks, halves, pairs)", "clear": ""}
         plain = {"order_rows": "", "turned": "turn", "spans": "blocks", "halved": "", "pair": "before + within % size"}
         if not self._ranged:
-            return plain
+            return {**calls, **plain}
         order = "row = gl.where(turn % halves == 0, blocks - 1 - row, row)"
         return {
+            **calls,
             **plain,
             "order_rows": order,
             "turned": "turn // halves",
             "spans": "blocks // halves",
             "halved": " * halves",
+        }
+
+    def _ordered(self, found: Order) -> dict[str, str]:
+        """The holes where tiles are in the order of their hulls, and those without keys are only written."""
+        nothing = "0.0" if self.spec.empty_rows == "zero" else 'float("nan")'
+        return {
+            **found.holes,
+            "places": order.PLACES,
+            "turns": order.TURNS,
+            "nothing": nothing,
+            "clear_parameters": parameters(("own", *order.CLEARED)),
+            "clear": order.CLEARING.format(self._left, listing(order.CLEARED).replace("\n", "\n        ")),
         }
 
     @property
@@ -199,6 +227,7 @@ class HopperText(LogitsText):
     def _pointers(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
         found = [c.parameter for c in self.captures] + ["hull_ptr"] * bool(self._hull)
+        found += ["order_ptr"] * bool(self._order)
         found += [name for c in self.captures for name in (*c.strides, *c.period)]
         return tuple(found)
 
@@ -278,6 +307,7 @@ class HopperText(LogitsText):
         uniform = [c for c in self.captures if c.name in self._range_names and is_uniform(c.capture)]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
         place = {
+            "places": self._places["places"],
             "hull_limits": as_gluon(self._hull_limits),
             "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
             "range_arguments": self._lists["range_arguments"],
@@ -309,7 +339,9 @@ class HopperText(LogitsText):
         sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
         switches = [f"{name}={value}" for name, value in self._constant_values.items()]
         hull, hulled = (("hull",), ("HULL=hulled",)) if self._hull else ((), ())
-        captured = (*(c.argument for c in self.captures), *hull, *values)
+        ordered = ("order",) if self._order else ()
+        captured = (*(c.argument for c in self.captures), *hull, *ordered, *values)
+        limits = self._order or self._hull
         options = (*switches, *hulled, "WITH_LSE=True" if self._averages else "WITH_LSE=with_lse")
         arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *options)
         return {
@@ -321,8 +353,8 @@ class HopperText(LogitsText):
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
             "group": self._group,
-            "allocate_hull": "" if self._hull is None else self._hull.allocate,
-            "launch_hull": "" if self._hull is None else self._hull.launch,
+            "allocate_hull": limits.allocate if limits else "",
+            "launch_hull": limits.launch if limits else "",
             "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
             "lse": "lse if with_lse else lse.new_empty(0)" if self._averages else "lse",
             "launch_average": self._launch_average,

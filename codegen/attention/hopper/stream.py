@@ -21,8 +21,8 @@ def load(
     pair = 0
     b1, g1, n1 = 0, 0, 0
     b2, g2, n2 = 0, 0, 0
-    for turn in range(turns_of(blocks, halves, pairs)):
-        row, head = place(turn, blocks, halves, group, pairs)
+    for turn in range($turns):
+        row, head = place(turn, $places)
         first = row * ROWS
         last = gl.minimum(first + ROWS, Sq) - 1
         b = head // heads
@@ -258,7 +258,7 @@ def multiply(
         mbarrier.wait(ready.index(1), 0)
         pair = 1
     $no_tile
-    for turn in range(turns_of(blocks, halves, pairs)):
+    for turn in range($turns):
         $before_products
         # What is left of the tile before is multiplied first, and leaves beside the products of this one.
         slot = pair % STAGES
@@ -310,11 +310,12 @@ def multiply(
         $leave_arguments
     )
     tma.store_wait(0)
+    $clear
 
 '''
 
 #: Where the tile before lies, made anew.
-RECALL: Final = "row_before, head_before = place($turn, blocks, halves, group, pairs)"
+RECALL: Final = "row_before, head_before = place($turn, $places)"
 #: The queries of a tile's first products where none run ahead.
 FIRST_QUERY: Final = "query = turn % QUERIES * GROUPS + MEMBER"
 #: The queries of the block whose products come next.

@@ -12,8 +12,9 @@ from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
 from fxopt.codegen.attention.hopper import stream, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
+from fxopt.codegen.attention.hopper.order import Order
 from fxopt.codegen.attention.hopper.source import CONSTANTS, TILES, HopperText, as_gluon, parameters
-from fxopt.codegen.attention.hopper.template import PLACE
+from fxopt.codegen.attention.hopper.template import RANGE
 from fxopt.codegen.attention.hopper.tile import StreamedTile
 from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.config import padded
@@ -37,9 +38,10 @@ _LEAVE: Final = (
 class StreamText(HopperText):
     """The same where the blocks of keys of all tiles of a program are one stream."""
 
-    _parts: ClassVar[tuple[str, ...]] = (PLACE, stream.PRODUCER, stream.ATTEND, stream.CONSUMER, stream.KERNEL)
+    _parts: ClassVar[tuple[str, ...]] = (RANGE, stream.PRODUCER, stream.ATTEND, stream.CONSUMER, stream.KERNEL)
     _loop_text: ClassVar[str] = stream.LOOP
     _multiplied: ClassVar[tuple[str, ...]] = (*TILES, "out_tiles")
+    _left: ClassVar[str] = "out_tiles.index(anew(MEMBER))"
 
     @property
     def _barriers(self) -> tuple[str, ...]:
@@ -128,11 +130,16 @@ class StreamText(HopperText):
             "sums": sums,
         }
 
+    @cached_property
+    def _order(self) -> Order | None:
+        """Pairs that share a captured tensor stay together."""
+        return None if self._tile else super()._order
+
     @property
-    def _order(self) -> dict[str, str]:
+    def _places(self) -> dict[str, str]:
         if self._tile is None or self._tile.shared_by != "batch":
-            return super()._order
-        return {**super()._order, "pair": tile.PAIR}
+            return super()._places
+        return {**super()._places, "pair": tile.PAIR}
 
     @property
     def _group(self) -> str:
@@ -205,12 +212,18 @@ class StreamText(HopperText):
         tile = f"{found['tile']}\nblock = stop - 1"
         if self.config.ahead or self.config.groups > 2:
             # One that runs ahead needs that for its first products; three groups of warps have no registers to spare.
-            recall = {"recall": _recalled("turn - 1"), "recall_last": _recalled("turns_of(blocks, halves, pairs) - 1")}
+            recall = {
+                "recall": self._recalled("turn - 1"),
+                "recall_last": self._recalled(f"{self._places['turns']} - 1"),
+            }
             early = {"before_products": f"{tile}\n{stream.QUERY}", "beside_products": ""}
             return {**found, **early, **recall, "no_tile": "", "remember": ""}
         late = {"before_products": stream.FIRST_QUERY, "beside_products": tile, "recall": "", "recall_last": ""}
         carried = {"no_tile": "row_before, head_before = 0, 0", "remember": "row_before, head_before = row, head"}
         return {**found, **late, **carried}
+
+    def _recalled(self, turn: str) -> str:
+        return fill(stream.RECALL, {"turn": turn, "places": self._places["places"]}).rstrip("\n")
 
     def _loop(self, last: str, bounded: bool) -> str:
         holes = {"last": last, "query": stream.QUERY, "arguments": self._advancing(str(bounded))}
@@ -226,10 +239,6 @@ def _kind(captured: Capture) -> type[CapturedTensor]:
     if tile.is_tile(captured):
         return StreamedTile
     return PairedBand if captured.is_band else CapturedTensor
-
-
-def _recalled(turn: str) -> str:
-    return fill(stream.RECALL, {"turn": turn}).rstrip("\n")
 
 
 def _sloped(slope: str, negative: bool) -> str:

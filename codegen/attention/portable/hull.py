@@ -110,9 +110,9 @@ class Hull:
         holes = {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in self._sizes) + "]",
             "parameters": listing(parameters, annotate=True),
-            "whose": "a block of query rows" if self._by_rows else "any row of a batch element",
+            "whose": "a block of query rows" if self.by_rows else "any row of a batch element",
             "maths": self._maths,
-            "place": self._place if self._by_rows else "b = tl.program_id(0)",
+            "place": self._place if self.by_rows else "b = tl.program_id(0)",
             "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._extremes)),
             "keys": self._keys,
             "condition": self._emit(self.possible.condition),
@@ -152,13 +152,13 @@ class Hull:
     @property
     def limits(self) -> str:
         """The lines of the main kernel that read the hull, in whole blocks."""
-        limits = _LIMITS.format("(b * blocks + first // BLOCK_M)" if self._by_rows else "b", self.numbers)
+        limits = _LIMITS.format("(b * blocks + first // BLOCK_M)" if self.by_rows else "b", self.numbers)
         return limits + (_SURE_LIMITS if self.possible.sure is not None else "")
 
     @property
     def allocate(self) -> str:
         """The launcher's lines that allocate the hulls."""
-        count = f"batch * -(-rows // {self.block_m})" if self._by_rows else "batch"
+        count = f"batch * -(-rows // {self.block_m})" if self.by_rows else "batch"
         return _ALLOCATE.format(fewest=_FEWEST_BLOCKS * self.block_n, count=count, numbers=self.numbers)
 
     @property
@@ -166,14 +166,14 @@ class Hull:
         """The launcher's lines that run the small kernel."""
         strides = [value for c in self._read for value in c.stride_values]
         periods = [f"{c.name}.shape[0]" for c in self._read if c.period]
-        sizes = ("rows", "keys") if self._by_rows else ("keys",)
-        constants = ((f"BLOCK_M={self.block_m}",) if self._by_rows else ()) + (f"STEP={_STEP}",)
+        sizes = ("rows", "keys") if self.by_rows else ("keys",)
+        constants = ((f"BLOCK_M={self.block_m}",) if self.by_rows else ()) + (f"STEP={_STEP}",)
         tensors = (*(c.name for c in self._read), "hull")
         holes = {"arguments": listing((*tensors, *strides, *sizes, *periods, *constants))}
         return fill(_LAUNCH, holes).rstrip("\n")
 
     @property
-    def _by_rows(self) -> bool:
+    def by_rows(self) -> bool:
         """Whether blocks of rows of one batch element differ."""
         return bool(self.possible.rows)
 
@@ -191,12 +191,12 @@ class Hull:
 
     @property
     def _sizes(self) -> tuple[str, ...]:
-        sizes = ("Sq", "Sk") if self._by_rows else ("Sk",)
+        sizes = ("Sq", "Sk") if self.by_rows else ("Sk",)
         return (*sizes, *(name for c in self._read for name in c.period))
 
     @property
     def _constants(self) -> tuple[str, ...]:
-        return ("BLOCK_M", "STEP") if self._by_rows else ("STEP",)
+        return ("BLOCK_M", "STEP") if self.by_rows else ("STEP",)
 
     @property
     def _extremes(self) -> list[str]:

@@ -220,6 +220,8 @@ def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
     body = text[text.index("@gluon.jit\ndef place(") : text.index("#: How blocks of so many rows")]
     helpers = re.findall(r"@gluon\.jit\ndef (?:modulo|floor_divide|band|scale)\(.*?\n\n\n", text, re.DOTALL)
     body = re.sub(r"@gluon\.jit.*\n", "", "".join(helpers) + body)
+    # In place, PyTorch's tensors keep their shapes.
+    body = re.sub(r"kept &= (.*)", r"kept = kept & (\1)", body)
     body = re.sub(r"\.type\.layout|\.to\(gl\.int(32|64)\)", "", body)
     for program in range(grid):
         names: dict[str, Any] = {

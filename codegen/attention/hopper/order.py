@@ -1,0 +1,157 @@
+"""The order of a kernel's tiles where captured vectors limit their keys: the longest first, those without keys last.
+
+Programs take tiles in turn, and each should have as much to do as any other. A small kernel after the one that finds
+the hulls (`fxopt.codegen.attention.portable.hull`) ranks these by their blocks of keys:
+
+    rank(e) = #{f : n(f) > n(e), or n(f) = n(e) and f < e},    order[rank(e)] = e
+
+and programs are dealt the tiles in that order, from the first program to the last and back. Tiles without keys are not
+loaded for: their rows are written when everything else is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from fxopt.codegen.attention.portable.hull import Hull
+from fxopt.codegen.template import fill
+
+KERNEL: Final = '''
+@triton.jit
+def blocks_of(hull_ptr, entry, entries, BLOCK_N: tl.constexpr):
+    """How many blocks of keys a hull takes; -1 beyond the last one."""
+    hull = hull_ptr + $numbers * entry
+    begin = tl.load(hull, mask=entry < entries, other=0)
+    end = tl.load(hull + 1, mask=entry < entries, other=0)
+    blocks = tl.where(begin < end, tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 0)
+    return tl.where(entry < entries, blocks, -1)
+
+
+@triton.jit(do_not_specialize=["entries"])
+def order_kernel(hull_ptr, order_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl.constexpr, STEP: tl.constexpr):
+    """The hulls in the order of their blocks of keys, most of them first, and behind it how many have any."""
+    entry = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
+    own = blocks_of(hull_ptr, entry, entries, BLOCK_N)[:, None]
+    rank = tl.zeros([RANKED], tl.int32)
+    filled = 0
+    for start in range(0, entries, STEP):
+        other = start + tl.arange(0, STEP)
+        blocks = blocks_of(hull_ptr, other, entries, BLOCK_N)
+        filled += tl.sum((blocks > 0).to(tl.int32), 0)
+        earlier = (blocks[None, :] == own) & (other[None, :] < entry[:, None])
+        rank += tl.sum(((blocks[None, :] > own) | earlier).to(tl.int32), 1)
+    tl.store(order_ptr + rank, entry, mask=entry < entries)
+    tl.store(order_ptr + entries, filled, mask=tl.program_id(0) == 0)
+
+'''
+PLACE: Final = '''
+@gluon.jit
+def place(turn, blocks, heads, order_ptr, HULL: gl.constexpr):
+    """Row block and (batch, head) pair of a program's tile: those with most keys first."""
+    index = turn * gl.num_programs(0) + dealt(turn)
+    entry = index // $together
+    if HULL:
+        entry = gl.load(order_ptr + entry)
+    return $row, $pair
+
+
+@gluon.jit
+def dealt(turn):
+    """The program's place in a round: tiles are dealt out from the first program to the last, and back."""
+    return gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def turns_within(tiles):
+    """How many of the first ``tiles`` tiles the program takes."""
+    rounds = tiles // gl.num_programs(0)
+    return rounds + gl.where(dealt(rounds) < tiles % gl.num_programs(0), 1, 0)
+
+
+@gluon.jit
+def turns_of(blocks, heads, pairs, order_ptr, HULL: gl.constexpr):
+    """How many tiles the program multiplies: those with keys, and at least one."""
+    tiles = blocks * pairs
+    if HULL:
+        tiles = gl.load(order_ptr + $entries) * $together
+    return gl.maximum(turns_within(tiles), 1)
+
+'''
+CLEAR: Final = '''
+@gluon.jit
+def clear(
+    $clear_parameters
+):
+    """Write the rows of group ``MEMBER`` of the tiles without keys, which come last."""
+    own.reshape([64, WIDTH]).store(gl.full([64, WIDTH], $nothing, gl.float32, layout=RESULT).to(own.dtype))
+    fence_async_shared()
+    for turn in range($turns, turns_within(blocks * pairs)):
+        row, head = place(turn, $places)
+        first = row * ROWS + MEMBER * 64
+        tma.async_copy_shared_to_global(out_target, [head // heads, head % heads, first, 0], own)
+        if WITH_LSE:
+            rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, RESULT))
+            none = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, RESULT))
+            gl.store(lse_ptr + head.to(gl.int64) * Sq + rows, none, mask=rows < Sq)
+    tma.store_wait(0)
+
+'''
+#: What it takes beside the shared memory that the result leaves through.
+CLEARED: Final = (
+    *("out_target", "lse_ptr", "order_ptr", "Sq", "heads", "blocks", "pairs"),
+    *("ROWS", "WIDTH", "MEMBER", "RESULT", "HULL", "WITH_LSE"),
+)
+CLEARING: Final = """\
+if HULL:
+    clear(
+        {0},
+        {1}
+    )"""
+_ALLOCATE: Final = "\norder = torch.empty(hulls + 1 if hulled else 0, dtype=torch.int32, device=q.device)"
+_LAUNCH: Final = """
+    order_kernel[(-(-hulls // {ranked}),)](hull, order, hulls, BLOCK_N={keys}, RANKED={ranked}, STEP={step})"""
+#: Hulls that a program ranks, and that it compares with at a time.
+_RANKED, _STEP = 32, 128
+#: What a call of ``place`` and one of ``turns_of`` are given where tiles are in order, beside the turn.
+PLACES: Final = "blocks, heads, order_ptr, HULL"
+TURNS: Final = "turns_of(blocks, heads, pairs, order_ptr, HULL)"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The text around the order of the tiles that ``hull`` limits."""
+
+    hull: Hull
+
+    @property
+    def kernel(self) -> str:
+        """The small kernel."""
+        return fill(KERNEL, {"numbers": str(self.hull.numbers)})
+
+    @property
+    def holes(self) -> dict[str, str]:
+        """Those of `PLACE`: tiles of one hull follow each other, all heads of a row block, or of a batch entry."""
+        if self.hull.by_rows:
+            return {
+                "together": "heads",
+                "row": "entry % blocks",
+                "pair": "entry // blocks * heads + index % heads",
+                "entries": "pairs // heads * blocks",
+            }
+        return {
+            "together": "(heads * blocks)",
+            "row": "index % blocks",
+            "pair": "entry * heads + index // blocks % heads",
+            "entries": "pairs // heads",
+        }
+
+    @property
+    def allocate(self) -> str:
+        """The launcher's lines that allocate hulls and order."""
+        return self.hull.allocate + _ALLOCATE
+
+    @property
+    def launch(self) -> str:
+        """The launcher's lines that run the small kernels."""
+        return self.hull.launch + _LAUNCH.format(ranked=_RANKED, step=_STEP, keys=self.hull.block_n)

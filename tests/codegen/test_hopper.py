@@ -137,8 +137,8 @@ def compiled(spec: AttentionSpec, width: int, config: Config) -> Any:
 def _type(name: str, spec: AttentionSpec) -> str:
     if not name.endswith("_ptr"):
         return "i32"
-    if name in ("lse_ptr", "hull_ptr", "order_ptr"):
-        return {"lse_ptr": "*fp32"}.get(name, "*i32")
+    if name in ("lse_ptr", "hull_ptr"):
+        return {"lse_ptr": "*fp32", "hull_ptr": "*i32"}[name]
     return POINTER[spec.captures[int(name[1])].dtype]
 
 

@@ -5,8 +5,8 @@ the hulls (`fxopt.codegen.attention.portable.hull`) ranks these by their blocks 
 
     rank(e) = #{f : n(f) > n(e), or n(f) = n(e) and f < e},    order[rank(e)] = e
 
-and programs are dealt the tiles in that order, from the first program to the last and back. Tiles without keys are not
-loaded for: their rows are written when everything else is done.
+which is kept behind the hulls' own numbers. Programs are dealt the tiles in that order, from the first program to the
+last and back. Tiles without keys are not loaded for: their rows are written when everything else is done.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def blocks_of(hull_ptr, entry, entries, BLOCK_N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["entries"])
-def order_kernel(hull_ptr, order_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl.constexpr, STEP: tl.constexpr):
+def order_kernel(hull_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl.constexpr, STEP: tl.constexpr):
     """The hulls in the order of their blocks of keys, most of them first, and behind it how many have any."""
+    order_ptr = hull_ptr + ($numbers - 1)
     entry = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
     own = blocks_of(hull_ptr, entry, entries, BLOCK_N)[:, None]
     rank = tl.zeros([RANKED], tl.int32)
@@ -41,18 +42,18 @@ def order_kernel(hull_ptr, order_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl
         filled += tl.sum((blocks > 0).to(tl.int32), 0)
         earlier = (blocks[None, :] == own) & (other[None, :] < entry[:, None])
         rank += tl.sum(((blocks[None, :] > own) | earlier).to(tl.int32), 1)
-    tl.store(order_ptr + rank, entry, mask=entry < entries)
-    tl.store(order_ptr + entries, filled, mask=tl.program_id(0) == 0)
+    tl.store(order_ptr + $numbers * rank, entry, mask=entry < entries)
+    tl.store(order_ptr + $numbers * entries, filled, mask=tl.program_id(0) == 0)
 
 '''
 PLACE: Final = '''
 @gluon.jit
-def place(turn, blocks, heads, order_ptr, HULL: gl.constexpr):
+def place(turn, blocks, heads, hull_ptr, HULL: gl.constexpr):
     """Row block and (batch, head) pair of a program's tile: those with most keys first."""
     index = turn * gl.num_programs(0) + dealt(turn)
     entry = index // $together
     if HULL:
-        entry = gl.load(order_ptr + entry)
+        entry = gl.load(hull_ptr + $numbers * entry + ($numbers - 1))
     return $row, $pair
 
 
@@ -70,11 +71,11 @@ def turns_within(tiles):
 
 
 @gluon.jit
-def turns_of(blocks, heads, pairs, order_ptr, HULL: gl.constexpr):
+def turns_of(blocks, heads, pairs, hull_ptr, HULL: gl.constexpr):
     """How many tiles the program multiplies: those with keys, and at least one."""
     tiles = blocks * pairs
     if HULL:
-        tiles = gl.load(order_ptr + $entries) * $together
+        tiles = gl.load(hull_ptr + $numbers * ($entries) + ($numbers - 1)) * $together
     return gl.maximum(turns_within(tiles), 1)
 
 '''
@@ -99,7 +100,7 @@ def clear(
 '''
 #: What it takes beside the shared memory that the result leaves through.
 CLEARED: Final = (
-    *("out_target", "lse_ptr", "order_ptr", "Sq", "heads", "blocks", "pairs"),
+    *("out_target", "lse_ptr", "hull_ptr", "Sq", "heads", "blocks", "pairs"),
     *("ROWS", "WIDTH", "MEMBER", "RESULT", "HULL", "WITH_LSE"),
 )
 CLEARING: Final = """\
@@ -108,14 +109,13 @@ if HULL:
         {0},
         {1}
     )"""
-_ALLOCATE: Final = "\norder = torch.empty(hulls + 1 if hulled else 0, dtype=torch.int32, device=q.device)"
 _LAUNCH: Final = """
-    order_kernel[(-(-hulls // {ranked}),)](hull, order, hulls, BLOCK_N={keys}, RANKED={ranked}, STEP={step})"""
+    order_kernel[(-(-hulls // {ranked}),)](hull, hulls, BLOCK_N={keys}, RANKED={ranked}, STEP={step})"""
 #: Hulls that a program ranks, and that it compares with at a time.
 _RANKED, _STEP = 32, 128
 #: What a call of ``place`` and one of ``turns_of`` are given where tiles are in order, beside the turn.
-PLACES: Final = "blocks, heads, order_ptr, HULL"
-TURNS: Final = "turns_of(blocks, heads, pairs, order_ptr, HULL)"
+PLACES: Final = "blocks, heads, hull_ptr, HULL"
+TURNS: Final = "turns_of(blocks, heads, pairs, hull_ptr, HULL)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,24 +132,22 @@ class Order:
     @property
     def holes(self) -> dict[str, str]:
         """Those of `PLACE`: tiles of one hull follow each other, all heads of a row block, or of a batch entry."""
+        numbers = {"numbers": str(self.hull.numbers)}
         if self.hull.by_rows:
             return {
+                **numbers,
                 "together": "heads",
                 "row": "entry % blocks",
                 "pair": "entry // blocks * heads + index % heads",
                 "entries": "pairs // heads * blocks",
             }
         return {
+            **numbers,
             "together": "(heads * blocks)",
             "row": "index % blocks",
             "pair": "entry * heads + index // blocks % heads",
             "entries": "pairs // heads",
         }
-
-    @property
-    def allocate(self) -> str:
-        """The launcher's lines that allocate hulls and order."""
-        return self.hull.allocate + _ALLOCATE
 
     @property
     def launch(self) -> str:

@@ -132,12 +132,19 @@ class HopperText(LogitsText):
     @cached_property
     def _hull(self) -> Hull | None:
         found = possible_keys(self.spec, sure=True)
-        return None if found is None else Hull(self.spec, found, self.config.rows, self.config.keys)
+        if found is None:
+            return None
+        return Hull(self.spec, found, self.config.rows, self.config.keys, ordered=self._orderly)
 
     @cached_property
     def _order(self) -> Order | None:
-        """The order of tiles by their hulls; where rows bound the keys as well, long and short tiles are paired."""
-        return None if self._hull is None or self._ranged else Order(self._hull)
+        """The order of tiles by their hulls."""
+        return Order(self._hull) if self._hull and self._hull.ordered else None
+
+    @property
+    def _orderly(self) -> bool:
+        """Whether tiles are put in order of their hulls; where rows bound keys too, long and short ones are paired."""
+        return not self._ranged
 
     @property
     def _sure(self) -> bool:
@@ -155,6 +162,11 @@ class HopperText(LogitsText):
         if self._hull is None:
             return ""
         return self._hull.limits.replace("first // BLOCK_M", "row").replace("tl.cdiv", "gl.cdiv")
+
+    @property
+    def _tile_limits(self) -> str:
+        """The same for groups that multiply."""
+        return self._hull_limits
 
     @property
     def _description(self) -> dict[str, str]:
@@ -227,7 +239,6 @@ class HopperText(LogitsText):
     def _pointers(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
         found = [c.parameter for c in self.captures] + ["hull_ptr"] * bool(self._hull)
-        found += ["order_ptr"] * bool(self._order)
         found += [name for c in self.captures for name in (*c.strides, *c.period)]
         return tuple(found)
 
@@ -308,7 +319,7 @@ class HopperText(LogitsText):
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
         place = {
             "places": self._places["places"],
-            "hull_limits": as_gluon(self._hull_limits),
+            "hull_limits": as_gluon(self._tile_limits),
             "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
             "range_arguments": self._lists["range_arguments"],
         }
@@ -339,9 +350,7 @@ class HopperText(LogitsText):
         sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
         switches = [f"{name}={value}" for name, value in self._constant_values.items()]
         hull, hulled = (("hull",), ("HULL=hulled",)) if self._hull else ((), ())
-        ordered = ("order",) if self._order else ()
-        captured = (*(c.argument for c in self.captures), *hull, *ordered, *values)
-        limits = self._order or self._hull
+        captured = (*(c.argument for c in self.captures), *hull, *values)
         options = (*switches, *hulled, "WITH_LSE=True" if self._averages else "WITH_LSE=with_lse")
         arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *options)
         return {
@@ -353,8 +362,8 @@ class HopperText(LogitsText):
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
             "group": self._group,
-            "allocate_hull": limits.allocate if limits else "",
-            "launch_hull": limits.launch if limits else "",
+            "allocate_hull": "" if self._hull is None else self._hull.allocate,
+            "launch_hull": "" if self._hull is None else (self._order or self._hull).launch,
             "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
             "lse": "lse if with_lse else lse.new_empty(0)" if self._averages else "lse",
             "launch_average": self._launch_average,

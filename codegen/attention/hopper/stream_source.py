@@ -10,9 +10,8 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
-from fxopt.codegen.attention.hopper import stream, tile
+from fxopt.codegen.attention.hopper import run, stream, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
-from fxopt.codegen.attention.hopper.order import Order
 from fxopt.codegen.attention.hopper.source import CONSTANTS, TILES, HopperText, as_gluon, parameters
 from fxopt.codegen.attention.hopper.template import RANGE
 from fxopt.codegen.attention.hopper.tile import StreamedTile
@@ -130,10 +129,10 @@ class StreamText(HopperText):
             "sums": sums,
         }
 
-    @cached_property
-    def _order(self) -> Order | None:
+    @property
+    def _orderly(self) -> bool:
         """Pairs that share a captured tensor stay together."""
-        return None if self._tile else super()._order
+        return self._tile is None and super()._orderly
 
     @property
     def _places(self) -> dict[str, str]:
@@ -150,8 +149,10 @@ class StreamText(HopperText):
     @property
     def _attend(self) -> dict[str, str]:
         found = super()._attend
+        loads = "\n".join(c.load_in_loop for c in self.captures if c.in_loop and c not in self._masking)
         return {
             **found,
+            "load_captures": as_gluon(loads).replace("BOUNDED and not EVEN", "BOUNDED"),
             "aside": as_gluon(self._sums[1]),
             "moved": " + aside" if self._sums[1] else "",
             "move": "shift = shift - aside" if self._sums[1] else "",
@@ -159,6 +160,25 @@ class StreamText(HopperText):
             "leave_parameters": parameters(("acc", "total", "peak", "row", "head", *_LEAVE)),
             "leave_arguments": listing(_LEAVE),
         }
+
+    @property
+    def _by_run(self) -> bool:
+        """Whether masks ask for the run of keys that a tile's rows keep."""
+        return self._sure
+
+    @property
+    def _attend_names(self) -> tuple[str, ...]:
+        return (*super()._attend_names, *(run.NAMES if self._by_run else ()))
+
+    @property
+    def _tile_limits(self) -> str:
+        return super()._tile_limits + (run.LIMITS if self._by_run else "")
+
+    @cached_property
+    def _masking(self) -> tuple[CapturedTensor, ...]:
+        """What is read for masks only, and only where a tile's rows keep no run of keys."""
+        scored = {leaf for leaf in self.spec.score.walk() if leaf.op == "capture"}
+        return tuple(c for c in self.captures if capture(c.index) not in scored) if self._by_run else ()
 
     @property
     def _score(self) -> str:
@@ -198,6 +218,8 @@ class StreamText(HopperText):
     def _masks(self) -> str:
         above, below = row_limits(self.range, self.emit)
         rest = conjunction(self.range.rest)
+        if rest is not None and self._by_run:
+            return run.masks(above, below, self.emit(rest), self._masking)
         lines = ["if BOUNDED:", f"    kept = before(first, eights, {above or 'Sk'}, s, BLOCK_N)"]
         lines += [f"    kept &= ~before(first, eights, {below}, s, BLOCK_N)"] if below else []
         lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest]

@@ -51,7 +51,7 @@ def test_hulls_are_ranked_by_their_blocks_of_keys(name: str, rows: bool, monkeyp
     module, kernel = launched(padded(rows, "zero"), monkeypatch)
     module.launch(*operands(sizes, HALF), vectors(filled, LENGTH, rows))
     wanted = wanted_order(filled, rows, LENGTH, BLOCK)
-    order = kernel.found["order_ptr"].tolist()
+    order = kernel.found["hull_ptr"][:, -1].tolist()
     assert order[:-1] == [number for _, number in wanted]
     assert order[-1] == sum(count > 0 for count, _ in wanted)
 
@@ -103,6 +103,7 @@ def test_programs_are_dealt_every_tile_once_and_much_the_same_work(
 ) -> None:
     found = wanted_order(filled, rows, LENGTH, BLOCK)
     order = torch.tensor([number for _, number in found] + [sum(count > 0 for count, _ in found)])
+    hulls = torch.cat((torch.zeros(len(order), 4, dtype=torch.long), order[:, None]), 1)
     counts = {number: count for count, number in found}
     blocks, pairs = -(-LENGTH // BLOCK), len(filled) * heads
     programs = min(programs, blocks * pairs)
@@ -110,7 +111,7 @@ def test_programs_are_dealt_every_tile_once_and_much_the_same_work(
     work = []
     for program in range(programs):
         names = placed(padded(rows, "zero"), program, programs)
-        asked = (blocks, heads, emulation.Pointer(order), True)
+        asked = (blocks, heads, emulation.Pointer(hulls), True)
         count = int(names["turns_of"](blocks, heads, pairs, *asked[2:]))
         tiles = [tuple(map(int, names["place"](n, *asked))) for n in range(names["turns_within"](blocks * pairs))]
         sizes = [counts[head // heads * blocks + row if rows else head // heads] for row, head in tiles]

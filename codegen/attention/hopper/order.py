@@ -5,8 +5,9 @@ the hulls (`fxopt.codegen.attention.portable.hull`) ranks these by their blocks 
 
     rank(e) = #{f : n(f) > n(e), or n(f) = n(e) and f < e},    order[rank(e)] = e
 
-which is kept behind the hulls' own numbers. Programs are dealt the tiles in that order, from the first program to the
-last and back. Tiles without keys are not loaded for: their rows are written when everything else is done.
+which is kept behind the hulls' own numbers, and behind it, once, how many have any keys. Programs are dealt the tiles
+in that order, from the first program to the last and back. Tiles without keys are not loaded for: their rows are
+written when everything else is done.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def blocks_of(hull_ptr, entry, entries, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["entries"])
 def order_kernel(hull_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl.constexpr, STEP: tl.constexpr):
-    """The hulls in the order of their blocks of keys, most of them first, and behind it how many have any."""
-    order_ptr = hull_ptr + ($numbers - 1)
+    """The hulls in the order of their blocks of keys, most of them first; how many have any."""
+    order_ptr = hull_ptr + ($numbers - 2)
     entry = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
     own = blocks_of(hull_ptr, entry, entries, BLOCK_N)[:, None]
     rank = tl.zeros([RANKED], tl.int32)
@@ -43,7 +44,7 @@ def order_kernel(hull_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl.constexpr,
         earlier = (blocks[None, :] == own) & (other[None, :] < entry[:, None])
         rank += tl.sum(((blocks[None, :] > own) | earlier).to(tl.int32), 1)
     tl.store(order_ptr + $numbers * rank, entry, mask=entry < entries)
-    tl.store(order_ptr + $numbers * entries, filled, mask=tl.program_id(0) == 0)
+    tl.store(order_ptr + 1, filled, mask=tl.program_id(0) == 0)
 
 '''
 PLACE: Final = '''
@@ -53,7 +54,7 @@ def place(turn, blocks, heads, hull_ptr, HULL: gl.constexpr):
     index = turn * gl.num_programs(0) + dealt(turn)
     entry = index // $together
     if HULL:
-        entry = gl.load(hull_ptr + $numbers * entry + ($numbers - 1))
+        entry = gl.load(hull_ptr + $numbers * entry + ($numbers - 2))
     return $row, $pair
 
 
@@ -75,7 +76,7 @@ def turns_of(blocks, heads, pairs, hull_ptr, HULL: gl.constexpr):
     """How many tiles the program multiplies: those with keys, and at least one."""
     tiles = blocks * pairs
     if HULL:
-        tiles = gl.load(hull_ptr + $numbers * ($entries) + ($numbers - 1)) * $together
+        tiles = gl.load(hull_ptr + ($numbers - 1)) * $together
     return gl.maximum(turns_within(tiles), 1)
 
 '''
@@ -139,14 +140,12 @@ class Order:
                 "together": "heads",
                 "row": "entry % blocks",
                 "pair": "entry // blocks * heads + index % heads",
-                "entries": "pairs // heads * blocks",
             }
         return {
             **numbers,
             "together": "(heads * blocks)",
             "row": "index % blocks",
             "pair": "entry * heads + index // blocks % heads",
-            "entries": "pairs // heads",
         }
 
     @property

@@ -85,7 +85,7 @@ _ALLOCATE: Final = """\
 # Short rows of keys are not worth a kernel that finds out which blocks are needed.
 hulled = keys >= {fewest}
 hulls = {count}
-hull = torch.empty(({sizes}) if hulled else (0,), dtype=torch.int32, device=q.device)"""
+hull = torch.empty((hulls, {numbers}) if hulled else (0,), dtype=torch.int32, device=q.device)"""
 _LAUNCH: Final = """\
 if hulled:
     hull_kernel[(hulls,)](
@@ -98,7 +98,7 @@ if hulled:
 class Hull:
     """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys.
 
-    ``ordered`` leaves room for a further number behind those of each hull, and once more behind them all.
+    ``ordered`` leaves room for two further numbers behind those of each hull.
     """
 
     spec: AttentionSpec
@@ -138,8 +138,8 @@ class Hull:
 
     @property
     def numbers(self) -> int:
-        """How many numbers there are to a hull: its limits, those of the keys that all rows keep, the further one."""
-        return (2 if self.possible.sure is None else 4) + self.ordered
+        """How many numbers there are to a hull: its limits, those of the keys that all rows keep, further ones."""
+        return (2 if self.possible.sure is None else 4) + 2 * self.ordered
 
     @property
     def _sure(self) -> dict[str, str]:
@@ -163,8 +163,7 @@ class Hull:
     def allocate(self) -> str:
         """The launcher's lines that allocate the hulls."""
         count = f"batch * -(-rows // {self.block_m})" if self.by_rows else "batch"
-        sizes = f"hulls{' + 1' * self.ordered}, {self.numbers}"
-        return _ALLOCATE.format(fewest=_FEWEST_BLOCKS * self.block_n, count=count, sizes=sizes)
+        return _ALLOCATE.format(fewest=_FEWEST_BLOCKS * self.block_n, count=count, numbers=self.numbers)
 
     @property
     def launch(self) -> str:

@@ -51,9 +51,9 @@ def test_hulls_are_ranked_by_their_blocks_of_keys(name: str, rows: bool, monkeyp
     module, kernel = launched(padded(rows, "zero"), monkeypatch)
     module.launch(*operands(sizes, HALF), vectors(filled, LENGTH, rows))
     wanted = wanted_order(filled, rows, LENGTH, BLOCK)
-    order = kernel.found["hull_ptr"][:, -1].tolist()
-    assert order[:-1] == [number for _, number in wanted]
-    assert order[-1] == sum(count > 0 for count, _ in wanted)
+    hulls = kernel.found["hull_ptr"]
+    assert hulls[:, -2].tolist() == [number for _, number in wanted]
+    assert hulls[0, -1] == sum(count > 0 for count, _ in wanted)
 
 
 @pytest.mark.parametrize("empty_rows", get_args(EmptyRows))
@@ -102,8 +102,9 @@ def test_programs_are_dealt_every_tile_once_and_much_the_same_work(
     filled: tuple[int, ...], heads: int, programs: int, rows: bool
 ) -> None:
     found = wanted_order(filled, rows, LENGTH, BLOCK)
-    order = torch.tensor([number for _, number in found] + [sum(count > 0 for count, _ in found)])
-    hulls = torch.cat((torch.zeros(len(order), 4, dtype=torch.long), order[:, None]), 1)
+    hulls = torch.zeros(len(found), 6, dtype=torch.long)
+    hulls[:, 4] = torch.tensor([number for _, number in found])
+    hulls[0, 5] = sum(count > 0 for count, _ in found)
     counts = {number: count for count, number in found}
     blocks, pairs = -(-LENGTH // BLOCK), len(filled) * heads
     programs = min(programs, blocks * pairs)

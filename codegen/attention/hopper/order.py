@@ -5,7 +5,7 @@ the hulls (`fxopt.codegen.attention.portable.hull`) ranks these by their blocks 
 
     rank(e) = #{f : n(f) > n(e), or n(f) = n(e) and f < e},    order[rank(e)] = e
 
-which is kept behind the hulls' own numbers, and behind it, once, how many have any keys. Programs are dealt the tiles
+which is kept before the hulls' own numbers, and before it, once, how many have any keys. Programs are dealt the tiles
 in that order, from the first program to the last and back. Tiles without keys are not loaded for: their rows are
 written when everything else is done.
 """
@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from fxopt.codegen.attention.portable.hull import Hull
+from fxopt.codegen.attention.portable.hull import FURTHER, Hull
 from fxopt.codegen.template import fill
 
 KERNEL: Final = '''
 @triton.jit
 def blocks_of(hull_ptr, entry, entries, BLOCK_N: tl.constexpr):
     """How many blocks of keys a hull takes; -1 beyond the last one."""
-    hull = hull_ptr + $numbers * entry
+    hull = hull_ptr + $numbers * entry + $further
     begin = tl.load(hull, mask=entry < entries, other=0)
     end = tl.load(hull + 1, mask=entry < entries, other=0)
     blocks = tl.where(begin < end, tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 0)
@@ -32,7 +32,6 @@ def blocks_of(hull_ptr, entry, entries, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=["entries"])
 def order_kernel(hull_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl.constexpr, STEP: tl.constexpr):
     """The hulls in the order of their blocks of keys, most of them first; how many have any."""
-    order_ptr = hull_ptr + ($numbers - 2)
     entry = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
     own = blocks_of(hull_ptr, entry, entries, BLOCK_N)[:, None]
     rank = tl.zeros([RANKED], tl.int32)
@@ -43,8 +42,8 @@ def order_kernel(hull_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl.constexpr,
         filled += tl.sum((blocks > 0).to(tl.int32), 0)
         earlier = (blocks[None, :] == own) & (other[None, :] < entry[:, None])
         rank += tl.sum(((blocks[None, :] > own) | earlier).to(tl.int32), 1)
-    tl.store(order_ptr + $numbers * rank, entry, mask=entry < entries)
-    tl.store(order_ptr + 1, filled, mask=tl.program_id(0) == 0)
+    tl.store(hull_ptr + $numbers * rank + 1, entry, mask=entry < entries)
+    tl.store(hull_ptr, filled, mask=tl.program_id(0) == 0)
 
 '''
 PLACE: Final = '''
@@ -54,7 +53,7 @@ def place(turn, blocks, heads, hull_ptr, HULL: gl.constexpr):
     index = turn * gl.num_programs(0) + dealt(turn)
     entry = index // $together
     if HULL:
-        entry = gl.load(hull_ptr + $numbers * entry + ($numbers - 2))
+        entry = gl.load(hull_ptr + $numbers * entry + 1)
     return $row, $pair
 
 
@@ -76,7 +75,7 @@ def turns_of(blocks, heads, pairs, hull_ptr, HULL: gl.constexpr):
     """How many tiles the program multiplies: those with keys, and at least one."""
     tiles = blocks * pairs
     if HULL:
-        tiles = gl.load(hull_ptr + ($numbers - 1)) * $together
+        tiles = gl.load(hull_ptr) * $together
     return gl.maximum(turns_within(tiles), 1)
 
 '''
@@ -128,7 +127,7 @@ class Order:
     @property
     def kernel(self) -> str:
         """The small kernel."""
-        return fill(KERNEL, {"numbers": str(self.hull.numbers)})
+        return fill(KERNEL, {"numbers": str(self.hull.numbers), "further": str(FURTHER)})
 
     @property
     def holes(self) -> dict[str, str]:

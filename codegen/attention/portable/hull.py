@@ -23,6 +23,8 @@ from fxopt.ir.expression import Expr, Kind
 _STEP: Final = 1024
 #: Fewer blocks of keys than this are not worth a kernel that may save some.
 _FEWEST_BLOCKS: Final = 4
+#: Numbers that a hull leaves room for where it is asked to.
+FURTHER: Final = 2
 #: The least and the greatest value over rows are integers.
 _EXTREME: Final[Kind] = "int"
 _KERNEL: Final = '''
@@ -47,7 +49,7 @@ def hull_kernel(
         begin = tl.minimum(begin, tl.where(possible, j, Sk))
         end = tl.maximum(end, tl.where(possible, j + 1, 0))
         $sure_first
-    hull = hull_ptr + $numbers * tl.program_id(0)
+    hull = $hull
     tl.store(hull, tl.min(begin))
     tl.store(hull + 1, tl.max(end))
     $sure_run
@@ -73,7 +75,7 @@ i = tl.minimum(first + tl.arange(0, BLOCK_M), Sq - 1)[:, None]"""
 _LIMITS: Final = """\
 hull_start, hull_stop = 0, Sk
 if HULL:
-    hull = hull_ptr + {1} * {0}
+    hull = {}
     hull_start = tl.load(hull) // BLOCK_N * BLOCK_N
     hull_stop = tl.cdiv(tl.load(hull + 1), BLOCK_N) * BLOCK_N"""
 _SURE_LIMITS: Final = """
@@ -98,7 +100,7 @@ if hulled:
 class Hull:
     """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys.
 
-    ``ordered`` leaves room for two further numbers behind those of each hull.
+    ``ordered`` leaves room for `FURTHER` numbers before those of each hull.
     """
 
     spec: AttentionSpec
@@ -120,7 +122,7 @@ class Hull:
             "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._extremes)),
             "keys": self._keys,
             "condition": self._emit(self.possible.condition),
-            "numbers": str(self.numbers),
+            "hull": self._address("tl.program_id(0)"),
             **self._sure,
         }
         return fill(_KERNEL, holes)
@@ -139,7 +141,7 @@ class Hull:
     @property
     def numbers(self) -> int:
         """How many numbers there are to a hull: its limits, those of the keys that all rows keep, further ones."""
-        return (2 if self.possible.sure is None else 4) + 2 * self.ordered
+        return (2 if self.possible.sure is None else 4) + FURTHER * self.ordered
 
     @property
     def _sure(self) -> dict[str, str]:
@@ -153,10 +155,13 @@ class Hull:
             "sure_run": _SURE_RUN.format(keys=self._keys.replace("\n", "\n    "), condition=condition),
         }
 
+    def _address(self, hull: str) -> str:
+        return f"hull_ptr + {self.numbers} * {hull}{f' + {FURTHER}' * self.ordered}"
+
     @property
     def limits(self) -> str:
         """The lines of the main kernel that read the hull, in whole blocks."""
-        limits = _LIMITS.format("(b * blocks + first // BLOCK_M)" if self.by_rows else "b", self.numbers)
+        limits = _LIMITS.format(self._address("(b * blocks + first // BLOCK_M)" if self.by_rows else "b"))
         return limits + (_SURE_LIMITS if self.possible.sure is not None else "")
 
     @property

@@ -91,10 +91,10 @@ def test_hulls_hold_what_is_kept_and_in_runs_of_sure_keys_only_bounds_hide_any(
         assert name == "prefix"
         return
     assert kernel.found["HULL"]
-    # Their order stands behind their own numbers.
+    # Their order stands before their own numbers.
     possible = possible_keys(spec, sure=True)
     numbers = 2 if possible is None or possible.sure is None else 4
-    hull = kernel.found["hull_ptr"][:, :numbers].reshape(SIZES.batch, -1, numbers)
+    hull = kernel.found["hull_ptr"][:, -numbers:].reshape(SIZES.batch, -1, numbers)
     rest = conjunction(key_range(spec, further=True).rest)
     keys = torch.arange(SIZES.keys)
     whole, free = kept(spec, spec.mask, captures), kept(spec, rest, captures)

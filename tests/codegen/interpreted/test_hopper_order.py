@@ -52,8 +52,8 @@ def test_hulls_are_ranked_by_their_blocks_of_keys(name: str, rows: bool, monkeyp
     module.launch(*operands(sizes, HALF), vectors(filled, LENGTH, rows))
     wanted = wanted_order(filled, rows, LENGTH, BLOCK)
     hulls = kernel.found["hull_ptr"]
-    assert hulls[:, -2].tolist() == [number for _, number in wanted]
-    assert hulls[0, -1] == sum(count > 0 for count, _ in wanted)
+    assert hulls[:, 1].tolist() == [number for _, number in wanted]
+    assert hulls[0, 0] == sum(count > 0 for count, _ in wanted)
 
 
 @pytest.mark.parametrize("empty_rows", get_args(EmptyRows))
@@ -103,8 +103,8 @@ def test_programs_are_dealt_every_tile_once_and_much_the_same_work(
 ) -> None:
     found = wanted_order(filled, rows, LENGTH, BLOCK)
     hulls = torch.zeros(len(found), 6, dtype=torch.long)
-    hulls[:, 4] = torch.tensor([number for _, number in found])
-    hulls[0, 5] = sum(count > 0 for count, _ in found)
+    hulls[:, 1] = torch.tensor([number for _, number in found])
+    hulls[0, 0] = sum(count > 0 for count, _ in found)
     counts = {number: count for count, number in found}
     blocks, pairs = -(-LENGTH // BLOCK), len(filled) * heads
     programs = min(programs, blocks * pairs)

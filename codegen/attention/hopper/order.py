@@ -15,8 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from fxopt.codegen.attention.gluon import parameters
 from fxopt.codegen.attention.portable.hull import FURTHER, Hull
-from fxopt.codegen.template import fill
+from fxopt.codegen.template import fill, listing
 
 KERNEL: Final = '''
 @triton.jit
@@ -30,8 +31,16 @@ def blocks_of(hull_ptr, entry, entries, BLOCK_N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["entries"])
-def order_kernel(hull_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl.constexpr, STEP: tl.constexpr):
+def order_kernel(
+    hull_ptr, entries, BLOCK_N: tl.constexpr, RANKED: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr
+):
     """The hulls in the order of their blocks of keys, most of them first; how many have any."""
+    if EARLY:
+        # It is launched while the hulls are found, as the next kernel may be; both wait.
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; // $$0",
+            "=r", [], dtype=tl.int32, is_pure=False, pack=1,
+        )
     entry = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
     own = blocks_of(hull_ptr, entry, entries, BLOCK_N)[:, None]
     rank = tl.zeros([RANKED], tl.int32)
@@ -50,24 +59,32 @@ PLACE: Final = '''
 @gluon.jit
 def place(turn, blocks, heads, hull_ptr, HULL: gl.constexpr):
     """Row block and (batch, head) pair of a program's tile: those with most keys first."""
-    index = turn * gl.num_programs(0) + dealt(turn)
-    entry = index // $together
+    index = turn * programs(blocks) + dealt(turn, blocks)
+    $split
     if HULL:
         entry = gl.load(hull_ptr + $numbers * entry + 1)
     return $row, $pair
 
 
 @gluon.jit
-def dealt(turn):
-    """The program's place in a round: tiles are dealt out from the first program to the last, and back."""
-    return gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+def programs(blocks):
+    """How many programs there are, read anew each time: kept from tile to tile it would take a register."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $$0, %nctaid.x;", "=r,r", [blocks], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
-def turns_within(tiles):
+def dealt(turn, blocks):
+    """The program's place in a round: tiles are dealt out from the first program to the last, and back."""
+    return gl.where(turn % 2 == 0, gl.program_id(0), programs(blocks) - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def turns_within(tiles, blocks):
     """How many of the first ``tiles`` tiles the program takes."""
-    rounds = tiles // gl.num_programs(0)
-    return rounds + gl.where(dealt(rounds) < tiles % gl.num_programs(0), 1, 0)
+    rounds = tiles // programs(blocks)
+    return rounds + gl.where(dealt(rounds, blocks) < tiles % programs(blocks), 1, 0)
 
 
 @gluon.jit
@@ -76,7 +93,7 @@ def turns_of(blocks, heads, pairs, hull_ptr, HULL: gl.constexpr):
     tiles = blocks * pairs
     if HULL:
         tiles = gl.load(hull_ptr) * $together
-    return gl.maximum(turns_within(tiles), 1)
+    return gl.maximum(turns_within(tiles, blocks), 1)
 
 '''
 CLEAR: Final = '''
@@ -87,7 +104,7 @@ def clear(
     """Write the rows of group ``MEMBER`` of the tiles without keys, which come last."""
     own.reshape([64, WIDTH]).store(gl.full([64, WIDTH], $nothing, gl.float32, layout=RESULT).to(own.dtype))
     fence_async_shared()
-    for turn in range($turns, turns_within(blocks * pairs)):
+    for turn in range($turns, turns_within(blocks * pairs, blocks)):
         row, head = place(turn, $places)
         first = row * ROWS + MEMBER * 64
         tma.async_copy_shared_to_global(out_target, [head // heads, head % heads, first, 0], own)
@@ -99,30 +116,35 @@ def clear(
 
 '''
 #: What it takes beside the shared memory that the result leaves through.
-CLEARED: Final = (
+_CLEARED: Final = (
     *("out_target", "lse_ptr", "hull_ptr", "Sq", "heads", "blocks", "pairs"),
     *("ROWS", "WIDTH", "MEMBER", "RESULT", "HULL", "WITH_LSE"),
 )
-CLEARING: Final = """\
+_CLEARING: Final = """\
 if HULL:
     clear(
         {0},
         {1}
     )"""
 _LAUNCH: Final = """
-    order_kernel[(-(-hulls // {ranked}),)](hull, hulls, BLOCK_N={keys}, RANKED={ranked}, STEP={step})"""
+    order_kernel[(-(-hulls // {ranked}),)](
+        hull, hulls, BLOCK_N={keys}, RANKED={ranked}, STEP={step}, EARLY=q.is_cuda, launch_pdl=q.is_cuda
+    )"""
 #: Hulls that a program ranks, and that it compares with at a time.
 _RANKED, _STEP = 32, 128
-#: What a call of ``place`` and one of ``turns_of`` are given where tiles are in order, beside the turn.
-PLACES: Final = "blocks, heads, hull_ptr, HULL"
-TURNS: Final = "turns_of(blocks, heads, pairs, hull_ptr, HULL)"
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The text around the order of the tiles that ``hull`` limits."""
+    """The text around the order of the tiles that ``hull`` limits.
+
+    ``left`` is the shared memory through which results have left when all are there, ``nothing`` what rows without keys
+    give.
+    """
 
     hull: Hull
+    left: str
+    nothing: str
 
     @property
     def kernel(self) -> str:
@@ -131,20 +153,32 @@ class Order:
 
     @property
     def holes(self) -> dict[str, str]:
-        """Those of `PLACE`: tiles of one hull follow each other, all heads of a row block, or of a batch entry."""
-        numbers = {"numbers": str(self.hull.numbers)}
+        """Those of `PLACE` and `CLEAR`, of their calls, and the call at a group's end."""
+        return {
+            **self._split,
+            "numbers": str(self.hull.numbers),
+            "places": "blocks, heads, hull_ptr, HULL",
+            "turns": "turns_of(blocks, heads, pairs, hull_ptr, HULL)",
+            "nothing": self.nothing,
+            "clear_parameters": parameters(("own", *_CLEARED)),
+            "clear": _CLEARING.format(self.left, listing(_CLEARED).replace("\n", "\n        ")),
+        }
+
+    @property
+    def _split(self) -> dict[str, str]:
+        """Tiles of one hull follow each other: all heads of a row block, or of a batch entry."""
         if self.hull.by_rows:
             return {
-                **numbers,
                 "together": "heads",
+                "split": "entry, h = index // heads, index % heads",
                 "row": "entry % blocks",
-                "pair": "entry // blocks * heads + index % heads",
+                "pair": "entry // blocks * heads + h",
             }
         return {
-            **numbers,
             "together": "(heads * blocks)",
+            "split": "entry, h = index // blocks // heads, index // blocks % heads",
             "row": "index % blocks",
-            "pair": "entry * heads + index // blocks % heads",
+            "pair": "entry * heads + h",
         }
 
     @property

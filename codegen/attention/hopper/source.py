@@ -19,6 +19,7 @@ from fxopt.codegen.attention.hopper.config import Config
 from fxopt.codegen.attention.hopper.order import Order
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
+    AWAIT,
     CONSUMER,
     GROUP,
     IMPORTS,
@@ -72,6 +73,7 @@ class HopperText(LogitsText):
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
         places = (PLACE,) if self._order is None else (order.PLACE, order.CLEAR)
+        places += (AWAIT,) if self._hull else ()
         body = "".join(fill(part, holes) for part in (*places, *self._parts))
         devices = "".join(f"\n{as_gluon(text)}\n" for text in helpers(body))
         average = fill(AVERAGE, holes) if self._averages else ""
@@ -134,12 +136,14 @@ class HopperText(LogitsText):
         found = possible_keys(self.spec, sure=True)
         if found is None:
             return None
-        return Hull(self.spec, found, self.config.rows, self.config.keys, ordered=self._orderly)
+        return Hull(self.spec, found, self.config.rows, self.config.keys, self._orderly, early=True)
 
     @cached_property
     def _order(self) -> Order | None:
         """The order of tiles by their hulls."""
-        return Order(self._hull) if self._hull and self._hull.ordered else None
+        if self._hull is None or not self._hull.ordered:
+            return None
+        return Order(self._hull, self._left, "0.0" if self.spec.empty_rows == "zero" else 'float("nan")')
 
     @property
     def _orderly(self) -> bool:
@@ -189,7 +193,7 @@ class HopperText(LogitsText):
     def _places(self) -> dict[str, str]:
         """The holes of the order of tiles: without halves where all rows need as many keys."""
         if self._order is not None:
-            return self._ordered(self._order)
+            return self._order.holes
         calls = {"places": "blocks, halves, group, pairs", "turns": "turns_of(blocks, halves, pairs)", "clear": ""}
         plain = {"order_rows": "", "turned": "turn", "spans": "blocks", "halved": "", "pair": "before + within % size"}
         if not self._ranged:
@@ -202,18 +206,6 @@ class HopperText(LogitsText):
             "turned": "turn // halves",
             "spans": "blocks // halves",
             "halved": " * halves",
-        }
-
-    def _ordered(self, found: Order) -> dict[str, str]:
-        """The holes where tiles are in the order of their hulls, and those without keys are only written."""
-        nothing = "0.0" if self.spec.empty_rows == "zero" else 'float("nan")'
-        return {
-            **found.holes,
-            "places": order.PLACES,
-            "turns": order.TURNS,
-            "nothing": nothing,
-            "clear_parameters": parameters(("own", *order.CLEARED)),
-            "clear": order.CLEARING.format(self._left, listing(order.CLEARED).replace("\n", "\n        ")),
         }
 
     @property
@@ -328,6 +320,7 @@ class HopperText(LogitsText):
             "range_captures": wide + as_gluon("\n".join((*(c.base for c in uniform), self._hull_limits)).strip("\n")),
             "tile": fill(TILE, place).rstrip("\n"),
             "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
+            "await_hulls": "if HULL:\n    await_hulls()" if self._hull else "",
             "inverse": _INVERSE[self.spec.empty_rows],
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
@@ -370,7 +363,7 @@ class HopperText(LogitsText):
             "allocate_phases": "",
             "launch_phases": "",
             "tiled": "",
-            "launch_arguments": listing((*arguments, "num_warps=4")),
+            "launch_arguments": listing((*arguments, "num_warps=4", *(("launch_pdl=hulled",) if self._hull else ()))),
         }
 
     @property

@@ -352,6 +352,7 @@ def attention_kernel(
     for n in gl.static_range(STAGES):
         mbarrier.init(ready.index(n), count=2)
         mbarrier.init(free.index(n), count=GROUPS)
+    $await_hulls
     gl.warp_specialize(
         [
             (load, (

@@ -48,6 +48,15 @@ def key_blocks(
 
 '''
 
+#: The small kernels before this one may be running still.
+AWAIT: Final = '''
+@gluon.jit
+def await_hulls():
+    """Wait for the kernels before this one, which is launched while they run."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $$0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+'''
+
 PRODUCER: Final = '''
 @gluon.jit
 def load(
@@ -259,6 +268,7 @@ def attention_kernel(
         mbarrier.init(k_ready.index(n), count=1)
         mbarrier.init(v_ready.index(n), count=1)
         mbarrier.init(free.index(n), count=GROUPS)
+    $await_hulls
     gl.warp_specialize(
         [
             (load, (

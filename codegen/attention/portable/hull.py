@@ -36,6 +36,7 @@ def hull_kernel(
 
     $maths
     """
+    $early
     $place
     b_wide = b.to(tl.int64)
     $rows
@@ -67,6 +68,12 @@ for start in range(0, Sk, STEP):
     end = tl.minimum(end, tl.where(beyond, j, Sk))
 tl.store(hull + 2, first_sure)
 tl.store(hull + 3, tl.min(end))"""
+_EARLY: Final = """\
+if EARLY:
+    # What follows may be launched now; it waits for the hulls.
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )"""
 _PLACE: Final = """\
 blocks = tl.cdiv(Sq, BLOCK_M)
 b = tl.program_id(0) // blocks
@@ -100,7 +107,8 @@ if hulled:
 class Hull:
     """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys.
 
-    ``ordered`` leaves room for `FURTHER` numbers before those of each hull.
+    ``ordered`` leaves room for `FURTHER` numbers before those of each hull. With ``early`` the kernel behind the small
+    one may be launched while that runs; it must wait for the hulls (sm_90 and later).
     """
 
     spec: AttentionSpec
@@ -108,6 +116,7 @@ class Hull:
     block_m: int
     block_n: int
     ordered: bool = False
+    early: bool = False
 
     @property
     def kernel(self) -> str:
@@ -116,6 +125,7 @@ class Hull:
         holes = {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in self._sizes) + "]",
             "parameters": listing(parameters, annotate=True),
+            "early": _EARLY if self.early else "",
             "whose": "a block of query rows" if self.by_rows else "any row of a batch element",
             "maths": self._maths,
             "place": self._place if self.by_rows else "b = tl.program_id(0)",
@@ -176,7 +186,8 @@ class Hull:
         strides = [value for c in self._read for value in c.stride_values]
         periods = [f"{c.name}.shape[0]" for c in self._read if c.period]
         sizes = ("rows", "keys") if self.by_rows else ("keys",)
-        constants = ((f"BLOCK_M={self.block_m}",) if self.by_rows else ()) + (f"STEP={_STEP}",)
+        values = {"BLOCK_M": str(self.block_m), "STEP": str(_STEP), "EARLY": "q.is_cuda"}
+        constants = (f"{name}={values[name]}" for name in self._constants)
         tensors = (*(c.name for c in self._read), "hull")
         holes = {"arguments": listing((*tensors, *strides, *sizes, *periods, *constants))}
         return fill(_LAUNCH, holes).rstrip("\n")
@@ -205,7 +216,7 @@ class Hull:
 
     @property
     def _constants(self) -> tuple[str, ...]:
-        return ("BLOCK_M", "STEP") if self.by_rows else ("STEP",)
+        return (*(("BLOCK_M",) if self.by_rows else ()), "STEP", *(("EARLY",) if self.early else ()))
 
     @property
     def _extremes(self) -> list[str]:

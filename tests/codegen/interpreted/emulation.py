@@ -204,6 +204,7 @@ def _language(program: int, programs: int) -> SimpleNamespace:
 
 _ASSEMBLY: dict[str, Any] = {
     "anew": lambda x: x,
+    "await_hulls": lambda: None,
     "unpacked": lambda p, *_: p,
     "widened": lambda c: c.float(),
     "tanh": lambda x, _: torch.tanh(x),
@@ -243,5 +244,5 @@ def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
             "fence_async_shared": lambda: None,
         }
         exec(body, names)
-        names |= _ASSEMBLY | {"packed": _rounding(arguments["v_source"].dtype)}
-        names["attention_kernel"](**{k: v for k, v in arguments.items() if k != "num_warps"})
+        names |= _ASSEMBLY | {"programs": lambda _, count=grid: count, "packed": _rounding(arguments["v_source"].dtype)}
+        names["attention_kernel"](**{k: v for k, v in arguments.items() if k not in ("num_warps", "launch_pdl")})

@@ -114,7 +114,9 @@ def test_programs_are_dealt_every_tile_once_and_much_the_same_work(
         names = placed(padded(rows, "zero"), program, programs)
         asked = (blocks, heads, emulation.Pointer(hulls), True)
         count = int(names["turns_of"](blocks, heads, pairs, *asked[2:]))
-        tiles = [tuple(map(int, names["place"](n, *asked))) for n in range(names["turns_within"](blocks * pairs))]
+        tiles = [
+            tuple(map(int, names["place"](n, *asked))) for n in range(names["turns_within"](blocks * pairs, blocks))
+        ]
         sizes = [counts[head // heads * blocks + row if rows else head // heads] for row, head in tiles]
         assert 1 <= count <= len(tiles) and not any(sizes[count:]) and (all(sizes[:count]) or count == 1)
         assert sizes == sorted(sizes, reverse=True)
@@ -130,6 +132,7 @@ def placed(spec: AttentionSpec, program: int, programs: int) -> dict[str, Any]:
     body = text[text.index("@gluon.jit\ndef place(") : text.index("@gluon.jit\ndef clear(")]
     names: dict[str, Any] = {"gl": emulation._language(program, programs)}
     exec(re.sub(r"@gluon\.jit.*\n", "", body), names)
+    names["programs"] = lambda _: programs
     return names
 
 

@@ -56,8 +56,8 @@ def compiled(spec: AttentionSpec, width: int, config: Config, even: bool = True,
     kernel = import_source(KIND, text).gradient_kernel
     vector = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     values = {"GROUP": group, "BLOCK_M": config.rows, "KEYS": config.keys, "WIDTH": padded(width)}
-    values |= {"STAGES": config.stages, "EVEN": even, "WHOLE": even}
-    types = {"dk_ptr": "*bf16", "dv_ptr": "*bf16", "dq_ptr": "*fp32"}
+    values |= {"STAGES": config.stages, "EVEN": even, "WHOLE": even, "HULL": True}
+    types = {"dk_ptr": "*bf16", "dv_ptr": "*bf16", "dq_ptr": "*fp32", "hull_ptr": "*i32"}
     types |= {name: descriptor(config.rows, padded(width)) for name in ("q_source", "dout_source")}
     types |= {name: descriptor(config.keys, padded(width)) for name in ("k_source", "v_source")}
     types |= dict.fromkeys(VECTORS, f"tensordesc<fp32[{config.rows}],{vector!r}>")
@@ -74,7 +74,7 @@ def compiled(spec: AttentionSpec, width: int, config: Config, even: bool = True,
 @compiles
 @pytest.mark.parametrize(("name", "width"), [
     ("plain", 64), ("plain", 96), ("plain", 128), ("causal", 64), ("causal", 80), ("causal", 128), ("alibi", 64),
-    ("alibi", 128), ("relative", 128), ("padding", 64), ("padding", 128), ("softcap-window", 64), ("documents", 64),
+    ("alibi", 128), ("relative", 128), ("padding", 64), ("padding", 128), ("padded-rows", 64), ("softcap-window", 64), ("documents", 64),
 ])  # fmt: skip
 @pytest.mark.parametrize("even", [True, False])
 def test_first_candidate_neither_spills_nor_waits_for_each_product(

@@ -14,6 +14,7 @@ from fxopt.codegen.attention.backward import plan, template
 from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
+from fxopt.codegen.attention.backward.hopper.needed import Needed, needed_rows
 from fxopt.codegen.attention.backward.hopper.order import order_holes
 from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes, prepare_text
 from fxopt.codegen.attention.backward.row_range import row_range_text
@@ -55,6 +56,7 @@ class HopperText(BackwardText):
         holes |= self._filled(holes)
         before = fill(template.RECOUNTED, holes) if self.recounted else ""
         before += fill(template.PREPARE, holes)
+        before += self._needed.kernel if self._needed else ""
         own = {**holes, **self._lists, **self._vectors, **self._fold, **self._around, **self._finish}
         parts = (hopper.PLACE, hopper.PRODUCER, hopper.ADD, hopper.FOLD, hopper.CONSUMER, hopper.KERNEL)
         body = "".join(fill(text, own) for text in parts)
@@ -115,14 +117,24 @@ class HopperText(BackwardText):
     def _captured(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
         found = [f"{c.name}_ptr" for c in self._folds.captures]
+        found += ["hull_ptr"] * bool(self._needed)
         return (*found, *(name for c in self._folds.captures for name in (*c.strides, *c.period)))
+
+    @cached_property
+    def _needed(self) -> Needed | None:
+        """What captured vectors say about the rows that a block of keys needs."""
+        return needed_rows(self.spec, self.cut.rows, self.cut.keys)
 
     @cached_property
     def _range_names(self) -> tuple[str, ...]:
         """What the range of rows of a block of keys depends on."""
         read = {str(leaf) for bound in self._folds.range.bounds for leaf in bound.offset.walk() if not leaf.args}
         captured = (c.name for c in self._folds.captures if c.name in read)
-        return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured)
+        return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured, *self._limits)
+
+    @property
+    def _limits(self) -> tuple[str, ...]:
+        return ("hull_start", "hull_stop") if self._needed else ()
 
     @property
     def _indexed(self) -> bool:
@@ -131,7 +143,7 @@ class HopperText(BackwardText):
 
     @property
     def _constants(self) -> tuple[str, ...]:
-        return ("GROUP", "KEYS", *_CONSTANTS, *("EVEN",) * self._indexed)
+        return ("GROUP", "KEYS", *_CONSTANTS, *("EVEN",) * self._indexed, *("HULL",) * bool(self._needed))
 
     @property
     def _lists(self) -> dict[str, str]:
@@ -250,11 +262,14 @@ class HopperText(BackwardText):
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n"
         uniform = [c for c in self._folds.by_key if c.tensor.name in self._range_names and is_uniform(c.tensor.capture)]
         by_columns = self.cut.rows == 64
+        start = "start_block" if any(b.slope for b in found.side("upper")) else "0"
+        needed += ["stop = tl.minimum(stop, hull_stop)"] * bool(self._needed)
         return {
             "full": "".join(f", {name}" for name in self._full),
             "full_meaning": "# Also between which rows all of these keys are needed." if self._full else "",
             "row_range": as_gluon("\n".join(needed)),
-            "start_block": "start_block" if any(b.slope for b in found.side("upper")) else "0",
+            "start_block": f"gl.maximum({start}, hull_start)" if self._needed else start,
+            "hull_limits": as_gluon(self._needed.limits) if self._needed else "",
             "range_captures": wide * bool(uniform) + as_gluon("\n".join(c.base for c in uniform)),
             "capture_bases": as_gluon("\n".join(c.base for c in self._folds.by_key)),
             "tile_index": "m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))" if self._indexed else "",
@@ -291,13 +306,21 @@ class HopperText(BackwardText):
         values = (v for c in captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period)))
         constants = (f"GROUP={'heads // kv_heads'}", f"BLOCK_M={cut.rows}", f"KEYS={cut.keys}", f"WIDTH={width}")
         even = (f"EVEN=rows % {cut.rows} == 0",) * self._indexed
-        switches = (f"STAGES={cut.stages}", *even, f"WHOLE=keys % {cut.keys} == 0")
-        arguments = (*described, "dk", "dv", "sums", *(c.name for c in captures), *values)
+        switches = (
+            f"STAGES={cut.stages}",
+            *even,
+            f"WHOLE=keys % {cut.keys} == 0",
+            *("HULL=hulled",) * bool(self._needed),
+        )
+        hull = ("hull",) * bool(self._needed)
+        arguments = (*described, "dk", "dv", "sums", *(c.name for c in captures), *hull, *values)
         sizes = ("heads", "kv_heads", "rows", "keys", "blocks", "group", "pairs")
         holes = {
             "keys": str(cut.keys),
             "width": str(width),
             "group": self._group(width),
+            "allocate_hull": self._needed.allocate if self._needed else "",
+            "launch_hull": self._needed.launch if self._needed else "",
             "gradient_arguments": listing((*arguments, *sizes, *constants, *switches, "num_warps=4")),
         }
         return fill(hopper.LAUNCHES, {**holes, **self._finish}).rstrip("\n")

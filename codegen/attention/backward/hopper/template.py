@@ -77,6 +77,7 @@ def load(
     block, b, g = place(blocks, kv_heads, group, pairs)
     first = block * KEYS
     last = gl.minimum(first + KEYS, Sk) - 1
+    $hull_limits
     mbarrier.expect(keys_ready, k_source.block_type.nbytes)
     tma.async_copy_global_to_shared(k_source, [b, g, first, 0], keys_ready, k_tile)
     step = 0
@@ -203,6 +204,7 @@ def multiply(
     block, b, g = place(blocks, kv_heads, group, pairs)
     first = block * KEYS
     last = gl.minimum(first + KEYS, Sk) - 1
+    $hull_limits
     b_wide, g_wide = b.to(gl.int64), g.to(gl.int64)
     columns = (first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))[:, None]
     # Keys beyond the end repeat the last one, so that nothing outside the captured tensors is read.
@@ -370,6 +372,8 @@ GROUP: Final = """\
 LAUNCHES: Final = """\
 blocks, pairs = -(-keys // $keys), batch * kv_heads
 group = $group
+$allocate_hull
+$launch_hull
 gradient_kernel[(blocks * pairs,)](
     $gradient_arguments
 )

@@ -74,7 +74,8 @@ def compiled(spec: AttentionSpec, width: int, config: Config, even: bool = True,
 @compiles
 @pytest.mark.parametrize(("name", "width"), [
     ("plain", 64), ("plain", 96), ("plain", 128), ("causal", 64), ("causal", 80), ("causal", 128), ("alibi", 64),
-    ("alibi", 128), ("relative", 128), ("padding", 64), ("padding", 128), ("padded-rows", 64), ("softcap-window", 64), ("documents", 64),
+    ("alibi", 128), ("relative", 128), ("padding", 64), ("padding", 128), ("padded-rows", 64),
+    ("softcap-window", 64), ("documents", 64),
 ])  # fmt: skip
 @pytest.mark.parametrize("even", [True, False])
 def test_first_candidate_neither_spills_nor_waits_for_each_product(

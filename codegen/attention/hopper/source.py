@@ -73,8 +73,8 @@ class HopperText(LogitsText):
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
         places = (PLACE,) if self._order is None else (order.PLACE, order.CLEAR)
-        places += (AWAIT,) if self._hull else ()
-        body = "".join(fill(part, holes) for part in (*places, *self._parts))
+        parts = (*places, *((AWAIT,) if self._hull else ()), *self._parts)
+        body = "".join(fill(part, holes) for part in parts)
         devices = "".join(f"\n{as_gluon(text)}\n" for text in helpers(body))
         average = fill(AVERAGE, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}

@@ -244,5 +244,5 @@ def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
             "fence_async_shared": lambda: None,
         }
         exec(body, names)
-        names |= _ASSEMBLY | {"programs": lambda _, count=grid: count, "packed": _rounding(arguments["v_source"].dtype)}
+        names |= _ASSEMBLY | {"programs": lambda _: grid, "packed": _rounding(arguments["v_source"].dtype)}
         names["attention_kernel"](**{k: v for k, v in arguments.items() if k not in ("num_warps", "launch_pdl")})

@@ -108,7 +108,7 @@ def test_programs_are_dealt_every_tile_once_and_much_the_same_work(
     counts = {number: count for count, number in found}
     blocks, pairs = -(-LENGTH // BLOCK), len(filled) * heads
     programs = min(programs, blocks * pairs)
-    taken: list[tuple[int, int]] = []
+    taken: list[tuple[int, ...]] = []
     work = []
     for program in range(programs):
         names = placed(padded(rows, "zero"), program, programs)

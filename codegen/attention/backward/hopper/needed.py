@@ -67,9 +67,9 @@ def turn(spec: AttentionSpec) -> AttentionSpec:
 
 
 def _turned_capture(captured: Capture) -> Capture:
-    b, h, i, j = captured.dims
+    row, key = captured.dims[2], captured.dims[3]
     letters = {"i": "j", "j": "i"}
-    return dataclasses.replace(captured, dims=f"{b}{h}{letters.get(j, j)}{letters.get(i, i)}")
+    return dataclasses.replace(captured, dims=f"{captured.dims[:2]}{letters.get(key, key)}{letters.get(row, row)}")
 
 
 def _turned(line: str) -> str:

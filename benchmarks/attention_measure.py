@@ -93,7 +93,7 @@ def measure(case: Case, settings: Settings) -> Result:
     """Build, check, time and judge every candidate of one case. What fails is recorded, never raised."""
     result = Result(str(case), case.group, case.unit)
     try:
-        with _retained_buffers():
+        with retained_buffers():
             _measure(case, settings, result)
     except Exception as error:
         result.failures["case"] = _sentence(error)
@@ -112,7 +112,7 @@ def forget() -> None:
 
 
 @contextlib.contextmanager
-def _retained_buffers() -> Iterator[None]:
+def retained_buffers() -> Iterator[None]:
     """Compiled backward passes run again and again here, so they must not give their inputs' memory away."""
     from torch._functorch import config
 
@@ -121,6 +121,11 @@ def _retained_buffers() -> Iterator[None]:
 
 
 def _measure(case: Case, settings: Settings, result: Result) -> None:
+    _time(prepared(case, settings, result))
+
+
+def prepared(case: Case, settings: Settings, result: Result) -> Bench:
+    """Every candidate of one case, built and checked; those that are fit for timing are the bench's runs."""
     torch.manual_seed(0)
     bench = Bench(case, settings, case.operands(settings.device, settings.dtype), result)
     work, probes = case.work(case.kind, bench.operands), case.probes(case.kind, bench.operands)
@@ -134,7 +139,7 @@ def _measure(case: Case, settings: Settings, result: Result) -> None:
         setup = Build(case, bench.operands, result.notes)
         bench.add(name, _peer(name, setup), probes, work)
     _add_baseline(bench, work)
-    _time(bench)
+    return bench
 
 
 def _own(operands: Operands, config: str) -> Callable[[], Forward]:

@@ -7,6 +7,10 @@
 seconds: a busy machine only adds. With ``--clock cpu`` they are seconds of the processor, for a machine that others
 use: waiting does not count. The parts are those of *again*: capture (the retrace of Dynamo's graph), passes (with their
 verification) and the rest (copies, lowering). `--goal` makes a warm start that takes longer a failure.
+
+Whole first calls are compared too: those of fxopt, kernels built and measured, with those of the base compiler alone
+(``--base inductor`` is what users have), each with caches of its own, which are empty for *cold* (Triton's and
+Inductor's too) and left by a process before for *warm*.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +56,9 @@ CASES: Final = {
     for name, settings in _DEEP.items()
 }
 _PARTS: Final = ("capture", "passes")
+_KINDS: Final = ("cold", "warm")
+#: The variables that name the folders of all caches of compiled code.
+_CACHES: Final = ("FXOPT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @dataclass
@@ -65,7 +72,10 @@ class Compilation:
 
 @dataclass
 class Result:
-    """The least of all runs of one model. ``nodes`` counts those of the captured graph."""
+    """The least of all runs of one model.
+
+    ``nodes`` counts those of the captured graph; ``alone`` has seconds of first calls of the base compiler alone.
+    """
 
     model: str
     source: str
@@ -73,6 +83,7 @@ class Result:
     cold: list[Compilation] = field(default_factory=list)
     warm: list[Compilation] = field(default_factory=list)
     again: list[Compilation] = field(default_factory=list)
+    alone: dict[str, list[float]] = field(default_factory=dict)
 
     def best(self, kind: str) -> Compilation:
         """The fastest run of ``kind``: ``cold``, ``warm`` or ``again``."""
@@ -111,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--goal", type=float, metavar="SECONDS", help="fail where a warm start takes longer")
     add("--output", type=Path, metavar="FILE", help="write the results as JSON, after every model")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--alone", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -126,15 +138,29 @@ def _run(case: Case, options: argparse.Namespace, progress: Progress) -> Result:
                 result.nodes = found["nodes"]
     seconds = ", ".join(f"{kind} {result.best(kind).own:.3f} s" for kind in ("cold", "warm", "again"))
     progress.say(f"{case.name} ({result.source}, {result.nodes} nodes): {seconds}")
+    result.alone = _alone(case, options)
+    both = (f"{kind} {result.best(kind).first_call:.1f} s ({min(result.alone[kind]):.1f} s)" for kind in _KINDS)
+    progress.say(f"{case.name}, whole first calls ({options.base} alone): {', '.join(both)}")
     return result
 
 
-def _in_process(case: Case, options: argparse.Namespace, cache: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.compile_time", "--worker", "--models", case.name]
+def _alone(case: Case, options: argparse.Namespace) -> dict[str, list[float]]:
+    """First calls of the base compiler alone, in seconds."""
+    found: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+    for _ in range(options.processes):
+        with tempfile.TemporaryDirectory() as cache:
+            for kind in _KINDS:
+                found[kind].append(_in_process(case, options, cache, "--alone")["first_call"])
+    return found
+
+
+def _in_process(case: Case, options: argparse.Namespace, cache: str, *switches: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.compile_time", "--worker", *switches, "--models", case.name]
     command += ["--device", options.device, "--base", options.base, "--repeats", str(options.repeats)]
     command += ["--clock", options.clock]
     command += ["--quick"] if options.quick else []
-    done = subprocess.run(command, env={**os.environ, "FXOPT_CACHE_DIR": cache}, check=True, stdout=subprocess.PIPE)
+    caches = {name: str(Path(cache, name.lower())) for name in _CACHES}
+    done = subprocess.run(command, env={**os.environ, **caches}, check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -148,6 +174,8 @@ def _work(case: Case, options: argparse.Namespace) -> dict[str, object]:
     model = case.build(device, dtype, quick=options.quick)
     inputs = case.make_inputs(device, dtype, seed=0, quick=options.quick)
     with torch.no_grad():
+        if options.alone:
+            return {"first_call": _first_call(torch.compile(model, backend=options.base), inputs)}
         runs = [_compile(model, inputs, options.base) for _ in range(1 + options.repeats)]
     return {"nodes": runs[-1][1], "runs": [asdict(run) for run, _ in runs]}
 
@@ -159,13 +187,20 @@ def _compile(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], base: s
     torch._dynamo.reset()
     COMPILE_SECONDS.update(dict.fromkeys(COMPILE_SECONDS, 0.0))
     compiled = torch.compile(model, backend="fxopt", options={"strict": True, "base": base})
-    start = time.perf_counter()
     with collecting() as (outcomes, _):
-        compiled(**inputs)
-    first_call = time.perf_counter() - start
+        first_call = _first_call(compiled, inputs)
     own = COMPILE_SECONDS["total"] - COMPILE_SECONDS["inductor"] - COMPILE_SECONDS["measurement"]
     nodes = sum(len(outcome.captured.graph.nodes) for outcome in outcomes)
     return Compilation(own, {part: COMPILE_SECONDS.get(part, 0.0) for part in _PARTS}, first_call), nodes
+
+
+def _first_call(compiled: Callable[..., object], inputs: Mapping[str, torch.Tensor]) -> float:
+    """Seconds until the results of the first call are there."""
+    start = time.perf_counter()
+    compiled(**inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _import_seconds() -> float:
@@ -182,14 +217,15 @@ def _write(path: Path | None, facts: Mapping[str, str], results: Sequence[Result
 
 
 def _table(results: Sequence[Result]) -> Table:
-    table = Table(title="Seconds of fxopt's own, the least of all runs")
+    table = Table(title="Seconds of fxopt's own, and of whole first calls; the least of all runs")
     table.add_column("model")
-    for name in ("nodes", "cold", "warm", "again", *_PARTS, "rest", "whole first call, warm"):
+    for name in ("nodes", "cold", "warm", "again", *_PARTS, "rest", "first call", "warm", "base alone", "warm"):
         table.add_column(name, justify="right")
     for result in results:
         again, parts = result.best("again"), result.best("again").parts
         seconds = [*(result.best(kind).own for kind in ("cold", "warm", "again")), *parts.values()]
-        seconds += [again.own - sum(parts.values()), result.best("warm").first_call]
+        seconds += [again.own - sum(parts.values()), *(result.best(kind).first_call for kind in _KINDS)]
+        seconds += [min(result.alone[kind]) for kind in _KINDS]
         table.add_row(result.model, str(result.nodes), *(f"{value:.3f}" for value in seconds))
     return table
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from fxopt.backend import compile as fxopt_compile
+from fxopt.passes import exact_pipeline
 
 Forward = Callable[..., Any]
 
@@ -19,7 +20,8 @@ class Peer:
     """How a model is compiled: a ``torch.compile`` backend ("" leaves it eager) and mode.
 
     ``attention`` asks for the model with another attention implementation; only models that offer it have this peer.
-    ``kernels_of`` names a peer that generates the same kernels: this one finds them in that one's caches.
+    ``kernels_of`` names a peer that generates the same kernels: this one finds them in that one's caches. ``passes``
+    are names of passes that fxopt runs besides its default ones.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Peer:
     mode: str | None = None
     attention: str = ""
     kernels_of: str = ""
+    passes: tuple[str, ...] = ()
 
     def compile(self, model: Any, fxopt_options: Mapping[str, str]) -> Forward:
         """``model`` as this peer runs it; compilation itself happens at the first call."""
@@ -34,6 +37,8 @@ class Peer:
             return _call(model)
         # Strict: a graph that fxopt left alone would be timed as if it were rewritten.
         options: dict[str, Any] = {"strict": True, **fxopt_options} if self.backend == "fxopt" else {}
+        if self.passes:
+            options["passes"] = [*exact_pipeline(), *self.passes]
         if self.backend == "fxopt" and self.mode:
             # torch.compile takes a mode or options, not both.
             return _call(torch.compile(model, backend=partial(fxopt_compile, mode=self.mode, options=options)))
@@ -51,10 +56,12 @@ PEERS: dict[str, Peer] = {
         Peer("flex", "inductor", attention="flex_attention"),
         Peer("max-autotune", "inductor", "max-autotune"),
         Peer("fxopt-max-autotune", "fxopt", "max-autotune"),
+        Peer("fxopt-fuse-mlp", "fxopt", passes=("fuse-mlp",)),
+        Peer("fxopt-fuse-mlp-graphs", "fxopt", "reduce-overhead", kernels_of="fxopt-fuse-mlp", passes=("fuse-mlp",)),
     )
 }
-#: The peers that compile for minutes: they run where they are asked for.
-SLOW_PEERS: Final = ("max-autotune", "fxopt-max-autotune")
+#: The peers that run where they are asked for: they compile for minutes, or run passes that must be named.
+ASKED_PEERS: Final = ("max-autotune", "fxopt-max-autotune", "fxopt-fuse-mlp", "fxopt-fuse-mlp-graphs")
 
 
 def main_output(output: Any) -> torch.Tensor:

@@ -28,7 +28,7 @@ from rich.markup import escape
 from benchmarks.environment import environment
 from benchmarks.model_cases import CASES, Case
 from benchmarks.model_measure import Settings, measure
-from benchmarks.model_peers import PEERS, SLOW_PEERS, Peer
+from benchmarks.model_peers import ASKED_PEERS, PEERS, Peer
 from benchmarks.model_results import CaseResult, PeerResult, table
 from benchmarks.progress import Progress
 
@@ -59,10 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    standard = [name for name in PEERS if name not in SLOW_PEERS]
+    standard = [name for name in PEERS if name not in ASKED_PEERS]
     add("--list", action="store_true", help="print models and peers and stop")
     add("--models", nargs="+", choices=CASES, default=list(CASES), metavar="MODEL", help="default: all")
-    add("--peers", nargs="+", choices=PEERS, default=standard, metavar="PEER", help="default: all but the slow ones")
+    add(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        default=standard,
+        metavar="PEER",
+        help="default: all but max-autotune's and those with passes to be named",
+    )
     add("--max-autotune", nargs="*", choices=CASES, metavar="MODEL", help="also this peer, which compiles for minutes")
     add("--fxopt-option", action="append", default=[], type=_pair, metavar="NAME=VALUE", help="passed to the backend")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")

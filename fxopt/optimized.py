@@ -58,8 +58,8 @@ def optimized_class(cls: type[nn.Module], settings: Mapping[str, Any]) -> type[n
         "__qualname__": source.__qualname__,
         "__doc__": source.__doc__,
     }
-    listens = hasattr(source.__init_subclass__, "__func__") and not issubclass(source, _Quiet)
-    bases = (_Quiet, source) if listens else (source,)
+    told = next(base for base in source.__mro__ if "__init_subclass__" in base.__dict__)
+    bases = (source,) if told is object or issubclass(source, _Quiet) else (_Quiet, source)
     return new_class(source.__name__, bases, {}, lambda namespace: namespace.update(defined))
 
 

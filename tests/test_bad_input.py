@@ -160,11 +160,18 @@ def test_integer_operands_are_left_to_eager() -> None:
     assert torch.equal(compiled(integers)(q), integers(q))
 
 
-def test_mixed_dtypes_fail_as_in_eager() -> None:
+@pytest.mark.parametrize("dtypes", ["float32 float64 float64", "float32 float32 bfloat16", "bfloat16 float32 float32"])
+def test_mixed_dtypes_fail_as_in_eager(dtypes: str) -> None:
+    operands = [torch.randn(1, 2, 3, 4, dtype=getattr(torch, name)) for name in dtypes.split()]
+    with pytest.raises(RuntimeError, match=r"(?i)type"):
+        attention(*operands)
+    with pytest.raises(RuntimeError, match=r"(?i)type"):
+        compiled(attention)(*operands)
+
+
+def test_mixed_dtypes_fail_under_autocast_where_it_leaves_them_so() -> None:
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"(?i)type"):
-        attention(q, k, k)
-    with pytest.raises(RuntimeError, match=r"(?i)type"):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match=r"(?i)type"):
         compiled(attention)(q, k, k)
 
 

@@ -302,7 +302,7 @@ def test_what_can_not_be_optimized_says_so() -> None:
     with pytest.raises(OptionError, match="call it once"):
         fxopt.optimize(nn.LazyLinear(3))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
         scripted = torch.jit.script(nn.Linear(2, 2))
     with pytest.raises(OptionError, match="TorchScript"):
         fxopt.optimize(scripted)

@@ -24,6 +24,13 @@ from fxopt.frontend.switches import Switching
 
 _BACKWARD = (torch.autograd.grad, torch.autograd.backward)
 _OPAQUE = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
+# What functional transforms begin with, where TorchDynamo writes them; what torch.export leaves of them. Which of their
+# nodes a trace loses, and which it keeps without their meaning, is another matter in every release of PyTorch.
+_TRANSFORMS = frozenset(f"_{kind}_increment_nesting" for kind in ("vmap", "grad", "jvp", "func")) | {
+    "_add_batch_dim",
+    "_unwrap_for_grad",
+}
+_TRANSFORMED = "the graph holds a functional transform (vmap, grad, …), whose results a retrace loses"
 _IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow"})
 
 
@@ -50,10 +57,10 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
     edits = any(_edits(node) for node in module.graph.nodes)
     traced = None if edits else _trace(repeat, inputs, fake_mode)
     if traced is None or any(_mutates(node) for node in traced.graph.nodes):
-        _reject_vmap(module)
         _reject_detached(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
         _reshape_views(traced.graph)
+    _reshape_attention(traced.graph)
     traced.graph.eliminate_dead_code()
     _reject_lost(traced)
     type(traced).__name__ = "Program"  # as printed; the class is this graph's own
@@ -122,10 +129,17 @@ def _reshape_views(graph: fx.Graph) -> None:
         node.target = torch.ops.aten.reshape.default
 
 
-def _reject_vmap(module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
-        if "vmap" in getattr(node.target, "__name__", ""):
-            raise CaptureError("the graph edits tensors in place inside vmap, which a retrace can't make functional")
+def _reshape_attention(graph: fx.Graph) -> None:
+    """Strides of attention's result are those of the kernel that computes it. ``nn.MultiheadAttention`` of PyTorch 2.11
+    makes it contiguous before it views it, which leaves no trace where the fake result is so already.
+    """
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        source = node.args[0]
+        while source.target in (aten.transpose.int, aten.permute.default):
+            source = source.args[0]
+        if source.target is aten.scaled_dot_product_attention.default:
+            node.target = aten.reshape.default
 
 
 def _reject_detached(module: fx.GraphModule) -> None:
@@ -142,17 +156,19 @@ def _reject_detached(module: fx.GraphModule) -> None:
 
 
 def _reject_opaque(module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
+    for node in (node for part in module.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes):
         name = getattr(node.target, "__name__", "")
         if node.op == "call_function" and name in _OPAQUE:
             raise CaptureError(f"the graph holds {name}, whose recomputation marks a retrace would lose")
+        if node.op == "call_function" and name in _TRANSFORMS:
+            raise CaptureError(_TRANSFORMED)
         if node.target in _BACKWARD or (node.op == "call_method" and node.target == "backward"):
             raise CaptureError("the graph computes gradients inside, which depend on how its tensors came about")
 
 
 def _reject_lost(traced: fx.GraphModule) -> None:
-    """Functional transforms (vmap, grad) hide from the trace what they compute: it becomes a constant without value."""
+    """What a functional transform computes may hide from the trace: it becomes a constant without value."""
     for node in traced.graph.find_nodes(op="get_attr"):
         value = getattr(traced, str(node.target), None)
         if isinstance(value, FakeTensor) or (isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value)):
-            raise CaptureError("the graph holds a functional transform (vmap, grad, …), whose results a retrace loses")
+            raise CaptureError(_TRANSFORMED)

@@ -23,6 +23,12 @@ def autocast_at(node: fx.Node) -> AbstractContextManager[Any]:
     return stack
 
 
+def is_autocast(node: fx.Node, device: str) -> bool:
+    """Whether ``node`` runs under autocast of ``device``, switched on by its graph or around it."""
+    with autocast_at(node):
+        return torch.is_autocast_enabled(device)
+
+
 def _around(node: fx.Node) -> list[fx.Node]:
     """The switches that are on at ``node``, the outermost first."""
     entered: list[fx.Node] = []

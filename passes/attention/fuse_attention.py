@@ -12,6 +12,7 @@ from fxopt.analysis.constants import Constants
 from fxopt.analysis.gradients import may_need_gradient
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.attention import AttentionSpec, EmptyRows
+from fxopt.ir.autocast import is_autocast
 from fxopt.ir.expression import Expr, S, call, const
 from fxopt.ir.nodes import is_call, shape, tensor
 from fxopt.ir.operators import overload
@@ -64,7 +65,8 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
         return region
     queries, keys = region.scores.args
     assert isinstance(queries, Node) and isinstance(keys, Node)
-    rejection = _unfit(region, weights, queries, keys, match["values"])
+    mixed = _mixed(region.scores, queries, keys) or _mixed(match.root, match["weights"], match["values"])
+    rejection = mixed or _unfit(region, weights, queries, keys, match["values"])
     if rejection:
         return rejection
     space = space_of(region.scores, keys, region.stages)
@@ -102,6 +104,17 @@ def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: 
         if outside:
             return Rejection(f"the scores escape: {node} is also read by {outside[0]}", (node, *outside))
     return None
+
+
+def _mixed(product: Node, left: Node, right: Node) -> Rejection | None:
+    """Why a product can't be computed, as eager says when it runs it. From PyTorch 2.12 on it isn't captured either."""
+    dtypes = tensor(left).dtype, tensor(right).dtype
+    if dtypes[0] == dtypes[1]:
+        return None
+    # Autocast makes the two alike, but leaves float64 as it is.
+    if torch.float64 not in dtypes and is_autocast(product, tensor(left).device.type):
+        return None
+    return Rejection(f"a product of {dtypes[0]} and {dtypes[1]}", (product,))
 
 
 def _write(builder: Builder, site: Site) -> Node:

@@ -35,10 +35,11 @@ CASTS: Final = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten
 
 
 class _Lift:
-    """One walk: which nodes carry scores, and the expression of each."""
+    """One walk: which nodes carry scores, and the expression of each. Without ``scores``, nothing carries them."""
 
-    def __init__(self, constants: Constants) -> None:
+    def __init__(self, constants: Constants, *, scores: bool = True) -> None:
         self.constants = constants
+        self.scores = scores
         self.contraction: Node | None = None
         self.operands: list[Operand] = []
         self.nodes: list[Node] = []
@@ -48,7 +49,7 @@ class _Lift:
 
     def carries(self, value: object) -> bool:
         """Whether ``value`` is computed from a contraction by pointwise operations and views alone."""
-        if not isinstance(value, Node):
+        if not self.scores or not isinstance(value, Node):
             return False
         if value not in self._carries:
             self._carries[value] = self._find(value)
@@ -206,8 +207,7 @@ class LiftedMask:
 
 def lift_mask(mask: Node, sizes: tuple[Size, ...], constants: Constants) -> LiftedMask | Rejection:
     """Lift a mask or bias that is broadcast onto scores of shape ``sizes``."""
-    lift = _Lift(constants)
-    lift.contraction = mask
+    lift = _Lift(constants, scores=False)
     lift.stage = sizes
     try:
         expression = lift.operand(mask, mask)

@@ -101,8 +101,9 @@ def replace_attentions(
     assert program.signature is not None
     bound = dict(program.signature.bound)
     inputs = _Inputs(program, parameters, bound)
+    # A linear attention has no weights.
+    forget_results(program, results_of_weights(program))
     for place, site in enumerate(attentions(program)):
-        _forget_weights(site)
         _replace(program, site, read(site, place), inputs, blended)
     placeholders = program.graph.find_nodes(op="placeholder")
     tensors = [node for node in placeholders if node.name not in bound]
@@ -178,14 +179,27 @@ def _replace(program: Program, site: Node, form: Form, inputs: _Inputs, blended:
         program.graph.erase_node(site)
 
 
-def _forget_weights(site: Node) -> None:
-    """Give ``None`` for every result that is computed from the weights: a linear attention has none."""
-    moving = set(weight_readers(site))
-    for node in site.graph.nodes:
-        if node.op == "output":
-            node.args = fx.node.map_arg(node.args, lambda result: None if result in moving else result)
-        elif not moving.isdisjoint(node.all_input_nodes):
+def results_of_weights(program: Program) -> frozenset[int]:
+    """The places, among the flat results, of those that are computed from the weights of an attention."""
+    moving = {reader for site in attentions(program) for reader in weight_readers(site)}
+    for node in program.graph.nodes:
+        if not moving.isdisjoint(node.all_input_nodes):
             moving.add(node)
+    return frozenset(place for place, result in enumerate(_output(program).args[0]) if result in moving)  # type: ignore[arg-type]
+
+
+def forget_results(program: Program, places: frozenset[int]) -> None:
+    """Edit ``program`` to give ``None`` for the flat results at ``places``, and to compute nothing for them."""
+    output = _output(program)
+    results = enumerate(output.args[0])  # type: ignore[arg-type]
+    output.args = (tuple(None if place in places else result for place, result in results),)
+    program.graph.eliminate_dead_code()
+
+
+def _output(program: Program) -> Node:
+    (output,) = program.graph.find_nodes(op="output")
+    assert isinstance(output, Node)
+    return output
 
 
 def _call(builder: Builder, site: Node, form: Form, inputs: _Inputs) -> Node:

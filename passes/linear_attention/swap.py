@@ -12,11 +12,19 @@ from torch.fx import Node
 
 from fxopt.errors import OptionError
 from fxopt.ir.nodes import source, tensor
+from fxopt.ir.program import Program
 from fxopt.ir.site import Site
 from fxopt.passes.linear_attention.capture import Isolated, attentions, canonical, isolated
 from fxopt.passes.linear_attention.meaning import Kept, Proof, prove, read_attention
 from fxopt.passes.linear_attention.module import RESERVED, LinearisedModule, Transition, keep_padded
-from fxopt.passes.linear_attention.replace import SHARE, Captured, Form, replace_attentions
+from fxopt.passes.linear_attention.replace import (
+    SHARE,
+    Captured,
+    Form,
+    forget_results,
+    replace_attentions,
+    results_of_weights,
+)
 from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange, inlining
 
 
@@ -218,6 +226,9 @@ def _graphs(
         return captured
     if captured.program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
         return "in training it writes buffers of its own, such as running statistics, which its gradients read"
+    # What dropout leaves of weights is in this graph only, so that none may be asked for.
+    if _results_alike(captured.program, owner.captured.program):
+        forget_results(captured.program, results_of_weights(owner.captured.program))
     training = replace(captured, program=canonical(captured.program))
     sites = attentions(training.program)
     read = [read_attention(site, swap.drop, owner.proof(place)) for place, site in enumerate(sites)]
@@ -230,3 +241,9 @@ def _graphs(
         replace_attentions(training, lambda _, place: trained[place], inputs, blended=blended),
         replace_attentions(owner.captured, lambda _, place: forms[place], inputs, blended=False),
     )
+
+
+def _results_alike(program: Program, other: Program) -> bool:
+    """Whether both give results of the same structure."""
+    assert program.signature is not None and other.signature is not None
+    return bool(program.signature.out_spec == other.signature.out_spec)

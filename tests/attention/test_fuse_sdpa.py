@@ -51,6 +51,19 @@ def test_boolean_mask_is_a_mask_and_additive_mask_a_bias() -> None:
     assert additive.mask is None and additive.captures[0].dims == "-hij"
 
 
+def test_a_bias_that_is_a_product_is_not_taken_for_the_scores() -> None:
+    def by_position(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, q @ positions.mT)
+
+    def of_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, torch.bmm(k[0], k[0].mT), scale=1.0)
+
+    spec = spec_of(by_position, *inputs(), torch.randn(6, 8))
+    assert spec.score == parse(f"s * {8**-0.5!r} + c0") and spec.captures[0].dims == "bhij"
+    spec = spec_of(of_keys, *inputs())
+    assert spec.score == parse("s + c0") and spec.captures[0].dims == "-hij"
+
+
 def test_grouped_heads_and_rank_3() -> None:
     grouped = spec_of(lambda q, k, v: scaled_dot_product_attention(q, k, v, enable_gqa=True), *inputs(heads=2))
     assert grouped.kv_map == "group"

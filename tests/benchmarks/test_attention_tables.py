@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.attention_tables import document_ids, shift_mask, t5_band, t5_buckets
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 
 
 def test_t5_buckets_are_those_of_transformers() -> None:

@@ -24,4 +24,7 @@ def test_a_tiny_bert_is_compiled_cold_warm_and_again(tmp_path: Path, capsys: pyt
         assert 0 < run["parts"]["capture"] + run["parts"]["passes"] < run["own"] < run["first_call"]
     assert result["nodes"] > 50
     assert document["environment"]["import beyond torch"].endswith(" s")
-    assert "bert-sdpa" in capsys.readouterr().out
+    assert {kind: len(runs) for kind, runs in result["alone"].items()} == {"cold": 1, "warm": 1}
+    assert all(seconds > 0 for runs in result["alone"].values() for seconds in runs)
+    shown = capsys.readouterr().out
+    assert "bert-sdpa" in shown and "whole first calls (eager alone): cold" in shown

@@ -12,12 +12,12 @@ import torch
 from benchmarks import models
 from benchmarks.accuracy import Reference, compare
 from benchmarks.model_cases import CASES
-from benchmarks.model_peers import PEERS, SLOW_PEERS
+from benchmarks.model_peers import ASKED_PEERS, PEERS
 from benchmarks.model_results import CaseResult, PeerResult, judge
 from benchmarks.timing import Timing
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 
 _QUICK = ("--quick", "--device", "cpu", "--rounds", "2", "--keep-caches")
 
@@ -97,10 +97,10 @@ def test_models_gives_the_mode_to_fxopt_with_and_without_options(monkeypatch: py
     assert seen == [("max-autotune", {"strict": True}), ("max-autotune", {"strict": True, "base": "eager"})]
 
 
-def test_models_runs_slow_peers_only_where_they_are_asked_for() -> None:
+def test_models_runs_some_peers_only_where_they_are_asked_for() -> None:
     standard = models._parser().parse_args([]).peers
-    assert {*standard, *SLOW_PEERS} == {*PEERS}
-    assert not {*standard} & {*SLOW_PEERS}
+    assert {*standard, *ASKED_PEERS} == {*PEERS}
+    assert not {*standard} & {*ASKED_PEERS}
 
 
 @pytest.mark.parametrize("name", CASES)

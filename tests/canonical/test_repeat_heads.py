@@ -67,7 +67,21 @@ def _order(function: Callable[[Tensor], Tensor]) -> list[object]:
     )
 
 
-@pytest.mark.parametrize("function", [_expanded, _expanded_first, GROUPED["repeat_interleave"], TILED["repeat"]])
+EXPORTED = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="torch.export before 2.13 refuses a dynamic length after expand and reshape (min(7*length, 28*length))",
+)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(_expanded, marks=EXPORTED),
+        pytest.param(_expanded_first, marks=EXPORTED),
+        pytest.param(GROUPED["repeat_interleave"], marks=EXPORTED),
+        TILED["repeat"],
+    ],
+)
 def test_repeat_heads_fires_on_dynamic_shapes(function: Callable[[Tensor], Tensor]) -> None:
     dynamic = ({0: torch.export.Dim("batch", min=2), 2: torch.export.Dim("length", min=2)},)
     result = rewrite(function, (random(B, G, S, D),), RepeatHeads(), dynamic)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxopt.errors import CaptureError, FxoptWarning
+from fxopt.errors import CaptureError
 from fxopt.frontend import retrace as frontend
 from fxopt.frontend.dynamo import from_dynamo
 from fxopt.frontend.repeated import RepeatedCalls
@@ -131,24 +131,6 @@ def test_random_draws_are_written_each() -> None:
     targets = [target for _, target, *_ in graph]
     assert (targets.count("aten.dropout.default"), targets.count("aten.rand.default")) == (2, 2)
     _both(function, torch.randn(3))
-
-
-TRANSFORMED: dict[str, Function] = {
-    "vmap": lambda x: torch.vmap(lambda row: row.exp() + torch.arange(3).exp())(x) * x,
-    "vmap of what is made": lambda x: x + torch.vmap(lambda i: i * 2.0)(torch.arange(3)),
-    "grad": lambda x: torch.func.grad(lambda y: y.sin().sum())(x) * x,
-    "vjp": lambda x: torch.func.vjp(torch.sin, x)[1](x)[0],
-    "jacrev": lambda x: torch.func.jacrev(torch.sin)(x[0]),
-}
-
-
-@pytest.mark.parametrize("name", TRANSFORMED)
-def test_graphs_with_functional_transforms_are_left_alone(name: str) -> None:
-    function, x = TRANSFORMED[name], torch.randn(2, 3)
-    torch._dynamo.reset()
-    with pytest.warns(FxoptWarning, match="functional transform|inside vmap"):
-        found = torch.compile(function, backend="fxopt", options={"base": "aot_eager"})(x)
-    torch.testing.assert_close(found, function(x))
 
 
 def test_gradients_computed_inside_of_a_graph_leave_it_alone() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
+from fxopt.errors import PreparationError
 from fxopt.passes import LinearAttention, SimplifiedLinearAttention
 
 transformers = pytest.importorskip("transformers")
@@ -35,6 +36,12 @@ def _ids(batch: int, **others: Any) -> dict[str, Any]:
     return {"input_ids": torch.randint(97, (batch, 12), generator=torch.Generator().manual_seed(batch)), **others}
 
 
+def _keep(batch: int) -> Tensor:
+    """The first sequence is whole, each other one is padded."""
+    lengths = torch.arange(12, 12 - batch, -1)
+    return (torch.arange(12) < lengths[:, None]).long()
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Any]], fxopt.Pass]] = {
     "vit": (lambda: _model("ViT", image_size=32, patch_size=8, **SIZES), _pixels, GRID),
     "swin": (
@@ -52,6 +59,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Any]]
         lambda batch: _ids(batch, use_cache=False),
         LinearAttention(),
     ),
+    **{
+        # In training these modules return weights after dropout, which nobody reads.
+        f"{name}, eager": (
+            lambda name=name: _model(name, attn_implementation="eager", **SIZES),  # type: ignore[misc]
+            lambda batch: _ids(batch, attention_mask=_keep(batch)),
+            LinearAttention(),
+        )
+        for name in ("Bert", "Roberta", "Electra", "DistilBert")
+    },
 }
 
 
@@ -97,3 +113,28 @@ def test_padding_is_left_out_and_may_be_absent() -> None:
     assert float(moved[:, :7].max()) == 0.0
     whole = _ids(3, attention_mask=torch.ones(3, 12, dtype=torch.int64))
     torch.testing.assert_close(states(student, whole)[:2], states(student, {k: v[:2] for k, v in whole.items()}))
+
+
+def test_eager_attention_becomes_what_sdpa_becomes() -> None:
+    inputs = _ids(3, attention_mask=_keep(3))
+    students = [
+        fxopt.prepare(_model("Bert", attn_implementation=how, **SIZES), (), inputs, passes=[LinearAttention()])
+        for how in ("eager", "sdpa")
+    ]
+    for training in (True, False):
+        eager, sdpa = (_without_dropout(student, training) for student in students)
+        torch.testing.assert_close(states(eager, inputs), states(sdpa, inputs))
+
+
+def _without_dropout(model: nn.Module, training: bool) -> nn.Module:
+    for module in model.train(training).modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def test_hooks_that_collect_weights_keep_eager_attention() -> None:
+    inputs = _ids(3, attention_mask=_keep(3), output_attentions=True)
+    model = _model("Bert", attn_implementation="eager", **SIZES)
+    with pytest.raises(PreparationError, match="it has forward hooks, which would be lost"):
+        fxopt.prepare(model, (), inputs, passes=[LinearAttention()])

@@ -175,7 +175,7 @@ def test_gradients_of_the_input_alone_run_the_folded_program() -> None:
 
 
 # PyTorch scripts its rules for tangents when they are first needed.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`.* is deprecated")
 def test_weights_in_functional_transforms_are_not_folded() -> None:
     """Tangents and models side by side belong to one call; what is kept for the next is made of the module's own."""
     net = Net(lambda n, x: torch.relu(n.a(x) * n.scale), a=nn.Linear(C, 6), scale=torch.ones(6)).double()
@@ -247,6 +247,8 @@ def test_the_backend_reports_a_folded_norm_as_it_is() -> None:
 
 
 @torch.no_grad()
+# PyTorch 2.11 says it of what torch.export.load itself reads.
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 def test_export_and_back(tmp_path: Any) -> None:
     net = _net()
     exported = torch.export.export(_rewritten(net), (X,))

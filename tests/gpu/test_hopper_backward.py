@@ -137,11 +137,11 @@ def test_a_graph_compiled_before_honours_the_deterministic_mode() -> None:
 def test_gradients_of_padded_batches(name: str, rows: bool) -> None:
     """Rows and keys that are padding are left out by limits that a small kernel finds."""
     torch.manual_seed(0)
-    filled = lengths(name, 700)
+    filled = lengths(name, 1100)
     spec = padded(rows, "zero")
-    sizes = Shape(64, 64, 700, 700, 2, batch=len(filled), heads=4)
+    sizes = Shape(64, 64, 1100, 1100, 2, batch=len(filled), heads=4)
     inputs = [x.cuda() for x in operands(sizes, torch.bfloat16)]
-    captures = [c.cuda() for c in vectors(filled, 700, rows)]
+    captures = [c.cuda() for c in vectors(filled, 1100, rows)]
     dout = torch.randn(*inputs[0].shape, device="cuda", dtype=torch.bfloat16)
     for config in configurations(spec, 64, torch.bfloat16):
         found = backward(spec, inputs, captures, dout, config)

@@ -47,6 +47,8 @@ _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
 _L2: Final = "32 * 2**20"
+#: Without hulls all blocks ask the mask, which with so many keys costs more than finding the hulls.
+_FEWEST: Final = 384
 _SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
@@ -136,7 +138,8 @@ class HopperText(LogitsText):
         found = possible_keys(self.spec, sure=True)
         if found is None:
             return None
-        return Hull(self.spec, found, self.config.rows, self.config.keys, self._orderly, early=True)
+        fewest = min(4, _FEWEST // self.config.keys)
+        return Hull(self.spec, found, self.config.rows, self.config.keys, self._orderly, early=True, fewest=fewest)
 
     @cached_property
     def _order(self) -> Order | None:

@@ -108,7 +108,8 @@ class Hull:
     """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys.
 
     ``ordered`` leaves room for `FURTHER` numbers before those of each hull. With ``early`` the kernel behind the small
-    one may be launched while that runs; it must wait for the hulls (sm_90 and later).
+    one may be launched while that runs; it must wait for the hulls (sm_90 and later). Fewer than ``fewest`` blocks of
+    keys are not worth the small kernel.
     """
 
     spec: AttentionSpec
@@ -117,6 +118,7 @@ class Hull:
     block_n: int
     ordered: bool = False
     early: bool = False
+    fewest: int = _FEWEST_BLOCKS
 
     @property
     def kernel(self) -> str:
@@ -178,7 +180,7 @@ class Hull:
     def allocate(self) -> str:
         """The launcher's lines that allocate the hulls."""
         count = f"batch * -(-rows // {self.block_m})" if self.by_rows else "batch"
-        return _ALLOCATE.format(fewest=_FEWEST_BLOCKS * self.block_n, count=count, numbers=self.numbers)
+        return _ALLOCATE.format(fewest=self.fewest * self.block_n, count=count, numbers=self.numbers)
 
     @property
     def launch(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.backward.hopper import needed
 from fxopt.codegen.attention.backward.hopper.kernel import objection, source
 from fxopt.codegen.attention.backward.kernel import KIND
 from fxopt.ir.attention import AttentionSpec
@@ -35,6 +36,12 @@ NAMES = [
     for name in EXPRESSIONS
     if objection(specification(name, SHAPES["even"], torch.bfloat16), 64, 64, torch.bfloat16, (9, 0)) is None
 ]
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits of rows are found for fewer of them than would be worth it."""
+    monkeypatch.setattr(needed, "_FEWEST", 256)
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +130,7 @@ def test_nearly_every_expression_without_tiles_is_served() -> None:
     assert set(EXPRESSIONS) - set(NAMES) == {"tile-bias", "swin", "band", "causal-band", "finite-fill"}
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("name", ["mixed", "empty", "one", "equal"])
 def test_padded_rows_and_keys_are_left_out(name: str, rows: bool, tmp_path: Path) -> None:
@@ -135,6 +143,7 @@ def test_padded_rows_and_keys_are_left_out(name: str, rows: bool, tmp_path: Path
         check(spec, inputs, captures, config, tmp_path)
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("name", VECTORS)
 def test_masks_of_vectors_limit_the_rows_of_keys(name: str, tmp_path: Path) -> None:
     sizes = Shape(64, 64, 290, 300, 1, batch=4, heads=1)
@@ -142,6 +151,7 @@ def test_masks_of_vectors_limit_the_rows_of_keys(name: str, tmp_path: Path) -> N
     check(spec, operands(sizes, torch.bfloat16), VECTORS[name].draw(sizes), "hopper:64x128s4", tmp_path)
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("name", [name for name in VECTORS if name != "prefix"])
 def test_limits_hold_all_rows_that_keep_a_key_and_padding_exactly_these(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,8 @@ _OTHER: Final = {"rows": "keys", "keys": "rows", "stride(2)": "stride(3)", "stri
 _PLACES: Final = {I: J, J: I, symbol("Sq"): symbol("Sk"), symbol("Sk"): symbol("Sq")}
 _WHOSE: Final = "keys that a block of query rows can possibly keep"
 _TURNED: Final = "rows ``j`` that can possibly keep some key ``i`` of a block"
+#: On an H100 2048 rows gain what is left out; with 512 the launch of one more kernel costs as much.
+_FEWEST: Final = 1024
 _FEW: Final = "# Few blocks of rows are not worth a kernel that finds out which are needed."
 
 
@@ -55,7 +57,7 @@ def needed_rows(spec: AttentionSpec, rows: int, keys: int) -> Needed | None:
     """What captured vectors say about the rows that blocks of ``keys`` need; ``None`` where they say nothing."""
     turned = turn(spec)
     found = possible_keys(turned)
-    return None if found is None else Needed(Hull(turned, found, keys, rows))
+    return None if found is None else Needed(Hull(turned, found, keys, rows, fewest=_FEWEST // rows))
 
 
 def turn(spec: AttentionSpec) -> AttentionSpec:

@@ -18,7 +18,7 @@ from fxopt.ir.expression import I, J, symbol
 _OTHER: Final = {"rows": "keys", "keys": "rows", "stride(2)": "stride(3)", "stride(3)": "stride(2)"}
 _PLACES: Final = {I: J, J: I, symbol("Sq"): symbol("Sk"), symbol("Sk"): symbol("Sq")}
 _WHOSE: Final = "keys that a block of query rows can possibly keep"
-_TURNED: Final = "rows ``j`` that can possibly keep some key ``i`` of a block"
+_TURNED: Final = "rows ``j`` that can possibly keep a key ``i`` of a block"
 #: On an H100 2048 rows gain what is left out; with 512 the launch of one more kernel costs as much.
 _FEWEST: Final = 1024
 _FEW: Final = "# Few blocks of rows are not worth a kernel that finds out which are needed."

@@ -30,11 +30,30 @@ def split_distances(score: Expr, captures: Sequence[Capture], column: Expr, star
             return node
         for factor, distance in (node.args, node.args[::-1]):
             parts = _parts(distance, captures, column, start)
-            if parts is not None and _is_uniform(factor, captures):
+            if parts is not None and is_alike(factor, captures):
                 return call("add", call("mul", factor, parts[0]), call("mul", factor, parts[1]))
         return node
 
     return score.replace(change)
+
+
+def sloped(score: Expr, captures: Sequence[Capture]) -> tuple[Expr, Expr, Expr] | None:
+    """``score`` as the sum of a rest and of a factor times a distance of key and row, or ``None`` where it is none.
+
+    The factor is the same for all keys and rows of a head.
+    """
+    if score.op != "add":
+        return None
+    for rest, term in (score.args, score.args[::-1]):
+        for factor, distance in (term.args, term.args[::-1]) if term.op == "mul" else ():
+            if is_alike(factor, captures) and _is_distance(distance, captures):
+                return rest, factor, distance
+    return None
+
+
+def _is_distance(distance: Expr, captures: Sequence[Capture]) -> bool:
+    found = linear(distance.args[0], captures) if distance.op == "float" else None
+    return found is not None and found.key in (1, -1) and found.row in (1, -1)
 
 
 def apart(score: Expr, moving: Callable[[Expr], bool]) -> tuple[Expr, Expr | None]:
@@ -67,7 +86,8 @@ def _parts(distance: Expr, captures: Sequence[Capture], column: Expr, start: Exp
     return column if found.key == 1 else call("neg", column), call("float", simplify(rest))
 
 
-def _is_uniform(factor: Expr, captures: Sequence[Capture]) -> bool:
+def is_alike(factor: Expr, captures: Sequence[Capture]) -> bool:
+    """Whether ``factor`` is the same for all keys and rows of a head."""
     leaves = [node for node in factor.walk() if not node.args]
     return all(
         leaf.op == "const"

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 
 from fxopt.codegen.attention.hopper import kernel as hopper
+from fxopt.codegen.attention.pairs import kernel as pairs
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short import kernel as short
@@ -78,6 +79,7 @@ _LAUNCH: Final = 3e-6
 #: By the prefix of their configurations, the most general one last.
 FAMILIES: Final[dict[str, Family]] = {
     "hopper": Family(hopper.objection, hopper.candidates, hopper.seconds, hopper.source, averages=True),
+    "pairs": Family(pairs.objection, pairs.candidates, pairs.seconds, pairs.source, averages=True),
     "short": Family(short.objection, short.candidates, short.seconds, short.source, pads_values=True, averages=True),
     "split": Family(split.objection, split.candidates, split.seconds, split.source),
     "": Family(

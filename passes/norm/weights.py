@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch.fx import Node
 
 from fxopt.analysis.readers import Layer
-from fxopt.ir.nodes import FOLDED, shape
+from fxopt.ir.nodes import FOLDED, shape, tensor
 from fxopt.rewriter.builder import Builder
 
 aten = torch.ops.aten
+#: Inductor pads rows of more elements than this to a multiple of so many bytes (`padding_stride_threshold` and
+#: `padding_alignment_bytes` in its configuration).
+_PADDED_FROM: Final = 1024
+_ROW_BYTES: Final = 128
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,20 @@ def call_layer(builder: Builder, layer: Layer, x: Node, weight: Node, bias: Node
     if layer.form == "matmul":
         product = builder.call(aten.matmul.default, x, weight)
         return product if bias is None else builder.call(aten.add.Tensor, product, bias)
+    if layer.form == "linear" and layer.bias is None and bias is not None and _rows_are_padded(layer.node):
+        return builder.call(aten.add.Tensor, builder.again(layer.node, input=x, weight=weight), bias)
     return builder.again(layer.node, input=x, weight=weight, bias=bias)
+
+
+def _rows_are_padded(node: Node) -> bool:
+    """Whether Inductor may leave room between the rows of this half-precision result.
+
+    cuBLAS has no product with a bias for such a result: PyTorch writes the bias to all of it first, which the product
+    then reads. Added apart, a bias becomes a part of what reads the result.
+    """
+    features, size = shape(node)[-1], tensor(node).dtype.itemsize
+    aligned = not isinstance(features, int) or features * size % _ROW_BYTES == 0
+    return size == 2 and not aligned and features > _PADDED_FROM
 
 
 def widened(builder: Builder, node: Node) -> Node:

@@ -91,6 +91,9 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.values.view(*shape))
 
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
+        return Shared(self.values.view(*shape))
+
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.values.permute(*order))
 
@@ -129,17 +132,29 @@ class Descriptor:
         return SimpleNamespace(nbytes=prod(self.block_shape) * self.base.element_size())
 
     def block(self, place: Sequence[Any]) -> Tensor:
+        found = torch.zeros(self.block_shape, dtype=self.dtype)
+        inside, outside = self._overlap(place)
+        found[inside] = self._whole[outside]
+        return found
+
+    def write(self, place: Sequence[Any], values: Tensor) -> None:
+        inside, outside = self._overlap(place)
+        self._whole[outside] = values.view(self.block_shape)[inside]
+
+    @property
+    def _whole(self) -> Tensor:
+        return torch.as_strided(self.base, list(self.shape), list(self.strides))
+
+    def _overlap(self, place: Sequence[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """What of a block at ``place`` lies in the tensor, as indices into the block and into the tensor."""
         size = self.base.element_size()
         assert int(place[-1]) * size % _ALIGNMENT == 0, "TMA reads from multiples of 16 bytes only"
         assert self.block_shape[-1] * size % _ALIGNMENT == 0 and all(0 < n <= 256 for n in self.block_shape)
-        found = torch.zeros(self.block_shape, dtype=self.dtype)
-        source = torch.as_strided(self.base, list(self.shape), list(self.strides))
         spans = [
             (int(p), min(int(p) + n, size)) for p, n, size in zip(place, self.block_shape, self.shape, strict=True)
         ]
         inside = tuple(slice(0, max(stop - start, 0)) for start, stop in spans)
-        found[inside] = source[tuple(slice(start, max(stop, start)) for start, stop in spans)]
-        return found
+        return inside, tuple(slice(start, max(stop, start)) for start, stop in spans)
 
 
 class _Layout:
@@ -170,7 +185,7 @@ def _copy(source: Descriptor, place: Sequence[Any], barrier: Barrier, target: Sh
     barrier.change(0, -block.numel() * block.element_size())
 
 
-def _multiply(a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
+def _multiply(a: Any, b: Shared, acc: Tensor, use_acc: Any = True, is_async: bool = False) -> Tensor:
     left = a.values if isinstance(a, Shared) else a
     product = left.float() @ b.values.float()
     assert product.shape == acc.shape
@@ -184,26 +199,38 @@ def _wait(outstanding: int, deps: Sequence[Tensor]) -> Any:
 _ADDING = threading.Lock()
 
 
+def _write(target: Descriptor, place: Sequence[Any], source: Shared) -> None:
+    target.write(place, source.values)
+
+
+def _add(target: Descriptor, place: Sequence[Any], source: Shared) -> None:
+    with _ADDING:
+        target.write(place, target.block(place) + source.values)
+
+
+def _builtin(function: Callable[..., None]) -> Callable[..., None]:
+    """What a module makes of a compiler's own operation."""
+    assert function.__name__ == "add_tile"
+    return _add
+
+
 def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     if "tanh.approx" in text:
         return torch.tanh(given[0])
-    if "%ctaid.x" in text:
-        return torch.tensor(_PROGRAM.number)
-    if "red.global" not in text:
-        return given[0]
-    target, x = given
-    address, values = _packs(torch.as_tensor(target.offset).expand(x.shape)), _packs(x)
-    with _ADDING:
-        for n in range(4):
-            target.memory.index_add_(0, address[:, 0] + n, values[:, n].contiguous())
-    return None
-
-
-def _packs(x: Tensor) -> Tensor:
-    """Four elements each that a thread holds one after another: two columns of a row, then of the row 8 further on."""
-    rows, columns = x.shape
-    held = x.reshape(rows // 16, 2, 8, columns // 8, 4, 2)
-    return held.permute(0, 2, 4, 3, 1, 5).reshape(-1, 4)
+    if text.startswith("mul.lo.s32"):
+        return given[0] * given[1]
+    if text == "mov.b32 $0, 0;":
+        return torch.zeros_like(torch.as_tensor(given[0])) if given else torch.tensor(0)
+    if "ctaid.x" in text:
+        return torch.tensor(_PROGRAM.count if "%nctaid.x" in text else _PROGRAM.number)
+    if "cvt.rn" in text:
+        pairs = torch.stack(list(given), -1)
+        return pairs.to(torch.bfloat16 if "bf16" in text else torch.float16)
+    if "{$0, $1}" in text:
+        return given[0][..., 0], given[0][..., 1]
+    if "bmsk" in text:
+        return (1 << given[0].clamp(max=32).long()) - 1
+    return given[0] if given else None
 
 
 def _load(at: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
@@ -223,10 +250,10 @@ def _store(at: Pointer, values: Tensor, mask: Any) -> None:
 
 
 def _specialize(groups: Sequence[tuple[Callable[..., None], Sequence[Any]]], *_: object) -> None:
-    program, failures = _PROGRAM.number, []
+    program, failures = (_PROGRAM.number, _PROGRAM.count), []
 
     def run(function: Callable[..., None], arguments: Sequence[Any]) -> None:
-        _PROGRAM.number = program
+        _PROGRAM.number, _PROGRAM.count = program
         try:
             function(*arguments)
         except Exception as error:  # noqa: BLE001 - it is raised where the threads are waited for
@@ -251,11 +278,11 @@ class Kernel:
         return self.function(*arguments, **named)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, **named: Any) -> None:
+        def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **named: Any) -> None:
             given = [pointer(x) if isinstance(x, Tensor) else x for x in arguments]
             given = [torch.tensor(x) if isinstance(x, int) else x for x in given]
             for number in range(grid[0]):
-                _PROGRAM.number = number
+                _PROGRAM.number, _PROGRAM.count = number, grid[0]
                 self.function(*given, **named)
 
         return launch
@@ -272,19 +299,30 @@ def _number(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any]
 GLUON = SimpleNamespace(jit=_jit)
 LANGUAGE = SimpleNamespace(
     allocate_shared_memory=_allocate,
+    abs=torch.abs,
     arange=lambda start, stop, layout: torch.arange(start, stop),
     cast=lambda x, dtype: torch.as_tensor(x).to(dtype),
     cdiv=lambda a, b: -(-torch.as_tensor(a) // b),
     constexpr=int,
     convert_layout=lambda x, layout: x,
     exp2=torch.exp2,
+    fma=lambda x, y, z: x * y + z,
+    full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     inline_asm_elementwise=_assembly,
+    join=lambda low, high: torch.stack((low, high), -1),
     load=_load,
+    log=torch.log,
+    max=torch.amax,
     maximum=_number(torch.maximum),
     minimum=_number(torch.minimum),
+    num_programs=lambda axis: torch.tensor(_PROGRAM.count),
     program_id=lambda axis: torch.tensor(_PROGRAM.number),
+    reshape=torch.reshape,
+    split=lambda x: (x[..., 0], x[..., 1]),
     static_range=range,
     store=_store,
+    sum=torch.sum,
+    thread_barrier=lambda: None,
     warp_specialize=_specialize,
     where=lambda kept, x, y: torch.where(torch.as_tensor(kept), x, y),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -292,20 +330,23 @@ LANGUAGE = SimpleNamespace(
     bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32,
     int8=torch.int8, int32=torch.int32, int64=torch.int64,
     BlockedLayout=_Layout, DotOperandLayout=_Layout, NVMMADistributedLayout=_Layout, NVMMASharedLayout=_Layout,
-    SliceLayout=_Layout,
+    SliceLayout=_Layout, SwizzledSharedLayout=_Layout,
 )  # fmt: skip
 BARRIERS = SimpleNamespace(
     MBarrierLayout=_BarrierLayout,
     init=_init,
     expect=lambda barrier, size: barrier.change(1, size),
     arrive=lambda barrier, count: barrier.change(count, 0),
-    wait=lambda barrier, parity: barrier.wait(int(parity)),
+    wait=lambda barrier, parity, pred=True: barrier.wait(int(parity)) if pred else None,
 )
-TMA = SimpleNamespace(async_copy_global_to_shared=_copy)
+TMA = SimpleNamespace(
+    async_copy_global_to_shared=_copy, async_copy_shared_to_global=_write, store_wait=lambda outstanding: None
+)
 _HERE = "from tests.codegen.emulated_gluon import"
 _IMPORTS = {
     "from triton.experimental import gluon\n": f"{_HERE} GLUON as gluon\n",
     "from triton.experimental.gluon import language as gl\n": f"{_HERE} LANGUAGE as gl\n",
+    "from triton.experimental.gluon.language._core import builtin\n": f"{_HERE} _builtin as builtin\n",
     "from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma\n": (
         f"{_HERE} BARRIERS as mbarrier, TMA as tma, fence as fence_async_shared\n"
     ),
@@ -325,8 +366,10 @@ def fence() -> None:
 def emulated(source: str, folder: Path) -> ModuleType:
     """The generated module ``source`` with its Gluon kernels emulated; its Triton kernels are left as they are."""
     for line, instead in _IMPORTS.items():
-        assert line in source
         source = source.replace(line, instead)
+    assert "triton.experimental" not in source
+    # Tensors have no layouts here.
+    source = source.replace(".type.layout", ".ndim")
     path = folder / f"emulated_{abs(hash(source))}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -65,7 +65,8 @@ PROBLEMS = {
 }  # fmt: skip
 #: The family that should be fastest, and which families are tried.
 EXPECTED = {
-    "vit": ("short", {"short", ""}), "bert-128": ("short", {"short", ""}), "bert-512": ("hopper", {"hopper", ""}),
+    "vit": ("pairs", {"pairs", "short", ""}), "bert-128": ("short", {"short", "pairs", ""}),
+    "bert-512": ("hopper", {"hopper", ""}),
     "swin": ("short", {"short", ""}), "llama": ("hopper", {"hopper", ""}), "training": ("hopper", {"hopper", ""}),
     "decode": ("split", {"split", ""}), "unknown": ("hopper", {"hopper", ""}), "dynamic": ("hopper", {"hopper", ""}),
     "older": ("", {""}),

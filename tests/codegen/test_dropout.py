@@ -91,7 +91,7 @@ def test_only_the_portable_kernel_drops_weights_and_the_others_say_so() -> None:
     few = Problem(spec, 64, 64, torch.bfloat16, (9, 0), 8, 8, 8, 64, 64)
     found, refused = kernels.candidates(few)
     assert found and all(":" not in config for config in found)
-    assert {"hopper", "short", "split"} == set(refused) and refused["short"] == "it drops no weights"
+    assert {"hopper", "pairs", "short", "split"} == set(refused) and refused["short"] == "it drops no weights"
     without = dataclasses.replace(few, spec=dataclasses.replace(spec, dropout=0.0))
     taken = kernels.FAMILIES["short"].candidates(without)[0]
     with pytest.raises(LoweringError, match="drops no weights"):

@@ -160,7 +160,7 @@ def test_candidates_neither_spill_nor_wait_for_each_product(name: str, width: in
         text = disassembled(kernel.asm["cubin"], tmp_path)
         # Where the assembler gives up overlapping products it waits after every one of them.
         waits, products = len(re.findall(r"DEPBAR\.LE gsb", text)), len(re.findall("HGMMA", text))
-        assert products >= 3 * waits, (config, waits, products)
+        assert products >= 2 * waits, (config, waits, products)
         assert "UTMALDG" in text and "UTMASTG" in text
         assert "setmaxnreg" in kernel.asm["ptx"]
 
@@ -168,7 +168,8 @@ def test_candidates_neither_spill_nor_wait_for_each_product(name: str, width: in
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("width", [64, 128])
 def test_a_stream_computes_its_softmax_beside_products(width: int, tmp_path: Path) -> None:
-    """In the steady loop exponentials stand before the wait for what was issued, and nothing repacks weights."""
+    """Exponentials of wide heads stand before the wait for the group's own products; those of narrow ones behind it,
+    where no weights are moved. Nothing repacks weights."""
     config = read_config(candidates(problem(SPECS["plain"], width))[0])
     assert config.ahead is not None
     text = disassembled(compiled(SPECS["plain"], width, config).asm["cubin"], tmp_path)
@@ -177,8 +178,19 @@ def test_a_stream_computes_its_softmax_beside_products(width: int, tmp_path: Pat
     for loop in loops:
         last = max(n for n, line in enumerate(loop) if "DEPBAR.LE gsb0, 0x0" in line)
         exponentials = [n for n, line in enumerate(loop) if "MUFU.EX2" in line]
-        assert sum(n < last for n in exponentials) > 0.9 * len(exponentials)
+        before = sum(n < last for n in exponentials)
+        assert before > 0.9 * len(exponentials) if width > 64 else before == 0
+        assert width > 64 or sum(" MOV " in line for line in loop) < 8
         assert not any("PRMT" in line or "LDL" in line or "LDS" in line for line in loop)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name", ["causal", "softcap-window", "prefix", "alibi"])
+def test_masked_blocks_share_the_loop_of_full_ones(name: str, tmp_path: Path) -> None:
+    """All of a kernel's code fits the instruction cache, 128 KiB, and each group has one loop."""
+    text = disassembled(compiled(SPECS[name], 64, read_config("hopper:192x128s3q2a0")).asm["cubin"], tmp_path)
+    assert len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", text, re.MULTILINE)) * 16 < 128 * 1024
+    assert text.count("HGMMA") == 3 * 20
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -191,7 +203,7 @@ def test_bands_are_read_in_pairs(width: int) -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize(("name", "most"), [("tile", 100), ("scaled-tile", 170)])
+@pytest.mark.parametrize(("name", "most"), [("unscaled-tile", 100), ("scaled-tile", 170)])
 def test_tiles_cost_an_instruction_or_two_a_score(name: str, most: int, tmp_path: Path) -> None:
     """Beside plain attention, for 64 rows and 128 keys: eight reads, 64 conversions, and 64 additions if need be."""
     counts = []
@@ -309,9 +321,10 @@ def test_source_is_deterministic_valid_python_or_refused_with_a_reason(name: str
 
 @pytest.mark.parametrize(("score", "logits", "aside"), [
     ("s * 0.125", "x = s", ""),
-    ("s * 0.125 + c0 * float(j - i)", "x = (s * 0.125) + whole(c0 * (first - start)", "c0 * (start - i)"),
-    ("s * 0.125 - c0 * float(i - j)", "x = (s * 0.125) - whole(-c0 * (first - start)", "c0 * ((0 - start) + i)"),
-    ("(s + c0 * float(j - i)) + c0 * c0 * float(j + i)", "whole((c0 * c0) * (first - start)", "(start + i)"),
+    ("s * 0.125 + c0 * float(j - i)", "x = along(s, (c0) * 8.0, BLOCK_N)", "c0 * (start - i)"),
+    ("s * 0.125 - c0 * float(i - j)", "x = along(s, (-(-c0)) * 8.0, BLOCK_N)", "c0 * ((0 - start) + i)"),
+    ("(s + c0 * float(j - i)) + c0 * c0 * float(j + i)", "x = along(s, c0 + ((c0 * c0)), BLOCK_N)", "(start + i)"),
+    ("tanh(s + c0 * float(j - i)) + c0 * float(j)", "whole(c0 * (first - start)", "c0 * start"),
     ("s * 0.125 + c1", "x = s * 0.125", "of_rows(c1, "),
     ("c1 + s * 0.125 + c0", "x = s * 0.125", "of_rows(c1 + c0, "),
     ("(s - c1) * c0", "x = (s - c1) * c0", ""),
@@ -320,7 +333,7 @@ def test_source_is_deterministic_valid_python_or_refused_with_a_reason(name: str
 def test_what_all_logits_of_a_row_share_is_kept_aside(score: str, logits: str, aside: str) -> None:
     captures = (Capture("-h--", torch.float32), Capture("bhi-", torch.float32))
     text = source(AttentionSpec(parse(score), None, captures, out_dtype=HALF), 64, 64, HALF, "hopper:128x128s4q2a0")
-    body = text[text.index("def attend(") : text.index("def advance(")]
+    body = text[text.index("def attend(") : text.index("def weigh(")]
     assert logits in body
     assert ("aside = " in body) == ("shift - aside" in body) == bool(aside)
     assert aside in body

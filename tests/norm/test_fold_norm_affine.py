@@ -55,6 +55,9 @@ def _merged(net: Any, x: Tensor) -> Any:
 FIRES: dict[str, Callable[[], Net]] = {
     "one layer": lambda: Net(lambda n, x: n.a(n.norm(x)), norm=layer_norm(), a=linear()),
     "a bias is made": lambda: Net(lambda n, x: n.a(n.norm(x)), norm=layer_norm(), a=linear(bias=False)),
+    "a bias is added apart": lambda: Net(
+        lambda n, x: n.a(n.norm(x)).relu(), norm=layer_norm(), a=linear(1096, bias=False)
+    ),
     "norm without bias": lambda: Net(lambda n, x: n.a(n.norm(x)), norm=layer_norm(bias=False), a=linear()),
     "rms_norm": lambda: Net(lambda n, x: n.a(n.norm(x)), norm=nn.RMSNorm(C), a=linear(bias=False)),
     "rms_norm by hand": lambda: Net(_by_hand, weight=torch.ones(C), a=linear()),
@@ -128,6 +131,32 @@ def test_report_says_what_became_of_a_norm() -> None:
     result = fold(FIRES["queries, keys and values of groups"](), TOKENS, PASSES)
     (site,) = collect_sites(result)
     assert site.reason == "weight and bias moved into 3 linear layers (2 get a bias)"
+
+
+@pytest.mark.parametrize(
+    ("out", "dtype", "apart"),
+    [
+        (1096, torch.bfloat16, True),
+        (1096, torch.float64, False),
+        (1088, torch.bfloat16, False),
+        (1000, torch.bfloat16, False),
+    ],
+)
+def test_a_bias_that_is_new_is_added_apart_where_inductor_pads_rows(out: int, dtype: torch.dtype, apart: bool) -> None:
+    net = Net(lambda n, x: n.a(n.norm(x)), norm=layer_norm(), a=linear(out, bias=False)).to(dtype).eval()
+    rewritten: Any = fxopt.rewrite(net, (TOKENS[0].to(dtype),), passes=PASSES)
+    with torch.no_grad():
+        (layer,) = rewritten.program().graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert (len(layer.args) < 3 or layer.args[2] is None) is apart
+    assert rewritten.folded_weights.a_weight.shape == (out, C)
+
+
+def test_a_bias_that_was_there_stays_in_its_layer() -> None:
+    net = Net(lambda n, x: n.a(n.norm(x)), norm=layer_norm(), a=linear(1096)).bfloat16().eval()
+    rewritten: Any = fxopt.rewrite(net, (TOKENS[0].bfloat16(),), passes=PASSES)
+    with torch.no_grad():
+        (layer,) = rewritten.program().graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert layer.args[2] is not None
 
 
 def _shared(net: Any, x: Tensor) -> Any:

@@ -15,13 +15,15 @@ from typing import Final, Literal
 import torch
 
 from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.distance import sloped
 from fxopt.codegen.attention.softmax import LOG2E, split_factor
 from fxopt.codegen.expression import gradient
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import Expr, S, capture
 
-#: From this size on, float32 holds the log-sum-exp of equal logits too coarsely to tell how many they are.
-_FAR: Final = 1024.0
+#: From this size on, float32 holds the log-sum-exp of equal logits too coarsely to tell how many they are: below it,
+#: rounding it changes weights by at most 2**-13 of themselves, a quarter of what rounding them to float16 does.
+_FAR: Final = 4096.0
 Side = Literal["rows", "keys", "table", "band"]
 
 
@@ -102,8 +104,12 @@ def weights(spec: AttentionSpec, dtype: torch.dtype) -> Weights:
 
 
 def may_be_far(spec: AttentionSpec) -> bool:
-    """Whether all logits of a row may be one large number, such as a finite stand-in for −inf."""
-    for leaf in spec.score.walk():
+    """Whether all logits of a row may be one large number, such as a finite stand-in for −inf.
+
+    A multiple of the distance is not one number: rows where it is large have few keys that count.
+    """
+    found = sloped(spec.score, spec.captures)
+    for leaf in (spec.score if found is None else found[0]).walk():
         if leaf.op == "capture" and spec.captures[int(leaf.value or 0)].kind != "bool":
             return True
         if leaf.op == "const" and isinstance(leaf.value, (int, float)) and _FAR < abs(leaf.value) < math.inf:

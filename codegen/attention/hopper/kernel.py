@@ -14,9 +14,11 @@ import torch
 from fxopt.codegen.attention import cost
 from fxopt.codegen.attention.hopper import tile
 from fxopt.codegen.attention.hopper.config import Config, read_config
+from fxopt.codegen.attention.hopper.slopes import is_linear
 from fxopt.codegen.attention.hopper.source import HopperText
 from fxopt.codegen.attention.hopper.stream_source import StreamText
 from fxopt.codegen.attention.hopper.tile import is_tile
+from fxopt.codegen.attention.interval import key_range
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
@@ -25,10 +27,9 @@ from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, J, S
 
-#: Heads up to 64 wide without mask; whatever stands around the product takes registers, of which three groups of warps
-#: have fewer each.
-_PLAIN: Final = (Config(192, 128, 3, 2, 0), Config(128, 128, 4, 2, 0))
-_NARROW: Final = (Config(128, 128, 4, 2, 0), Config(192, 64, 4, 2, 0))
+#: Heads up to 64 wide. Three groups of warps have fewer registers each: enough for masks by bounds and for scores of
+#: the product and of the row, not for what is read by key.
+_NARROW: Final = (Config(192, 128, 3, 2, 0), Config(128, 128, 4, 2, 0))
 #: By padded head dimension, best guess first (`read_config` explains the numbers).
 _CONFIGS: Final[dict[int, tuple[Config, ...]]] = {
     16: _NARROW,
@@ -38,7 +39,7 @@ _CONFIGS: Final[dict[int, tuple[Config, ...]]] = {
     256: (Config(128, 64, 2, 1),),
 }
 _NARROW_BY_KEY: Final = (Config(128, 128, 4, 2, 0), Config(128, 64, 4, 2, 0))
-#: The same where each key has a number of its own beside its product: fewer keys at a time.
+#: The same where each key has a number of its own beside its product: fewer rows or keys at a time.
 _CONFIGS_BY_KEY: Final[dict[int, tuple[Config, ...]]] = {
     16: _NARROW_BY_KEY,
     32: _NARROW_BY_KEY,
@@ -101,14 +102,23 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
 def candidates(problem: Problem) -> tuple[str, ...]:
     """The printed configurations to measure."""
     spec, width = problem.spec, padded(problem.head_dim)
-    by_key = spec.score.reads(J) or any(c.dims[3] != "-" for c in spec.captures)
-    plain, table = _PLAIN, _CONFIGS_BY_KEY if by_key else _CONFIGS
+    found = (_CONFIGS_BY_KEY if _by_key(spec, width) else _CONFIGS)[width]
     if any(map(is_tile, spec.captures)):
-        plain, table = _PLAIN_TILED, _CONFIGS_TILED
-    bare = width <= 64 and spec.mask is None and split_factor(_around_sums(spec, problem.dtype))[0] == S
+        bare = width <= 64 and spec.mask is None and split_factor(_around_sums(spec, problem.dtype))[0] == S
+        found = _PLAIN_TILED if bare else _CONFIGS_TILED[width]
     streams = any(c.is_tile for c in spec.captures)
-    found = plain if bare else table[width]
     return tuple(str(config) for config in found if config.ahead is not None or not streams)
+
+
+def _by_key(spec: AttentionSpec, width: int) -> bool:
+    """Whether each key has a number of its own, which takes registers or instructions beside its product."""
+    if any(c.dims[3] == "j" for c in spec.captures):
+        return True
+    if width > 64:
+        return spec.score.reads(J) or any(c.is_band for c in spec.captures)
+    # A linear score takes few registers, and so does a lower bound; both are too much.
+    lower = key_range(spec, further=True).side("lower")
+    return spec.score.reads(J) and bool(lower or not is_linear(spec.score, spec.captures))
 
 
 def _around_sums(spec: AttentionSpec, dtype: torch.dtype) -> Expr:

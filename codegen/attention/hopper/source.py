@@ -21,6 +21,7 @@ from fxopt.codegen.attention.hopper.template import (
     ATTEND,
     AWAIT,
     CONSUMER,
+    DESCRIBED,
     GROUP,
     IMPORTS,
     KERNEL,
@@ -49,7 +50,7 @@ _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 
 _L2: Final = "32 * 2**20"
 #: Without hulls all blocks ask the mask, which with so many keys costs more than finding the hulls.
 _FEWEST: Final = 384
-_SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
+SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
 _STATE: Final = ("acc", "p", "pair", "q", "k_tiles", "v_tiles", "k_ready", "v_ready", "free")
@@ -81,7 +82,16 @@ class HopperText(LogitsText):
         average = fill(AVERAGE, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}
         check = fill(REFERENCE, script) + fill(MAIN, script)
-        return fill(HEADER, holes) + devices + self._functions + average + body + fill(LAUNCH, holes) + check
+        return (
+            fill(HEADER, holes)
+            + devices
+            + self._functions
+            + average
+            + body
+            + fill(DESCRIBED, holes)
+            + fill(LAUNCH, holes)
+            + check
+        )
 
     @property
     def _barriers(self) -> tuple[str, ...]:
@@ -111,8 +121,7 @@ class HopperText(LogitsText):
     @property
     def _functions(self) -> str:
         """The text of what runs before the kernel."""
-        hull = "" if self._hull is None else self._hull.kernel
-        return hull + ("" if self._order is None else self._order.kernel)
+        return "".join(found.kernel for found in (self._hull, self._order) if found is not None)
 
     @property
     def _averages(self) -> bool:
@@ -136,10 +145,10 @@ class HopperText(LogitsText):
     @cached_property
     def _hull(self) -> Hull | None:
         found = possible_keys(self.spec, sure=True)
+        config, fewest = self.config, min(4, _FEWEST // self.config.keys)
         if found is None:
             return None
-        fewest = min(4, _FEWEST // self.config.keys)
-        return Hull(self.spec, found, self.config.rows, self.config.keys, self._orderly, early=True, fewest=fewest)
+        return Hull(self.spec, found, config.rows, config.keys, self._orderly, early=True, fewest=fewest)
 
     @cached_property
     def _order(self) -> Order | None:
@@ -169,11 +178,6 @@ class HopperText(LogitsText):
         if self._hull is None:
             return ""
         return self._hull.limits.replace("first // BLOCK_M", "row").replace("tl.cdiv", "gl.cdiv")
-
-    @property
-    def _tile_limits(self) -> str:
-        """The same for groups that multiply."""
-        return self._hull_limits
 
     @property
     def _description(self) -> dict[str, str]:
@@ -242,15 +246,15 @@ class HopperText(LogitsText):
         """Parameters and arguments of the functions."""
         sources = ("q_source", "k_source", "v_source")
         hull = ("HULL",) if self._hull else ()
-        load = (*sources, *TILES, *self._barriers, *self._pointers, *_SIZES, *self._constants, *hull)
-        multiply = ("out_target", "lse_ptr", *self._multiplied, *self._barriers, *self._pointers, *_SIZES)
+        load = (*sources, *TILES, *self._barriers, *self._pointers, *SIZES, *self._constants, *hull)
+        multiply = ("out_target", "lse_ptr", *self._multiplied, *self._barriers, *self._pointers, *SIZES)
         options = ("REGISTERS", *hull, "WITH_LSE")
-        kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *_SIZES, *self._constants, *options)
+        kernel = (*sources, "out_target", "lse_ptr", *self._pointers, *SIZES, *self._constants, *options)
         ranged = (*self._range_names, "BLOCK_N")
         group = (*multiply, *self._constants, *hull, "WITH_LSE")
         numbers = map(str, range(self.config.groups))
         members = (fill(GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in numbers)
-        unspecialized = (*_SIZES, *(p for c in self.captures for p in c.period))
+        unspecialized = (*SIZES, *(p for c in self.captures for p in c.period))
         return {
             "load_parameters": parameters(load),
             "load_arguments": listing(load),
@@ -314,7 +318,7 @@ class HopperText(LogitsText):
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
         place = {
             "places": self._places["places"],
-            "hull_limits": as_gluon(self._tile_limits),
+            "hull_limits": as_gluon(self._hull_limits),
             "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
             "range_arguments": self._lists["range_arguments"],
         }

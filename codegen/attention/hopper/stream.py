@@ -78,176 +78,77 @@ def load(
 
 '''
 
-ATTEND: Final = '''
-@gluon.jit
-def by_thread(x, BLOCK_N: gl.constexpr):
-    """The columns of ``x`` that one thread holds along an axis of their own, so that it folds them by itself."""
-    return gl.reshape(x, [64, BLOCK_N // 8, 8])
-
-
-@gluon.jit
-def packed(w, BLOCK_N: gl.constexpr):
-    """Weights as pairs of half precision, in registers of 32 bits from one block to the next."""
-    low, high = gl.split(gl.reshape(w, [64, BLOCK_N // 2, 2]))
-    convert: gl.constexpr = "cvt.rn.$pair_type.f32 $$0, $$2, $$1;"
-    return gl.inline_asm_elementwise(convert, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def unpacked(p, BLOCK_N: gl.constexpr, WEIGHTS: gl.constexpr):
-    """Those weights as the left side of a product."""
-    types: gl.constexpr = (gl.$element, gl.$element)
-    low, high = gl.inline_asm_elementwise("mov.b32 {$$0, $$1}, $$2;", "=h,=h,r", [p], dtype=types, is_pure=True, pack=1)
-    return gl.convert_layout(gl.reshape(gl.join(low, high), [64, BLOCK_N]), WEIGHTS)
-
-
-@gluon.jit
-def anew(x):
-    """The integer ``x``, unknown to the compiler: what is made of it is made where it is needed, and not kept."""
-    return gl.inline_asm_elementwise("mov.b32 $$0, $$1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def columns(x, start, BLOCK_N: gl.constexpr):
-    """The keys of the columns of ``x``, from ``start`` on, as sums ``[1, 1, 8] + [1, BLOCK_N / 8, 1]``.
-
-    The first part takes a register or two; the second one is known to the compiler.
-    """
-    PARTS: gl.constexpr = by_thread(x, BLOCK_N).type.layout
-    first = anew(start + gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, PARTS))))
-    eights = 8 * gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, PARTS)))
-    return first[None, None, :], eights[None, :, None]
-
-
-@gluon.jit
-def whole(first, eights, like, BLOCK_N: gl.constexpr):
-    """The sums of two parts, one to a column of ``like``."""
-    return gl.convert_layout(gl.reshape(first + eights, [1, BLOCK_N]), like.type.layout)
-
-
-@gluon.jit
-def of_rows(x, peak, SCORES: gl.constexpr):
-    """``x``, one value to a row or to all, as ``peak`` is."""
-    return gl.convert_layout(gl.reshape(x + gl.zeros([64, 1], gl.float32, layout=SCORES), [64]), peak.type.layout)
-
-
-@gluon.jit
-def before(first, eights, limit, like, BLOCK_N: gl.constexpr):
-    """Whether the key of each column of ``like`` comes before its row's ``limit``: a comparison with a constant."""
-    ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, first.type.layout))
-    LIKE: gl.constexpr = like.type.layout
-    limits = limit + gl.zeros([64, 1], gl.int32, layout=LIKE)
-    limits = gl.convert_layout(gl.reshape(limits, [64]), ROWS)
-    return gl.convert_layout(gl.reshape(first - limits[:, None, None] < -eights, [64, BLOCK_N]), like.type.layout)
-
-
-@gluon.jit
-def attend(
-    $attend_parameters
-):
-    """Weights of one block of raw products ``s``, from key ``start``, and the running sum and maximum of the rows.
-
-    The sum stays in eight parts to a row. BOUNDED blocks hold keys beyond the end, or keys that the mask keeps for some
-    rows only.
-    """
-    first, eights = columns(s, start, BLOCK_N)
-    j = whole(first, eights, s, BLOCK_N)
-    column = whole((first - start).to(gl.float32), eights.to(gl.float32), s, BLOCK_N)
-    $load_captures
-    x = $score
-    $widen
-    $masks
-    $aside
-    block_peak = gl.max(gl.max(by_thread(x, BLOCK_N), 1), 1)
-    highest = gl.maximum(peak, gl.convert_layout(block_peak, peak.type.layout)$moved)
-    # A row without keys so far has no maximum to subtract.
-    shift = gl.where(highest == float("-inf"), 0.0, highest)
-    $unit
-    decay = gl.exp2((peak - shift) * $scale)
-    $move
-    p = gl.exp2($exponent)
-    parts = gl.sum(by_thread(p, BLOCK_N), 1)
-    kept_total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None]
-    return p, kept_total + gl.convert_layout(parts, total.type.layout), highest, decay
-
-
-@gluon.jit
-def advance(
-    $advance_parameters
-):
-    """The softmax of the block from ``start``, beside the products of the weights and values of the block before it.
-
-    With AHEAD its own products ``s`` are there, and those of the block after it are computed at the same time.
-    """
-    slot = pair % STAGES
-    upcoming = (pair + 1) % STAGES
-    q = q_tiles.index(query).reshape([64, WIDTH])
-    k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-    v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-    $beneath
-    weights = unpacked(p, BLOCK_N, WEIGHTS)
-    products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
-    acc = warpgroup_mma(weights, v, acc, is_async=True)
-    $read_tile
-    $release_tile
-    # Instructions don't move across waits. Without this one, for nothing, and the next one, which could come later, the
-    # assembler would put the softmax before or behind the products that are to run beside it.
-    mbarrier.wait(ready.index(slot), 0, pred=Sk < 0)
-    if not AHEAD:
-        s = warpgroup_mma_wait(1, deps=[products])
-    w, total, peak, decay = attend(
-        $attend_arguments
-    )
-    fresh = gl.convert_layout(packed(w, BLOCK_N), p.type.layout)
-    mbarrier.wait(ready.index(upcoming), ((pair + 1) // STAGES) & 1)
-    if AHEAD:
-        acc, p, fresh, s = warpgroup_mma_wait(0, deps=[acc, p, fresh, products])
-    else:
-        acc, p, fresh = warpgroup_mma_wait(0, deps=[acc, p, fresh])
-    mbarrier.arrive(free.index(slot), count=1)
-    $release_added
-    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return acc, fresh, s, total, peak, pair + 1
-
-'''
-
 CONSUMER: Final = '''
+@gluon.jit
+def locate(
+    $locate_parameters
+):
+    """Where a tile lies, what its rows read, and its blocks of keys; those that group ``MEMBER`` needs, and in full."""
+    $tile
+    own_first = gl.minimum(first + MEMBER * 64, Sq - 1)
+    own_last = gl.minimum(own_first + 64, Sq) - 1
+    own_start, full_start, full_stop, own_stop = key_blocks(
+        $own_range_arguments
+    )
+    return (
+        row, b, h, stop - 1, start, full_start, full_stop, own_start, own_stop,
+        $located
+    )
+
+
+@gluon.jit
+def close(
+    $close_parameters
+):
+    """What the sums of a tile are divided by, as a factor; its log-sum-exp is stored."""
+    total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
+    if WITH_LSE:
+        lse = peak$lse_factor + gl.log(total)
+        rows = row * ROWS + MEMBER * 64 + gl.arange(0, 64, layout=peak.type.layout)
+        gl.store(lse_ptr + (b * heads + h).to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
+    return $inverse
+
+
 @gluon.jit
 def leave(
     $leave_parameters
 ):
     """Send the rows of group ``MEMBER`` of a tile to global memory, through shared memory that nothing reads."""
-    first = row * ROWS + MEMBER * 64
-    total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
-    inverse = $inverse
-    out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
-    # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
-    tma.store_wait(0)
     own = out_tiles.index(anew(MEMBER))
-    own.reshape([64, WIDTH]).store(out.to(own.dtype))
+    own.reshape([64, WIDTH]).store(acc.to(own.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(out_target, [head // heads, head % heads, first, 0], own)
-    if WITH_LSE:
-        lse = peak$lse_factor + gl.log(total)
-        rows = first + gl.arange(0, 64, layout=peak.type.layout)
-        gl.store(lse_ptr + head.to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
+    first = row * ROWS + MEMBER * 64
+    tma.async_copy_shared_to_global(out_target, [b, h, first, 0], own)
 
 
 @gluon.jit
 def multiply(
     $multiply_parameters
 ):
-    """The rows of group ``MEMBER`` of every tile."""
+    """The rows of group ``MEMBER`` of every tile.
+
+    Each turn of the loop computes the softmax of one block, beside the products of the weights and values of the block
+    before it. With AHEAD its own products are there, and those of the block after it are computed at the same time.
+    """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     s = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
     p = packed(s, BLOCK_N)
     acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
-    nothing = gl.sum(by_thread(s, BLOCK_N), 1)
-    total = nothing
-    peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
-    pair = 0
+    total = gl.sum(by_thread(s, BLOCK_N), 1)
+    peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+    turns = $turns
+    turn, place_q = 0, 0
+    # Where the next block lies, and the parity of its barrier; how many pairs there have been.
+    slot, parity, pair = 0, 0, 0
+    $located_first = locate(
+        $locate_arguments
+    )
+    # So the first turn begins a tile.
+    block = start - 1
+    continues = turns > turns
     mbarrier.wait(ready.index(0), 0)
     if AHEAD:
         k = k_tiles.index(0).reshape([BLOCK_N, WIDTH])
@@ -256,57 +157,76 @@ def multiply(
         s = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(free.index(0), count=1)
         mbarrier.wait(ready.index(1), 0)
-        pair = 1
-    $no_tile
-    for turn in range($turns):
-        $before_products
-        # What is left of the tile before is multiplied first, and leaves beside the products of this one.
-        slot = pair % STAGES
+        slot, pair = 1, 1
+    while turn < turns:
+        begins = block < start
+        row_before, b_before, h_before = row, b, h
+        $early
+        upcoming = gl.where(slot == STAGES - 1, 0, slot + 1)
+        parity = gl.where(slot == STAGES - 1, 1 - parity, parity)
         q = q_tiles.index(query).reshape([64, WIDTH])
         k = k_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-        result = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
-        $scale_queries
         $beneath
+        weights = unpacked(p, BLOCK_N, WEIGHTS)
         products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
+        acc = warpgroup_mma(weights, v, acc, use_acc=continues, is_async=True)
         $read_tile
         $release_tile
-        $beside_products
-        acc, p = warpgroup_mma_wait(1, deps=[result, p])
-        if turn > 0:
-            $recall
-            leave(
-                acc, total, peak, row_before, head_before,
-                $leave_arguments
-            )
-        $remember
-        acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
-        total = nothing
-        peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
+        $late
         if not AHEAD:
-            s = warpgroup_mma_wait(0, deps=[products])
-        w, total, peak, decay = attend(
-            $first_arguments
-        )
-        fresh = gl.convert_layout(packed(w, BLOCK_N), p.type.layout)
-        mbarrier.wait(ready.index((pair + 1) % STAGES), ((pair + 1) // STAGES) & 1)
+            s = warpgroup_mma_wait(1, deps=[products])
+        # Of the tile before only what its sums are multiplied by is still needed.
+        inverse = peak
+        if begins:
+            # A barrier of all warps stands between this wait and the stores: no warp writes what is still being read.
+            tma.store_wait(0)
+            inverse = close(
+                total, peak, row_before, b_before, h_before,
+                $close_arguments
+            )
+            total = gl.zeros_like(total)
+            peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+        partial = $partial
+        $soften
+        mbarrier.wait(ready.index(upcoming), parity)
+        # The weights of the block before are in use until here. Those of this one take their registers.
         if AHEAD:
-            fresh, s = warpgroup_mma_wait(0, deps=[fresh, products])
+            $in_use, s = warpgroup_mma_wait(0, deps=[$in_use, products])
+        else:
+            $in_use = warpgroup_mma_wait(0, deps=[$in_use])
+        $weigh
         mbarrier.arrive(free.index(slot), count=1)
         $release_added
-        p = fresh
+        factor = gl.where(begins, inverse, decay)
+        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, RESULT))[:, None]
+        if begins:
+            if turn > 0:
+                leave(
+                    acc, row_before, b_before, h_before,
+                    $leave_arguments
+                )
+        # The next product is the first one of its tile, and replaces what is there.
+        continues = not begins
+        slot = upcoming
         pair += 1
         block -= 1
-        $loops
-        mbarrier.arrive(q_free.index(turn % QUERIES), count=1)
-    slot = pair % STAGES
+        if block < start:
+            mbarrier.arrive(q_free.index(place_q), count=1)
+            place_q = gl.where(place_q == QUERIES - 1, 0, place_q + 1)
+            turn += 1
     v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
-    acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, is_async=True)
+    acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, use_acc=continues, is_async=True)
+    inverse = close(
+        total, peak, row, b, h,
+        $close_arguments
+    )
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    tma.store_wait(0)
     mbarrier.arrive(free.index(slot), count=1)
-    $recall_last
+    acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, RESULT))[:, None]
     leave(
-        acc, total, peak, row_before, head_before,
+        acc, row, b, h,
         $leave_arguments
     )
     tma.store_wait(0)
@@ -314,21 +234,16 @@ def multiply(
 
 '''
 
-#: Where the tile before lies, made anew.
-RECALL: Final = "row_before, head_before = place($turn, $places)"
-#: The queries of a tile's first products where none run ahead.
-FIRST_QUERY: Final = "query = turn % QUERIES * GROUPS + MEMBER"
-#: The queries of the block whose products come next.
-QUERY: Final = "query = gl.where(block > start, turn, turn + AHEAD) % QUERIES * GROUPS + MEMBER"
-
-LOOP: Final = """\
-while block >= $last:
-    $query
-    acc, p, s, total, peak, pair = advance(
-        $arguments
+#: At the beginning of a tile: where it lies.
+LOCATE: Final = """\
+if begins:
+    $located_first = locate(
+        $locate_arguments
     )
-    block -= 1
 """
+#: The queries of the products that come next.
+QUERY: Final = "query = place_q * GROUPS + MEMBER"
+QUERY_AHEAD: Final = "query = gl.where(block > start, turn, turn + AHEAD) % QUERIES * GROUPS + MEMBER"
 
 KERNEL: Final = '''
 @gluon.jit(do_not_specialize=$unspecialized)

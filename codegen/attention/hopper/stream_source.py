@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from textwrap import indent
 from typing import ClassVar, Final
 
 import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
-from fxopt.codegen.attention.hopper import run, stream, tile
+from fxopt.codegen.attention.hopper import stream, stream_softmax, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
-from fxopt.codegen.attention.hopper.source import CONSTANTS, TILES, HopperText, as_gluon, parameters
+from fxopt.codegen.attention.hopper.slopes import SLOPES, parts
+from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText, as_gluon, parameters
 from fxopt.codegen.attention.hopper.template import RANGE
 from fxopt.codegen.attention.hopper.tile import StreamedTile
 from fxopt.codegen.attention.portable import phases
@@ -25,20 +28,37 @@ from fxopt.ir.expression import Expr, J, Kind, S, call, capture, conjunction
 
 _PAIR: Final = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _STREAM_BARRIERS: Final = ("ready", "free", "q_free")
-_STREAM_STATE: Final = ("acc", "p", "s", "pair", "query", *TILES, "ready", "free")
 #: What the result of a tile leaves with, beside itself.
-_LEAVE: Final = (
-    *("out_target", "lse_ptr", "out_tiles", "Sq", "heads"),
-    *("ROWS", "WIDTH", "MEMBER", "WITH_LSE"),
-)
+_LEAVE: Final = ("out_target", "out_tiles", "ROWS", "WIDTH", "MEMBER")
+_CLOSE: Final = ("lse_ptr", "Sq", "heads", "ROWS", "MEMBER", "WITH_LSE")
+#: What the place of a tile is, beside what its rows read.
+_PLACE: Final = ("row", "b", "h", "block", "start", "full_start", "full_stop", "own_start", "own_stop")
+#: What the second part of a softmax takes from the first.
+_WEIGH: Final = ("p", "x", "total", "decay", "shift")
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """The text of what logits are made of: ``factor·(logits + slope·column among eight) + aside``.
+
+    Attributes:
+        logits: of what varies within a row.
+        aside: the lines of what all logits of a row have aside of it, which the shift takes.
+        slope: what `fxopt.codegen.attention.hopper.slopes` leaves to later; empty where nothing is left.
+        factor: the unit of the logits.
+    """
+
+    logits: str
+    aside: str
+    slope: str = ""
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class StreamText(HopperText):
     """The same where the blocks of keys of all tiles of a program are one stream."""
 
-    _parts: ClassVar[tuple[str, ...]] = (RANGE, stream.PRODUCER, stream.ATTEND, stream.CONSUMER, stream.KERNEL)
-    _loop_text: ClassVar[str] = stream.LOOP
+    _parts: ClassVar[tuple[str, ...]] = (RANGE, stream.PRODUCER, stream_softmax.ATTEND, stream.CONSUMER, stream.KERNEL)
     _multiplied: ClassVar[tuple[str, ...]] = (*TILES, "out_tiles")
     _left: ClassVar[str] = "out_tiles.index(anew(MEMBER))"
 
@@ -47,17 +67,8 @@ class StreamText(HopperText):
         return (*_STREAM_BARRIERS, *self._tile_names)
 
     @property
-    def _state(self) -> tuple[str, ...]:
-        return (*_STREAM_STATE, *self._tile_names)
-
-    @property
     def _constants(self) -> tuple[str, ...]:
         return (*CONSTANTS, "AHEAD", *(("TILE_STAGES",) if self._tile else ()))
-
-    @property
-    def _block_constants(self) -> tuple[str, ...]:
-        streamed = ("MEMBER", "GROUPS", "TILE_STAGES") if self._tile else ()
-        return ("BLOCK_N", "WIDTH", "STAGES", "AHEAD", "SCORES", "WEIGHTS", *streamed)
 
     @property
     def _scores(self) -> tuple[str, ...]:
@@ -93,7 +104,8 @@ class StreamText(HopperText):
     def _functions(self) -> str:
         copies = phases.PHASES + BAND if self._bands else ""
         widened = tile.WIDENED[self.dtype] if self._tile else ""
-        return super()._functions + copies + widened + (tile.SCALED if self._factor != 1.0 else "")
+        scaled = tile.SCALED if self._factor != 1.0 else ""
+        return super()._functions + copies + widened + scaled + (SLOPES if self._sums.slope else "")
 
     @property
     def _indices(self) -> frozenset[str]:
@@ -120,7 +132,6 @@ class StreamText(HopperText):
             "produce_tile": self._tile.produce,
             "allocate_tile": tile.ALLOCATE.format(self._tile.name),
             "tiled": fill(tile.DESCRIBED, described),
-            "scale_queries": tile.SCALE.format(self._factor) if self._factor != 1.0 else "",
             "beneath": read if self._beneath else tile.ZERO,
             "read_tile": "" if self._beneath else read,
             "release_tile": release if self._beneath else "",
@@ -128,6 +139,13 @@ class StreamText(HopperText):
             "release_added": "" if self._beneath else release,
             "sums": sums,
         }
+
+    @property
+    def _scaled(self) -> str:
+        """The lines that multiply the queries of a new tile."""
+        if self._factor == 1.0:
+            return ""
+        return "if begins:\n" + indent(tile.SCALE.format(self._factor), "    ")
 
     @property
     def _orderly(self) -> bool:
@@ -149,44 +167,57 @@ class StreamText(HopperText):
     @property
     def _attend(self) -> dict[str, str]:
         found = super()._attend
-        loads = "\n".join(c.load_in_loop for c in self.captures if c.in_loop and c not in self._masking)
+        read = (name for name in self._attend_names if name not in ("i", "Sq"))
+        names = (*self._scores, *read, "row", "Sq")
+        constants = ("partial", "BLOCK_N", "ROWS", "MEMBER", "SCORES")
+        sloping = (name for name in self._attend_names if re.search(rf"\b{name}\b", self._sums.slope))
+        weigh = (*_WEIGH, *sloping, "BLOCK_N")
+        loads = found["load_captures"].replace("if BOUNDED:", "if partial:")
         return {
             **found,
-            "load_captures": as_gluon(loads).replace("BOUNDED and not EVEN", "BOUNDED"),
-            "aside": as_gluon(self._sums[1]),
-            "moved": " + aside" if self._sums[1] else "",
-            "move": "shift = shift - aside" if self._sums[1] else "",
+            "load_captures": loads,
+            "attend_parameters": parameters((*names, "start", *constants)),
+            "attend_arguments": listing((*names, "block * BLOCK_N", *constants)),
+            "weigh_parameters": parameters(weigh),
+            "weigh_arguments": listing(weigh),
+            "aside": as_gluon(self._sums.aside),
+            "moved": self._moved,
+            "move": "shift = shift - aside" if self._sums.aside else "",
+            **self._powers,
             "pair_type": _PAIR[self.dtype],
-            "leave_parameters": parameters(("acc", "total", "peak", "row", "head", *_LEAVE)),
+            "close_parameters": parameters(("total", "peak", "row", "b", "h", *_CLOSE)),
+            "close_arguments": listing(_CLOSE),
+            "leave_parameters": parameters(("acc", "row", "b", "h", *_LEAVE)),
             "leave_arguments": listing(_LEAVE),
         }
 
     @property
-    def _by_run(self) -> bool:
-        """Whether masks ask for the run of keys that a tile's rows keep."""
-        return self._sure
+    def _moved(self) -> str:
+        """What makes maxima of logits those of a row."""
+        factor = f" * {self._sums.factor!r}" if self._sums.factor != 1.0 else ""
+        return factor + (" + aside" if self._sums.aside else "")
 
     @property
-    def _attend_names(self) -> tuple[str, ...]:
-        return (*super()._attend_names, *(run.NAMES if self._by_run else ()))
-
-    @property
-    def _tile_limits(self) -> str:
-        return super()._tile_limits + (run.LIMITS if self._by_run else "")
-
-    @cached_property
-    def _masking(self) -> tuple[CapturedTensor, ...]:
-        """What is read for masks only, and only where a tile's rows keep no run of keys."""
-        scored = {leaf for leaf in self.spec.score.walk() if leaf.op == "capture"}
-        return tuple(c for c in self.captures if capture(c.index) not in scored) if self._by_run else ()
+    def _powers(self) -> dict[str, str]:
+        """The lines of the exponential."""
+        slope, plan = self._sums.slope, self.exponent
+        if not slope:
+            return {"far": "", "farther": "", "weights": f"gl.exp2({as_gluon(plan.text)})"}
+        scale = f"unit * {self._sums.factor!r}"
+        return {
+            "far": f"far = within(x, {slope}, BLOCK_N)",
+            "farther": " + far",
+            "unit": as_gluon(plan.unit) or f"unit = gl.full([64], {plan.scale}, gl.float32, layout=shift.type.layout)",
+            "weights": f"powers(x, far, {scale}, shift * unit, BLOCK_N)",
+        }
 
     @property
     def _score(self) -> str:
-        return self._sums[0]
+        return self._sums.logits
 
     @cached_property
-    def _sums(self) -> tuple[str, str]:
-        """The text of the logits, and the lines of what all logits of a row have aside of it, which the shift takes."""
+    def _sums(self) -> Sums:
+        """The texts of the logits."""
         captures = self.spec.captures
         inner = self._beneath[0] if self._beneath else self.exponent.inner
         column, start = capture(len(captures)), capture(len(captures) + 1)
@@ -195,7 +226,7 @@ class StreamText(HopperText):
         def sloped(node: Expr) -> Expr:
             if node.op != "mul" or node.args[1] not in (column, call("neg", column)):
                 return node
-            slopes.append(_sloped(self.emit(node.args[0]), negative=node.args[1] != column))
+            slopes.append(_signed(self.emit(node.args[0]), negative=node.args[1] != column))
             return capture(len(captures) + 1 + len(slopes))
 
         def moving(leaf: Expr) -> bool:
@@ -206,50 +237,91 @@ class StreamText(HopperText):
 
         score = split_distances(inner, captures, column, start)
         score, aside = apart(score.replace(sloped), moving) if score.reads(S) else (score, None)
-        texts = ("column", "start", *slopes)
+        places = [capture(len(captures) + 2 + n) for n in range(len(slopes))]
+        found = parts(score, places.__contains__)
+        texts = ("column", "start", *map(_whole, slopes))
         names = {str(capture(len(captures) + n)): text for n, text in enumerate(texts)}
         made: tuple[Kind, ...] = ("float", "int")
         real: tuple[Kind, ...] = ("float",)
         kinds = (*self.spec.capture_kinds, *made, *real * len(slopes))
         text = f"aside = of_rows({emit(aside, names, kinds)}, peak, SCORES)" if aside is not None else ""
-        return emit(score, names, kinds), text
+        if found is None:
+            return Sums(emit(score, names, kinds), text)
+        signed = (_signed(slopes[places.index(place)], sign < 0) for place, sign in found.signs)
+        slope = " + ".join(signed)
+        if found.factor != 1.0:
+            slope = f"({slope}) * {1 / found.factor!r}"
+        return Sums(f"along({emit(found.rest, names, kinds)}, {slope}, BLOCK_N)", text, slope, found.factor)
 
     @property
     def _masks(self) -> str:
         above, below = row_limits(self.range, self.emit)
         rest = conjunction(self.range.rest)
-        if rest is not None and self._by_run:
-            return run.masks(above, below, self.emit(rest), self._masking)
-        lines = ["if BOUNDED:", f"    kept = before(first, eights, {above or 'Sk'}, s, BLOCK_N)"]
-        lines += [f"    kept &= ~before(first, eights, {below}, s, BLOCK_N)"] if below else []
-        lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest]
+        lines = ["if partial:", f"    words = before({above or 'Sk'}, start, s, BLOCK_N)"]
+        lines += [f"    words &= ~before({below}, start, s, BLOCK_N)"] if below else []
+        lines += ["    kept = chosen(words, s, BLOCK_N)"]
+        lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest if self._sure]
         lines += ['    x = tl.where(kept, x, float("-inf"))']
         if rest is not None and not self._sure:
-            lines += ["else:", f'    x = tl.where({self.emit(rest)}, x, float("-inf"))']
+            lines += [f'x = tl.where({self.emit(rest)}, x, float("-inf"))']
         return "\n".join(lines)
 
     @property
     def _consumer(self) -> dict[str, str]:
-        found = super()._consumer
-        tile = f"{found['tile']}\nblock = stop - 1"
-        if self.config.ahead or self.config.groups > 2:
-            # One that runs ahead needs that for its first products; three groups of warps have no registers to spare.
-            recall = {
-                "recall": self._recalled("turn - 1"),
-                "recall_last": self._recalled(f"{self._places['turns']} - 1"),
-            }
-            early = {"before_products": f"{tile}\n{stream.QUERY}", "beside_products": ""}
-            return {**found, **early, **recall, "no_tile": "", "remember": ""}
-        late = {"before_products": stream.FIRST_QUERY, "beside_products": tile, "recall": "", "recall_last": ""}
-        carried = {"no_tile": "row_before, head_before = 0, 0", "remember": "row_before, head_before = row, head"}
-        return {**found, **late, **carried}
+        ahead = bool(self.config.ahead)
+        own = (*("own_first", "own_last"), *self._range_names[2:], "BLOCK_N")
+        places = {
+            "located_first": f"({', '.join((*_PLACE, *self._located))})",
+            "locate_arguments": listing(self._locating),
+        }
+        found = fill(stream.LOCATE, places).rstrip("\n")
+        return {
+            **super()._consumer,
+            **places,
+            "locate_parameters": parameters(self._locating),
+            "own_range_arguments": listing(own),
+            "located": listing(self._located),
+            "early": f"{found}\n{stream.QUERY_AHEAD}" if ahead else f"{stream.QUERY}\n{self._scaled}",
+            "late": "" if ahead else found,
+            "partial": " | ".join(self._cuts),
+            **self._softmax,
+        }
 
-    def _recalled(self, turn: str) -> str:
-        return fill(stream.RECALL, {"turn": turn, "places": self._places["places"]}).rstrip("\n")
+    @property
+    def _softmax(self) -> dict[str, str]:
+        """The lines from products to weights."""
+        follows = any(bound.follows_rows for bound in self.range.bounds)
+        late = (
+            (stream_softmax.SOFTEN_NEEDED, stream_softmax.WEIGH_NEEDED)
+            if follows
+            else (stream_softmax.SOFTEN, stream_softmax.WEIGH)
+        )
+        texts = (stream_softmax.SOFTEN_EARLY, stream_softmax.WEIGH_EARLY) if self._early else late
+        lines = (fill(text, self._attend).rstrip("\n") for text in texts)
+        in_use = "acc, p, fresh" if self._early else "acc, p"
+        return dict(zip(("soften", "weigh"), lines, strict=True)) | {"in_use": in_use}
 
-    def _loop(self, last: str, bounded: bool) -> str:
-        holes = {"last": last, "query": stream.QUERY, "arguments": self._advancing(str(bounded))}
-        return fill(stream.LOOP, holes).rstrip("\n")
+    @property
+    def _early(self) -> bool:
+        """Whether weights are computed beside products of the same group, which takes registers for both of them."""
+        return padded(self.head_dim) > 64
+
+    @property
+    def _cuts(self) -> tuple[str, ...]:
+        """When a block is partial."""
+        return ("(block >= full_stop)", *["(block < full_start)"] * self._partial_at_start)
+
+    @property
+    def _locating(self) -> tuple[str, ...]:
+        """What tells where a tile lies."""
+        hull = ("HULL",) if self._hull else ()
+        return ("turn", "MEMBER", *self._pointers, *SIZES, "ROWS", "BLOCK_N", *hull, "SCORES")
+
+    @property
+    def _located(self) -> tuple[str, ...]:
+        """What a block update needs of its tile."""
+        given = (*self._pointers, *SIZES, "total", "peak", "i", *_PLACE)
+        return tuple(name for name in self._attend_names if name not in given)
 
     @property
     def _constant_values(self) -> dict[str, object]:
@@ -263,8 +335,11 @@ def _kind(captured: Capture) -> type[CapturedTensor]:
     return PairedBand if captured.is_band else CapturedTensor
 
 
-def _sloped(slope: str, negative: bool) -> str:
+def _signed(slope: str, negative: bool) -> str:
+    return f"{'-' if negative else ''}{slope if slope.isidentifier() else f'({slope})'}"
+
+
+def _whole(slope: str) -> str:
     """The text of the columns times a slope: of what each is from the first one on a product with a constant."""
-    factor = f"{'-' if negative else ''}{slope if slope.isidentifier() else f'({slope})'}"
-    far, eights = (f"{factor} * {part}.to(tl.float32)" for part in ("(first - start)", "eights"))
+    far, eights = (f"{slope} * {part}.to(tl.float32)" for part in ("(first - start)", "eights"))
     return f"whole({far}, {eights}, s, BLOCK_N)"

@@ -288,7 +288,7 @@ GROUP: Final = """\
 )),
 """
 
-LAUNCH: Final = '''
+DESCRIBED: Final = '''
 #: How blocks of so many rows lie in shared memory, where TMA puts them.
 LAYOUTS = {rows: gl.NVMMASharedLayout.get_default_for([1, 1, rows, $width], gl.$element) for rows in ($described_rows)}
 
@@ -305,7 +305,9 @@ def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """``x`` as blocks of ``rows``; it is copied where TMA can't read it."""
     source = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor.from_tensor(source, [1, 1, rows, $width], LAYOUTS[rows])
+'''
 
+LAUNCH: Final = '''
 $tiled
 
 def launch(

@@ -77,7 +77,7 @@ def widened(c):
 PAIR: Final = "within % size * (pairs // group) + before // group"
 #: The holes of the templates that are empty without such a tensor.
 HOLES: Final = (
-    "produce_tile", "allocate_tile", "tiled", "scale_queries", "read_tile", "release_tile", "release_added",
+    "produce_tile", "allocate_tile", "tiled", "read_tile", "release_tile", "release_added",
 )  # fmt: skip
 ZERO: Final = "zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)"
 

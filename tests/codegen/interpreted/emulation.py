@@ -47,8 +47,10 @@ class Barrier:
 class Shared:
     """Shared memory, or a part of it."""
 
+    layout = None
+
     def __init__(self, data: Tensor) -> None:
-        self.data, self.dtype = data, data.dtype
+        self.data, self.dtype, self.shape = data, data.dtype, data.shape
 
     def index(self, n: Any) -> Shared:
         assert 0 <= int(n) < self.data.shape[0]
@@ -67,8 +69,10 @@ class Shared:
         return self.data.clone()
 
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
+        """As many elements as the shape has, from the first of this part on."""
         assert dtype is self.dtype
-        return self.reshape(shape)
+        strides = torch.empty(tuple(shape), device="meta").stride()
+        return Shared(self.data.as_strided(tuple(shape), strides, self.data.storage_offset()))
 
 
 class Descriptor:
@@ -114,7 +118,9 @@ class Product:
     def value(self) -> Tensor:
         left, right = (x.data if isinstance(x, Shared) else x for x in self.operands)
         product = left.float() @ right.float()
-        return product + self.acc if self.use_acc else product
+        if not self.use_acc:
+            return product
+        return product + (self.acc.value() if isinstance(self.acc, Product) else self.acc)
 
 
 def _scalars(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,7 +237,7 @@ def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
                 init=lambda barrier, count: barrier.init(count),
                 wait=lambda barrier, phase, pred=True: barrier.wait(phase, pred),
                 expect=lambda barrier, size: barrier.change(1, size),
-                arrive=lambda barrier, count: barrier.change(count, 0),
+                arrive=lambda barrier, count, pred=True: barrier.change(count if pred else 0, 0),
                 MBarrierLayout=lambda: None,
             ),
             "tma": SimpleNamespace(
@@ -246,3 +252,18 @@ def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
         exec(body, names)
         names |= _ASSEMBLY | {"programs": lambda _: grid, "packed": _rounding(arguments["v_source"].dtype)}
         names["attention_kernel"](**{k: v for k, v in arguments.items() if k not in ("num_warps", "launch_pdl")})
+
+
+class Emulated:
+    """Stands for the main kernel of the module ``text``, with the parameters of the generated one."""
+
+    def __init__(self, text: str, parameters: list[str]) -> None:
+        self.text, self.parameters = text, parameters
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launched(*arguments: Any, **options: Any) -> None:
+            given = dict(zip(self.parameters, arguments, strict=False)) | options
+            pointers = {n: Pointer(v) for n, v in given.items() if n.endswith("_ptr")}
+            run(self.text, grid[0], given | pointers)
+
+        return launched

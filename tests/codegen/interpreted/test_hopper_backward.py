@@ -19,7 +19,7 @@ from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, pairwise
 from tests.codegen.emulated_gluon import Descriptor, emulated
 from tests.codegen.fillings import lengths, padded, vectors
 from tests.codegen.gradients import assert_input_gradients_within_budget
-from tests.codegen.interpreted.test_hopper import Launched
+from tests.codegen.interpreted.test_hopper_hulls import Launched
 from tests.codegen.vectors import VECTORS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")

@@ -1,8 +1,7 @@
 """The Hopper backward of an attention: TMA, wgmma and divided warps (Gluon); when it can serve, and its source.
 
 Shah et al., FlashAttention-3 (arXiv 2407.08608) describes the division of work: gradients of keys and values in
-registers, rows passing by, five products for each pair of blocks. Here dq goes from registers to global memory by
-vectors, and never through shared memory, whose bandwidth is this kernel's bound.
+registers, rows passing by, five products for each pair of blocks, dq added to its sums by TMA.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from typing import Final
 
+from fxopt.codegen.attention.gluon import as_gluon
 from fxopt.codegen.attention.portable.hull import Hull
 from fxopt.codegen.attention.possible import possible_keys
 from fxopt.ir.attention import AttentionSpec, Capture
@@ -58,6 +59,13 @@ def needed_rows(spec: AttentionSpec, rows: int, keys: int) -> Needed | None:
     turned = turn(spec)
     found = possible_keys(turned)
     return None if found is None else Needed(Hull(turned, found, keys, rows, fewest=_FEWEST // rows))
+
+
+def hull_holes(needed: Needed | None) -> dict[str, str]:
+    """The lines around those rows, as holes of the templates; empty where nothing is known."""
+    if needed is None:
+        return dict.fromkeys(("hull_limits", "allocate_hull", "launch_hull"), "")
+    return {"hull_limits": as_gluon(needed.limits), "allocate_hull": needed.allocate, "launch_hull": needed.launch}
 
 
 def turn(spec: AttentionSpec) -> AttentionSpec:

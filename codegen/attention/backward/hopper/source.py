@@ -12,10 +12,12 @@ import torch
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward import plan, template
 from fxopt.codegen.attention.backward.config import BackwardConfig
+from fxopt.codegen.attention.backward.hopper import finish
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
-from fxopt.codegen.attention.backward.hopper.needed import Needed, needed_rows
+from fxopt.codegen.attention.backward.hopper.needed import Needed, hull_holes, needed_rows
 from fxopt.codegen.attention.backward.hopper.order import order_holes
+from fxopt.codegen.attention.backward.hopper.sloped import Sloped, sloped_weights
 from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes, prepare_text
 from fxopt.codegen.attention.backward.row_range import row_range_text
 from fxopt.codegen.attention.backward.source import BackwardText
@@ -26,7 +28,7 @@ from fxopt.codegen.attention.portable.config import Config as PortableConfig
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
-from fxopt.ir.attention import AttentionSpec, OutLayout
+from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, S, conjunction
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -36,12 +38,7 @@ _SIZES: Final = ("heads", "kv_heads", "Sq", "Sk", "blocks", "group", "pairs")
 _CONSTANTS: Final = ("BLOCK_M", "WIDTH", "STAGES", "WHOLE")
 #: Where a block of rows does not need all keys.
 _PARTIAL: Final = {"full_start": "(start < full_start)", "full_stop": "(start >= full_stop)"}
-_BARRIERS: Final = ("q_ready", "dout_ready", "free")
-#: Where a key's gradients lie in memory, in units of the head dimension.
-_KEY_LINE: Final[dict[OutLayout, str]] = {
-    "bhsd": "(b_wide * kv_heads + g) * Sk + columns",
-    "bshd": "(b_wide * Sk + columns) * kv_heads + g",
-}
+_BARRIERS: Final = ("q_ready", "dout_ready", "q_free", "dout_free")
 
 
 @dataclass(frozen=True)
@@ -57,13 +54,14 @@ class HopperText(BackwardText):
         before = fill(template.RECOUNTED, holes) if self.recounted else ""
         before += fill(template.PREPARE, holes)
         before += self._needed.kernel if self._needed else ""
+        holes |= hull_holes(self._needed)
         own = {**holes, **self._lists, **self._vectors, **self._fold, **self._around, **self._finish}
         parts = (hopper.PLACE, hopper.PRODUCER, hopper.ADD, hopper.FOLD, hopper.CONSUMER, hopper.KERNEL)
         body = "".join(fill(text, own) for text in parts)
         called = [_apart(as_gluon(text)) for text in helpers(body)]
         functions = [*helpers(before), *called]
         text = fill(hopper.HEADER, own) + "".join(f"\n{function}\n" for function in functions)
-        text += before + _apart(body) + fill(hopper.SUMS, own)
+        text += before + _apart(body) + fill(finish.SUMS, own)
         script = {**holes, **self._script}
         return text + fill(LAUNCH, {**own, **launch_holes(self), **self._launch}) + fill(MAIN, script)
 
@@ -130,11 +128,8 @@ class HopperText(BackwardText):
         """What the range of rows of a block of keys depends on."""
         read = {str(leaf) for bound in self._folds.range.bounds for leaf in bound.offset.walk() if not leaf.args}
         captured = (c.name for c in self._folds.captures if c.name in read)
-        return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured, *self._limits)
-
-    @property
-    def _limits(self) -> tuple[str, ...]:
-        return ("hull_start", "hull_stop") if self._needed else ()
+        hull = ("hull_start", "hull_stop") if self._needed else ()
+        return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured, *hull)
 
     @property
     def _indexed(self) -> bool:
@@ -151,10 +146,10 @@ class HopperText(BackwardText):
         vectors = (*self._statistics, "delta")
         sources = ("q_source", "k_source", "v_source", "dout_source", *(f"{name}_source" for name in vectors))
         tiles = ("q_tiles", "k_tile", "v_tile", "dout_tiles", *(f"{name}_tiles" for name in vectors))
-        results = ("dk_ptr", "dv_ptr", "dq_ptr")
+        results = ("dk_source", "dv_source", "sums_source")
+        signals = ("keys_ready", *_BARRIERS, "ds_ready", "done")
         load = (*sources, *tiles, "keys_ready", *_BARRIERS, *self._captured, *_SIZES, *self._constants)
-        group = (*tiles, "ds_tiles", "keys_ready", *_BARRIERS, "ds_ready", *results, *self._captured, *_SIZES)
-        group = (*group, *self._constants)
+        group = (*tiles, "ds_tiles", "dq_tiles", *signals, *results, *self._captured, *_SIZES, *self._constants)
         members = (fill(hopper.GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in "01")
         unspecialized = (*_SIZES, *(p for c in self._folds.captures for p in c.period))
         ranged = (*self._range_names, "BLOCK_M")
@@ -173,42 +168,39 @@ class HopperText(BackwardText):
     def _vectors(self) -> dict[str, str]:
         """The holes that have a line for each number of a row."""
         names = self._statistics
+        # Others would take registers that rows and keys need.
+        early = not any("i" in capture.dims for capture in self.spec.captures)
+        aside = self._sloped is not None
         reads = [f"{name} = {name}_tiles.index(slot).load(gl.SliceLayout(0, SCORES))" for name in names]
         return {
             "scored_bytes": f"q_source.block_type.nbytes + {4 * len(names)} * BLOCK_M",
             "flowing_bytes": "dout_source.block_type.nbytes + 4 * BLOCK_M",
+            "load_dout": hopper.LOAD_DOUT,
             "load_vectors": _each(hopper.LOAD_VECTOR, names),
             "allocate_vectors": _each(hopper.ALLOCATE_VECTOR, (*names, "delta")),
-            "read_vectors": "\n".join(reads),
+            "read_early": "\n".join(f"if WHOLE:\n    {line}" if aside else line for line in reads[:early]),
+            "read_next": f"if not WHOLE:\n    {reads[0]}" if aside else "",
+            "read_late": "\n".join(reads[early:]),
         }
 
     @property
     def _fold(self) -> dict[str, str]:
         """The holes of the update by a block of rows."""
-        inner, (slope, _) = self._weights.inner, self._folds.slope
+        slope, _ = self._folds.slope
+        found = self._sloped
+        inner = self._weights.inner if found is None else found.inner
+        weight = as_gluon(self._weights.text.format("[None, :]")) if found is None else found.weight
         vectors = (f"{name}_tiles" for name in (*self._statistics, "delta"))
-        tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", *_BARRIERS, "ds_ready")
+        tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", "dq_tiles", *_BARRIERS, "ds_ready", "sums_source")
         captures = (name for c in self._folds.by_key for name in c.attend_names)
         symbols = (name for name in ("b", "h", "j") if name in self._read)
-        state = (
-            *self._folded,
-            "step",
-            "k",
-            "v",
-            "k_part",
-            *tiles,
-            *captures,
-            *symbols,
-            "columns",
-            *self._full,
-            "Sq",
-            "Sk",
-        )
+        operands = ("step", "k", "v", "k_part", *tiles, *captures, *symbols, "columns")
+        state = (*self._folded, *operands, *self._full, "Sq", "Sk")
         constants = ("MEMBER", *_CONSTANTS, *("EVEN",) * self._indexed, "SCORES", "WEIGHTS", "DQ")
-        placed = ("sums + block * (BLOCK_M * WIDTH)", "block * BLOCK_M")
+        placed = ("line", "start * BLOCK_M", "block * BLOCK_M")
         loads = "\n".join(c.load_in_loop for c in self._folds.by_key if c.in_loop)
         return {
-            "fold_parameters": parameters((*state, "target", "start", *constants)),
+            "fold_parameters": parameters((*state, "line", "begin", "start", *constants)),
             "fold_arguments": listing((*state, *placed, *constants)),
             "folded": ", ".join(self._folded),
             **order_holes(self.cut.ahead),
@@ -216,9 +208,15 @@ class HopperText(BackwardText):
             "score": self._emit(inner),
             "widen": "" if inner.reads(S) else "x = gl.zeros_like(s) + x",
             "masks": self._masks,
-            "weight": as_gluon(self._weights.text.format("[None, :]")),
+            "weight": weight,
+            "row_parts": "" if found is None else found.parts,
             "slope": "" if slope is None else f"p = p * ({self._emit(slope)})",
         }
+
+    @cached_property
+    def _sloped(self) -> Sloped | None:
+        """What is known of weights before products are there, where a multiple of the distance is added to them."""
+        return sloped_weights(self.spec, self._weights)
 
     @property
     def _full(self) -> tuple[str, ...]:
@@ -227,7 +225,9 @@ class HopperText(BackwardText):
         They take registers: where those are few, every block asks the mask.
         """
         found = self._folds.range
-        if self._indexed or (padded(self.head_dim) > 64 and not is_light(self.spec, self.dtype)):
+        if self._indexed or (
+            padded(self.head_dim) > 64 and (self._sloped is not None or not is_light(self.spec, self.dtype))
+        ):
             return ()
         starts = any(b.slope for b in found.side("upper"))
         stops = any(b.side == "lower" or not b.slope for b in found.bounds)
@@ -269,21 +269,37 @@ class HopperText(BackwardText):
             "full_meaning": "# Also between which rows all of these keys are needed." if self._full else "",
             "row_range": as_gluon("\n".join(needed)),
             "start_block": f"gl.maximum({start}, hull_start)" if self._needed else start,
-            "hull_limits": as_gluon(self._needed.limits) if self._needed else "",
             "range_captures": wide * bool(uniform) + as_gluon("\n".join(c.base for c in uniform)),
             "capture_bases": as_gluon("\n".join(c.base for c in self._folds.by_key)),
             "tile_index": "m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))" if self._indexed else "",
             "dq_columns": "WIDTH // 2" if by_columns else "WIDTH",
+            "part_lines": str(padded(self.head_dim) * (1 if by_columns else 2)),
             "turned": "turned" if by_columns else "turned.slice(MEMBER * 64, 64, 1)",
             "k_part": "keys.slice(MEMBER * (WIDTH // 2), WIDTH // 2, 1)" if by_columns else "keys",
-            "key_line": _KEY_LINE[spec.out_layout],
+            "clamped_keys": self._clamped_keys,
+            **self._wide,
             "width": str(padded(self.head_dim)),
             "rows_at_a_time": str(self.cut.rows),
             "described_rows": "64, 128" if by_columns else "128,",
             "element": _ELEMENT[self.dtype],
-            "dk_mask": _inside("columns < Sk", "d", self.head_dim),
-            "dv_mask": _inside("columns < Sk", "d", self.value_dim),
             "finish_mask": _inside("rows < Sq", "d", self.head_dim),
+        }
+
+    @property
+    def _clamped_keys(self) -> str:
+        """The keys: none beyond the end where captured tensors are read by them, or derivatives might not be finite."""
+        if self._folds.slope[0] is None and not any("j" in capture.dims for capture in self.spec.captures):
+            return "j = columns"
+        return "# Nothing beyond the last key is read.\nj = gl.minimum(columns, Sk - 1)"
+
+    @property
+    def _wide(self) -> dict[str, str]:
+        """64-bit heads, where addresses of captured tensors are counted from them."""
+        bases = "\n".join(c.base for c in self._folds.by_key)
+        wide = ", ".join(name for name in ("b", "g") if f"{name}_wide" in bases)
+        return {
+            "wide_heads": "b_wide, g_wide = b.to(gl.int64), g.to(gl.int64)" if wide else "",
+            "wide_head": "h_wide = h.to(gl.int64)" if "h_wide" in bases else "",
         }
 
     @property
@@ -306,24 +322,18 @@ class HopperText(BackwardText):
         values = (v for c in captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period)))
         constants = (f"GROUP={'heads // kv_heads'}", f"BLOCK_M={cut.rows}", f"KEYS={cut.keys}", f"WIDTH={width}")
         even = (f"EVEN=rows % {cut.rows} == 0",) * self._indexed
-        switches = (
-            f"STAGES={cut.stages}",
-            *even,
-            f"WHOLE=keys % {cut.keys} == 0",
-            *("HULL=hulled",) * bool(self._needed),
-        )
-        hull = ("hull",) * bool(self._needed)
-        arguments = (*described, "dk", "dv", "sums", *(c.name for c in captures), *hull, *values)
-        sizes = ("heads", "kv_heads", "rows", "keys", "blocks", "group", "pairs")
+        hull, hulled = (("hull",), ("HULL=hulled",)) if self._needed else ((), ())
+        switches = (f"STAGES={cut.stages}", *even, f"WHOLE=keys % {cut.keys} == 0", *hulled)
+        described += [f"described(dk, {cut.keys})", f"described(dv, {cut.keys})", "parts(sums)"]
+        arguments = (*described, *(c.name for c in captures), *hull, *values)
+        sizes = ("heads", "kv_heads", "rows", "keys", *_SIZES[4:])
         holes = {
             "keys": str(cut.keys),
             "width": str(width),
             "group": self._group(width),
-            "allocate_hull": self._needed.allocate if self._needed else "",
-            "launch_hull": self._needed.launch if self._needed else "",
             "gradient_arguments": listing((*arguments, *sizes, *constants, *switches, "num_warps=4")),
         }
-        return fill(hopper.LAUNCHES, {**holes, **self._finish}).rstrip("\n")
+        return fill(finish.LAUNCHES, {**holes, **hull_holes(self._needed), **self._finish}).rstrip("\n")
 
     @property
     def _finish(self) -> dict[str, str]:
@@ -342,7 +352,7 @@ class HopperText(BackwardText):
         return {
             "finish_parameters": listing((*names, "heads", "Sq", "Sk", "blocks", "WIDTH"), annotate=True),
             "finish_arguments": listing((*given, "heads", "rows", "keys", "blocks", f"WIDTH={width}", "num_warps=4")),
-            "spoil_dv": fill(hopper.SPOIL_DV, kv_head).rstrip("\n") if self.spoils else "",
+            "spoil_dv": fill(finish.SPOIL_DV, kv_head).rstrip("\n") if self.spoils else "",
         }
 
     def _group(self, width: int) -> str:

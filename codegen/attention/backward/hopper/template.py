@@ -1,4 +1,4 @@
-"""The text of a generated Hopper backward, with ``$holes`` that the source beside it fills."""
+"""The text of the kernel of all products of a generated Hopper backward, with ``$holes`` that the source fills."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -50,8 +52,11 @@ def place(blocks, kv_heads, group, pairs):
     program = gl.inline_asm_elementwise(
         "mov.u32 $$0, %ctaid.x;", "=r,r", [blocks], dtype=gl.int32, is_pure=False, pack=1
     )
-    before = program // (group * blocks) * group
-    within = program % (group * blocks)
+    together = gl.inline_asm_elementwise(
+        "mul.lo.s32 $$0, $$1, $$2;", "=r,r,r", [group, blocks], dtype=gl.int32, is_pure=False, pack=1
+    )
+    before = program // together * group
+    within = program % together
     size = gl.minimum(group, pairs - before)
     pair = before + within % size
     return within // size, pair // kv_heads, pair % kv_heads
@@ -91,8 +96,14 @@ def load(
         for block in range(start, stop):
             slot = step & (STAGES - 1)
             # The barriers turn when all slots have been used: every 2 or 4 steps.
-            mbarrier.wait(free.index(slot), ((step >> (STAGES // 2)) & 1) ^ 1)
+            phase = ((step >> (STAGES // 2)) & 1) ^ 1
             row = block * BLOCK_M
+            # The slots of dout are free before those of q; the first products are those of q.
+            mbarrier.wait(dout_free.index(slot), phase)
+            if step > 0:
+                mbarrier.expect(dout_ready.index(slot), $flowing_bytes)
+                $load_dout
+            mbarrier.wait(q_free.index(slot), phase)
             mbarrier.expect(q_ready.index(slot), $scored_bytes)
             tma.async_copy_global_to_shared(q_source, [b, h, row, 0], q_ready.index(slot), q_tiles.index(slot))
             $load_vectors
@@ -101,16 +112,16 @@ def load(
                     dout_ready.index(0), $flowing_bytes + v_source.block_type.nbytes
                 )
                 tma.async_copy_global_to_shared(v_source, [b, g, first, 0], dout_ready.index(0), v_tile)
-            else:
-                mbarrier.expect(dout_ready.index(slot), $flowing_bytes)
-            tma.async_copy_global_to_shared(dout_source, [b, h, row, 0], dout_ready.index(slot), dout_tiles.index(slot))
-            tma.async_copy_global_to_shared(
-                delta_source, [line + row], dout_ready.index(slot), delta_tiles.index(slot)
-            )
+                $load_dout
             step += 1
     $load_nothing
 
 '''
+
+#: Gradients of the result, and delta.
+LOAD_DOUT: Final = """\
+tma.async_copy_global_to_shared(dout_source, [b, h, row, 0], dout_ready.index(slot), dout_tiles.index(slot))
+tma.async_copy_global_to_shared(delta_source, [line + row], dout_ready.index(slot), delta_tiles.index(slot))"""
 
 #: Statistics of a block of rows.
 LOAD_VECTOR: Final = """\
@@ -118,24 +129,22 @@ tma.async_copy_global_to_shared(${vector}_source, [line + row], q_ready.index(sl
 """
 
 ADD: Final = '''
-@gluon.jit
-def add(target, x, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Add a tile of 64 rows to the sums at ``target``, where they lie in the order in which threads hold them.
+@builtin
+def add_tile(target, place, tile, _semantic=None):
+    """Add ``tile``, in shared memory, to the block of ``target`` at ``place``, by TMA; Gluon has no name for it."""
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, target.handle, place, tile.handle)
 
-    So a thread adds four neighbours at once, and a warp 512 bytes in a row.
+
+@gluon.jit
+def hold(x, tile, COLUMNS: gl.constexpr):
+    """Store 64 rows of dq where they can be added from, in the order in which threads hold them.
+
+    So a thread stores four neighbours at once, and no two threads of a warp meet in a bank.
     """
-    r = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-    c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    thread = r // 16 * 32 + r % 8 * 4 + c // 2 % 4
-    address = (target + (c // 8 * 512 + thread * 4 + r // 8 % 2 * 2 + c % 2)).to(gl.int64)
-    gl.inline_asm_elementwise(
-        "red.global.add.v4.f32 [$$1], {$$5, $$6, $$7, $$8}; mov.b32 $$0, 0;",
-        "=r,l,l,l,l,f,f,f,f",
-        [address, x],
-        dtype=gl.int8,
-        is_pure=False,
-        pack=4,
-    )
+    held = x.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
+    tile.store(held.reshape([2 * COLUMNS, 32]))
 
 '''
 
@@ -145,22 +154,31 @@ def fold_rows(
     $fold_parameters
 ):
     """Add what one block of rows, from ``start``, gives to the gradients; keys run down, rows across."""
+    # Seen through, the compiler would keep 64-bit copies of all rows in registers.
+    start = gl.inline_asm_elementwise("mov.b32 $$0, $$1;", "=r,r", [start], dtype=gl.int32, is_pure=True, pack=1)
     slot = step & (STAGES - 1)
     phase = (step >> (STAGES // 2)) & 1
     q = q_tiles.index(slot).reshape([BLOCK_M, WIDTH])
     dout = dout_tiles.index(slot).reshape([BLOCK_M, WIDTH])
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
+    $row_wait
+    $read_early
     $score_now
     mbarrier.wait(dout_ready.index(slot), phase)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+    # Products are under way: time to add what the block of rows before has left. TMA adds nothing beyond the end.
+    fence_async_shared()
+    gl.thread_barrier()
+    held = gl.where(start > begin, line + (start - BLOCK_M) * (WIDTH // 32), 1 << 30)
+    add_tile(sums_source, [held, 0], dq_tiles.index(MEMBER))
+    $read_next
+    $row_parts
     $score_wait
-    # Seen through, the compiler would keep 64-bit copies of all rows in registers.
-    start = gl.inline_asm_elementwise("mov.b32 $$0, $$1;", "=r,r", [start], dtype=gl.int32, is_pure=True, pack=1)
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
     # One number of a thread and constants, which take no registers.
     rows = (start + m // 2 % 4 * 2) + (m // 8 * 8 + m % 2)
     i = rows[None, :]
-    $read_vectors
+    $read_late
     $load_captures
     x = $score
     $widen
@@ -178,14 +196,17 @@ def fold_rows(
     fence_async_shared()
     mbarrier.arrive(ds_ready.index(step & 1), count=1)
     u = gl.convert_layout(ds, WEIGHTS)
-    dk = warpgroup_mma(u, q, dk, is_async=True)
+    $dk_early
     mbarrier.wait(ds_ready.index(step & 1), (step >> 1) & 1)
     nothing = gl.zeros([64, $dq_columns], gl.float32, layout=DQ)
     dq = warpgroup_mma($turned.permute((1, 0)), k_part, nothing, use_acc=False, is_async=True)
+    $dk_late
     $score_next
     $dq_wait
-    mbarrier.arrive(free.index(slot), count=1)
-    add(target + MEMBER * (BLOCK_M * WIDTH // 2), dq, $dq_columns, DQ)
+    tma.store_wait(0)
+    $dout_done
+    hold(dq, dq_tiles.index(MEMBER), $dq_columns)
+    $q_done
     $score_done
     return $folded, step + 1
 
@@ -205,10 +226,9 @@ def multiply(
     first = block * KEYS
     last = gl.minimum(first + KEYS, Sk) - 1
     $hull_limits
-    b_wide, g_wide = b.to(gl.int64), g.to(gl.int64)
+    $wide_heads
     columns = (first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))[:, None]
-    # Keys beyond the end repeat the last one, so that nothing outside the captured tensors is read.
-    j = gl.minimum(columns, Sk - 1)
+    $clamped_keys
     keys = k_tile.reshape([KEYS, WIDTH])
     k = keys.slice(MEMBER * 64, 64, 0)
     v = v_tile.reshape([KEYS, WIDTH]).slice(MEMBER * 64, 64, 0)
@@ -220,41 +240,37 @@ def multiply(
     $score_first
     for turn in range(GROUP):
         h = $query_head
-        h_wide = h.to(gl.int64)
+        $wide_head
         $tile_index
         $capture_bases
         start, stop$full = row_blocks(
             $range_arguments
         )
-        sums = dq_ptr + (b_wide * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH)
+        line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH // 32) + MEMBER * (BLOCK_M * WIDTH // 64)
         for block in range(start, stop):
             $folded, step = fold_rows(
                 $fold_arguments
             )
+        if start < stop:
+            fence_async_shared()
+            gl.thread_barrier()
+            add_tile(sums_source, [line + (stop - 1) * (BLOCK_M * WIDTH // 32), 0], dq_tiles.index(MEMBER))
+    # Tiles of keys and values, once nobody multiplies by them, take the gradients on their way to memory.
+    v.store(dv.to(k.dtype))
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 0)
+    k.store($dk_result.to(k.dtype))
+    fence_async_shared()
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 1)
     block, b, g = place(blocks, kv_heads, group, pairs)
-    b_wide = b.to(gl.int64)
-    columns = (block * KEYS + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, GRADS)))[:, None]
-    d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, GRADS))[None, :]
-    line = $key_line
-    gl.store(dk_ptr + line * $head_dim + d, $dk_result.to(k.dtype), mask=$dk_mask)
-    gl.store(dv_ptr + line * $value_dim + d, dv.to(k.dtype), mask=$dv_mask)
+    if MEMBER == 0:
+        tma.async_copy_shared_to_global(dk_source, [b, g, block * KEYS, 0], k_tile)
+    else:
+        tma.async_copy_shared_to_global(dv_source, [b, g, block * KEYS, 0], v_tile)
+    tma.store_wait(0)
 
 '''
-
-#: What a row without finite weights does to the values, also of keys whose loops leave it out.
-SPOIL_DV: Final = """\
-if program % blocks * $prepared_rows < Sq:
-    spoilt = tl.load(spoilt_ptr + pair * tl.cdiv(Sq, $prepared_rows) + program % blocks)
-    if spoilt != 0.0:
-        b, h = pair // heads, pair % heads
-        g = $kv_head
-        for start in range(0, Sk, 64):
-            columns = start + tl.arange(0, 64)[:, None]
-            dv_tile = dv_ptr + b.to(tl.int64) * dv_stride_b + g.to(tl.int64) * dv_stride_h
-            dv_tile += columns.to(tl.int64) * dv_stride_j + d
-            spoils = tl.full([64, WIDTH], float("nan"), tl.float32)
-            tl.store(dv_tile, spoils.to(dv_ptr.dtype.element_ty), mask=$dv_mask)
-"""
 
 KERNEL: Final = '''
 @gluon.jit(do_not_specialize=$unspecialized_sizes)
@@ -265,7 +281,7 @@ def gradient_kernel(
 
     One group of warps loads by TMA; each of the two others holds 64 keys, whose gradients stay in registers, and
     multiplies by wgmma. Weights and their gradients never leave registers but for one copy of ds, from which each
-    group multiplies a half of dq.
+    group multiplies a half of dq. That is added to its sums by TMA, one block of rows later.
     """
     VECTOR: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     TURNED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], gl.$element)
@@ -274,17 +290,22 @@ def gradient_kernel(
     q_tiles = gl.allocate_shared_memory(q_source.dtype, [STAGES] + q_source.block_shape, q_source.layout)
     dout_tiles = gl.allocate_shared_memory(dout_source.dtype, [STAGES] + dout_source.block_shape, dout_source.layout)
     ds_tiles = gl.allocate_shared_memory(k_source.dtype, [2, KEYS, BLOCK_M], TURNED)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [2, 2 * $dq_columns, 32], sums_source.layout)
     $allocate_vectors
     keys_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dout_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(keys_ready, count=1)
+    mbarrier.init(done, count=2)
     for n in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(n), count=1)
         mbarrier.init(dout_ready.index(n), count=1)
-        mbarrier.init(free.index(n), count=2)
+        mbarrier.init(q_free.index(n), count=2)
+        mbarrier.init(dout_free.index(n), count=2)
     for n in gl.static_range(2):
         mbarrier.init(ds_ready.index(n), count=2)
     gl.warp_specialize(
@@ -318,67 +339,8 @@ ALLOCATE_VECTOR: Final = """\
 ${vector}_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], VECTOR)
 """
 
-SUMS: Final = '''
-@triton.jit(do_not_specialize=["heads", "Sq", "Sk", "blocks"])
-def finish_kernel(
-    $finish_parameters
-):
-    """dq of 64 rows of one head out of its sums."""
-    program = tl.program_id(0)
-    pair = program // blocks
-    rows = (program % blocks * 64 + tl.arange(0, 64))[:, None]
-    d = tl.arange(0, WIDTH)[None, :]
-    sums = tl.load(sums_ptr + program.to(tl.int64) * (64 * WIDTH) + tl.arange(0, 64 * WIDTH))
-    # As threads held them: 8 columns, warp, row of 8, pair of columns, half of 16 rows, column of a pair.
-    dq = tl.permute(tl.reshape(sums, [WIDTH // 8, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
-    dq = tl.reshape(dq, [64, WIDTH])
-    dq_base = dq_ptr + (pair // heads).to(tl.int64) * dq_stride_b + (pair % heads).to(tl.int64) * dq_stride_h
-    dq_tile = dq_base + rows.to(tl.int64) * dq_stride_i + d
-    tl.store(dq_tile, $dq_result.to(dq_ptr.dtype.element_ty), mask=$finish_mask)
-    $spoil_dv
-
-
-#: How blocks of so many rows lie in shared memory, where TMA puts them.
-LAYOUTS = {rows: gl.NVMMASharedLayout.get_default_for([1, 1, rows, $width], gl.$element) for rows in ($described_rows)}
-VECTOR = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-
-
-def describable(x: torch.Tensor) -> bool:
-    """Whether TMA can read ``x``: dense rows, and everything else in steps of 16 bytes."""
-    *steps, last = x.stride()
-    # A power of two divides all of them where it divides their bits taken together.
-    bits = x.data_ptr() | (steps[0] | steps[1] | steps[2]) * x.element_size()
-    return last == 1 and min(steps) > 0 and bits % 16 == 0
-
-
-def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """``x`` as blocks of ``rows``; it is copied where TMA can't read it."""
-    source = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor.from_tensor(source, [1, 1, rows, $width], LAYOUTS[rows])
-
-
-def vectors(x: torch.Tensor) -> TensorDescriptor:
-    """One number for each row of every head, as blocks of rows: each begins at a multiple of 16 bytes, as it must."""
-    return TensorDescriptor(x, [x.numel()], [1], [$rows_at_a_time], VECTOR)
-
-'''
-
 GROUP: Final = """\
 (multiply, (
     $arguments
 )),
-"""
-
-LAUNCHES: Final = """\
-blocks, pairs = -(-keys // $keys), batch * kv_heads
-group = $group
-$allocate_hull
-$launch_hull
-gradient_kernel[(blocks * pairs,)](
-    $gradient_arguments
-)
-blocks = sums.shape[2] // 64
-finish_kernel[(blocks * batch * heads,)](
-    $finish_arguments
-)
 """

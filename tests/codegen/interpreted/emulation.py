@@ -200,6 +200,7 @@ def _language(program: int, programs: int) -> SimpleNamespace:
         where=_scalars(torch.where, lambda c, a, b: a if c else b),
         arange=lambda a, b, layout=None: torch.arange(a, b),
         zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
+        zeros_like=torch.zeros_like, fma=lambda x, y, z: x * y + z,
         full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
         reshape=lambda x, shape: x.reshape(shape), convert_layout=lambda x, layout: x,
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
@@ -213,6 +214,8 @@ _ASSEMBLY: dict[str, Any] = {
     "await_hulls": lambda: None,
     "unpacked": lambda p, *_: p,
     "widened": lambda c: c.float(),
+    "ones": lambda count: (1 << count.clamp(max=32).long()) - 1,
+    "nothing": torch.zeros_like,
     "tanh": lambda x, _: torch.tanh(x),
     "sigmoid": torch.sigmoid,
 }
@@ -225,7 +228,9 @@ def _rounding(dtype: torch.dtype) -> Callable[[Tensor, int], Tensor]:
 def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
     """Run the kernel of the module ``text`` in ``grid`` programs, one after the other."""
     body = text[text.index("@gluon.jit\ndef place(") : text.index("#: How blocks of so many rows")]
-    helpers = re.findall(r"@gluon\.jit\ndef (?:modulo|floor_divide|band|scale)\(.*?\n\n\n", text, re.DOTALL)
+    helpers = re.findall(
+        r"@gluon\.jit\ndef (?:modulo|floor_divide|band|scale|along|within|powers)\(.*?\n\n\n", text, re.DOTALL
+    )
     body = re.sub(r"@gluon\.jit.*\n", "", "".join(helpers) + body)
     # In place, PyTorch's tensors keep their shapes.
     body = re.sub(r"kept &= (.*)", r"kept = kept & (\1)", body)

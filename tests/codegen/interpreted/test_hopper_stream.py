@@ -22,7 +22,7 @@ from tests.codegen.emulated_gluon import emulated
 from tests.codegen.vectors import VECTORS
 
 pytest.importorskip("triton.experimental.gluon")
-CONFIGS = ("hopper:128x64s2q2a0", "hopper:64x64s3q3a1", "hopper:192x64s2q3a1", "hopper:64x128s4q2a0")
+CONFIGS = ("hopper:128x64s2q2a0", "hopper:64x64s3q3a1", "hopper:192x64s2q3a1", "hopper:192x128s3q2a0")
 SHAPES = {
     "square": Shape(16, 16, 330, 330, 1, "group", "bshd", heads=2),
     "cross": Shape(24, 32, 135, 400, 2, "tile", "bhsd", heads=4),

@@ -120,8 +120,9 @@ def load(
 
 #: Gradients of the result, and delta.
 LOAD_DOUT: Final = """\
-tma.async_copy_global_to_shared(dout_source, [b, h, row, 0], dout_ready.index(slot), dout_tiles.index(slot))
-tma.async_copy_global_to_shared(delta_source, [line + row], dout_ready.index(slot), delta_tiles.index(slot))"""
+arrived = dout_ready.index(slot)
+tma.async_copy_global_to_shared(dout_source, [b, h, row, 0], arrived, dout_tiles.index(slot))
+tma.async_copy_global_to_shared(delta_source, [line + row], arrived, delta_tiles.index(slot))"""
 
 #: Statistics of a block of rows.
 LOAD_VECTOR: Final = """\

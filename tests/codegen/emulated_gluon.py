@@ -7,6 +7,7 @@ Copies and products happen where they are asked for. Shared memory begins as NaN
 from __future__ import annotations
 
 import importlib.util
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -368,6 +369,8 @@ def emulated(source: str, folder: Path) -> ModuleType:
     for line, instead in _IMPORTS.items():
         source = source.replace(line, instead)
     assert "triton.experimental" not in source
+    # In place, PyTorch's tensors keep their shapes.
+    source = re.sub(r"kept &= (.*)", r"kept = kept & (\1)", source)
     # Tensors have no layouts here.
     source = source.replace(".type.layout", ".ndim")
     path = folder / f"emulated_{abs(hash(source))}.py"

@@ -7,6 +7,7 @@ Copies and products happen where they are asked for. Shared memory begins as NaN
 from __future__ import annotations
 
 import importlib.util
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -220,9 +221,9 @@ def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_
     if text.startswith("mul.lo.s32"):
         return given[0] * given[1]
     if text == "mov.b32 $0, 0;":
-        return torch.zeros_like(given[0]) if given and isinstance(given[0], Tensor) else torch.tensor(0)
-    if "%ctaid.x" in text:
-        return torch.tensor(_PROGRAM.number)
+        return torch.zeros_like(torch.as_tensor(given[0])) if given else torch.tensor(0)
+    if "ctaid.x" in text:
+        return torch.tensor(_PROGRAM.count if "%nctaid.x" in text else _PROGRAM.number)
     if "cvt.rn" in text:
         pairs = torch.stack(list(given), -1)
         return pairs.to(torch.bfloat16 if "bf16" in text else torch.float16)
@@ -230,7 +231,7 @@ def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_
         return given[0][..., 0], given[0][..., 1]
     if "bmsk" in text:
         return (1 << given[0].clamp(max=32).long()) - 1
-    return given[0]
+    return given[0] if given else None
 
 
 def _load(at: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
@@ -278,7 +279,7 @@ class Kernel:
         return self.function(*arguments, **named)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, **named: Any) -> None:
+        def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **named: Any) -> None:
             given = [pointer(x) if isinstance(x, Tensor) else x for x in arguments]
             given = [torch.tensor(x) if isinstance(x, int) else x for x in given]
             for number in range(grid[0]):
@@ -366,8 +367,10 @@ def fence() -> None:
 def emulated(source: str, folder: Path) -> ModuleType:
     """The generated module ``source`` with its Gluon kernels emulated; its Triton kernels are left as they are."""
     for line, instead in _IMPORTS.items():
-        assert line in source
         source = source.replace(line, instead)
+    assert "triton.experimental" not in source
+    # In place, PyTorch's tensors keep their shapes.
+    source = re.sub(r"kept &= (.*)", r"kept = kept & (\1)", source)
     # Tensors have no layouts here.
     source = source.replace(".type.layout", ".ndim")
     path = folder / f"emulated_{abs(hash(source))}.py"

@@ -41,6 +41,10 @@ SPECS = {
     "padding": AttentionSpec(
         parse("s * 0.125"), parse("c0"), (Capture("b--j", torch.bool),), empty_rows="zero", out_dtype=HALF
     ),
+    "padded-rows": AttentionSpec(
+        parse("s * 0.125"), parse("c0 & c1"), (Capture("b--j", torch.bool), Capture("b-i-", torch.bool)),
+        empty_rows="zero", out_dtype=HALF,
+    ),
     "alibi": AttentionSpec(
         parse("s * 0.125 + c0 * float(j - i)"), parse("j <= i"), (Capture("-h--", torch.float32),), out_dtype=HALF
     ),
@@ -67,7 +71,7 @@ CASES = [
     ("plain", 96), ("plain", 128), ("plain", 256), ("causal", 80), ("causal", 128), ("softcap-window", 128),
     ("padding", 128), ("alibi", 128), ("prefix", 128), ("plain", 16), ("plain", 32), ("causal", 48), ("plain", 64),
     ("causal", 64), ("softcap-window", 64), ("padding", 64), ("alibi", 64), ("prefix", 64), ("documents", 64),
-    ("documents", 128), ("padding", 32), ("relative", 64), ("additive", 64),
+    ("documents", 128), ("padding", 32), ("padded-rows", 64), ("padded-rows", 128), ("relative", 64), ("additive", 64),
     ("band", 48), ("band", 64), ("band", 128), ("causal-band", 64), ("causal-band", 128),
     ("tile", 16), ("tile", 32), ("tile", 64), ("tile", 128), ("causal-tile", 64), ("causal-tile", 128),
     ("unscaled-tile", 64), ("unscaled-tile", 128), ("softcap-tile", 64), ("softcap-tile", 32),

@@ -58,9 +58,9 @@ def compiled(spec: AttentionSpec, width: int, config: Config, even: bool = True,
     vector = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     parts = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     values = {"GROUP": group, "BLOCK_M": config.rows, "KEYS": config.keys, "WIDTH": padded(width)}
-    values |= {"STAGES": config.stages, "EVEN": even, "WHOLE": even}
+    values |= {"STAGES": config.stages, "EVEN": even, "WHOLE": even, "HULL": True}
     columns = padded(width) // (2 if config.rows == 64 else 1)
-    types = {"sums_source": f"tensordesc<fp32[{2 * columns},32],{parts!r}>"}
+    types = {"hull_ptr": "*i32", "sums_source": f"tensordesc<fp32[{2 * columns},32],{parts!r}>"}
     types |= {name: descriptor(config.rows, padded(width)) for name in ("q_source", "dout_source")}
     types |= {name: descriptor(config.keys, padded(width)) for name in BY_KEY}
     types |= dict.fromkeys(VECTORS, f"tensordesc<fp32[{config.rows}],{vector!r}>")
@@ -76,7 +76,8 @@ def compiled(spec: AttentionSpec, width: int, config: Config, even: bool = True,
 @compiles
 @pytest.mark.parametrize(("name", "width"), [
     ("plain", 64), ("plain", 96), ("plain", 128), ("causal", 64), ("causal", 80), ("causal", 128), ("alibi", 64),
-    ("alibi", 128), ("relative", 128), ("padding", 64), ("padding", 128), ("softcap-window", 64), ("documents", 64),
+    ("alibi", 128), ("relative", 128), ("padding", 64), ("padding", 128), ("padded-rows", 64),
+    ("softcap-window", 64), ("documents", 64),
 ])  # fmt: skip
 @pytest.mark.parametrize("even", [True, False])
 def test_first_candidate_neither_spills_nor_waits_for_each_product(

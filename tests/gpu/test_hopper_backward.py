@@ -15,7 +15,8 @@ from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import parse
-from tests.codegen.cases import EXPRESSIONS, Shape, in_turn, pairwise, specification
+from tests.codegen.cases import EXPRESSIONS, Shape, in_turn, operands, pairwise, specification
+from tests.codegen.fillings import lengths, padded, vectors
 from tests.codegen.gradients import assert_input_gradients_within_budget
 from tests.gpu.test_attention_kernels import DTYPES, on_gpu
 
@@ -129,3 +130,19 @@ def test_a_graph_compiled_before_honours_the_deterministic_mode() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("name", ["mixed", "empty", "equal"])
+def test_gradients_of_padded_batches(name: str, rows: bool) -> None:
+    """Rows and keys that are padding are left out by limits that a small kernel finds."""
+    torch.manual_seed(0)
+    filled = lengths(name, 1100)
+    spec = padded(rows, "zero")
+    sizes = Shape(64, 64, 1100, 1100, 2, batch=len(filled), heads=4)
+    inputs = [x.cuda() for x in operands(sizes, torch.bfloat16)]
+    captures = [c.cuda() for c in vectors(filled, 1100, rows)]
+    dout = torch.randn(*inputs[0].shape, device="cuda", dtype=torch.bfloat16)
+    for config in configurations(spec, 64, torch.bfloat16):
+        found = backward(spec, inputs, captures, dout, config)
+        assert_input_gradients_within_budget(spec, inputs, captures, found, dout, None)

@@ -11,12 +11,15 @@ from typing import ClassVar, Final
 import torch
 
 from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, REFERENCE, allocation, description, unpacked
+from fxopt.codegen.attention.hopper import order
 from fxopt.codegen.attention.hopper.average import KERNEL as AVERAGE
 from fxopt.codegen.attention.hopper.average import LAUNCH as LAUNCH_AVERAGE
 from fxopt.codegen.attention.hopper.average import ROWS as AVERAGE_ROWS
 from fxopt.codegen.attention.hopper.config import Config
+from fxopt.codegen.attention.hopper.order import Order
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
+    AWAIT,
     CONSUMER,
     DESCRIBED,
     GROUP,
@@ -26,6 +29,7 @@ from fxopt.codegen.attention.hopper.template import (
     LOOP,
     PLACE,
     PRODUCER,
+    RANGE,
     TILE,
 )
 from fxopt.codegen.attention.interval import is_uniform
@@ -44,6 +48,8 @@ _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
 _L2: Final = "32 * 2**20"
+#: Without hulls all blocks ask the mask, which with so many keys costs more than finding the hulls.
+_FEWEST: Final = 384
 SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
@@ -61,13 +67,17 @@ class HopperText(LogitsText):
     dtype: torch.dtype
     config: Config
     further_bounds: ClassVar[bool] = True
-    _parts: ClassVar[tuple[str, ...]] = (PLACE, PRODUCER, ATTEND, CONSUMER, KERNEL)
+    _parts: ClassVar[tuple[str, ...]] = (RANGE, PRODUCER, ATTEND, CONSUMER, KERNEL)
     _loop_text: ClassVar[str] = LOOP
     _multiplied: ClassVar[tuple[str, ...]] = TILES
+    #: The shared memory that results leave through, when all have left.
+    _left: ClassVar[str] = "q_tiles.index(MEMBER)"
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
-        body = "".join(fill(part, holes) for part in self._parts)
+        places = (PLACE,) if self._order is None else (order.PLACE, order.CLEAR)
+        parts = (*places, *((AWAIT,) if self._hull else ()), *self._parts)
+        body = "".join(fill(part, holes) for part in parts)
         devices = "".join(f"\n{as_gluon(text)}\n" for text in helpers(body))
         average = fill(AVERAGE, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}
@@ -111,7 +121,7 @@ class HopperText(LogitsText):
     @property
     def _functions(self) -> str:
         """The text of what runs before the kernel."""
-        return "" if self._hull is None else self._hull.kernel
+        return "".join(found.kernel for found in (self._hull, self._order) if found is not None)
 
     @property
     def _averages(self) -> bool:
@@ -135,7 +145,22 @@ class HopperText(LogitsText):
     @cached_property
     def _hull(self) -> Hull | None:
         found = possible_keys(self.spec, sure=True)
-        return None if found is None else Hull(self.spec, found, self.config.rows, self.config.keys)
+        config, fewest = self.config, min(4, _FEWEST // self.config.keys)
+        if found is None:
+            return None
+        return Hull(self.spec, found, config.rows, config.keys, self._orderly, early=True, fewest=fewest)
+
+    @cached_property
+    def _order(self) -> Order | None:
+        """The order of tiles by their hulls."""
+        if self._hull is None or not self._hull.ordered:
+            return None
+        return Order(self._hull, self._left, "0.0" if self.spec.empty_rows == "zero" else 'float("nan")')
+
+    @property
+    def _orderly(self) -> bool:
+        """Whether tiles are put in order of their hulls; where rows bound keys too, long and short ones are paired."""
+        return not self._ranged
 
     @property
     def _sure(self) -> bool:
@@ -164,7 +189,7 @@ class HopperText(LogitsText):
             **description(spec, self.head_dim, self.value_dim, config, self.captures),
             "library": "",
             "imports": IMPORTS.rstrip("\n"),
-            **self._order,
+            **self._places,
             "range_parameters": listing((*self._range_names, "BLOCK_N"), annotate=True).replace("tl.", "gl."),
             "key_range": as_gluon(self._key_range),
             "start_block": "start_block" if lower else begin,
@@ -172,13 +197,17 @@ class HopperText(LogitsText):
         }
 
     @property
-    def _order(self) -> dict[str, str]:
+    def _places(self) -> dict[str, str]:
         """The holes of the order of tiles: without halves where all rows need as many keys."""
+        if self._order is not None:
+            return self._order.holes
+        calls = {"places": "blocks, halves, group, pairs", "turns": "turns_of(blocks, halves, pairs)", "clear": ""}
         plain = {"order_rows": "", "turned": "turn", "spans": "blocks", "halved": "", "pair": "before + within % size"}
         if not self._ranged:
-            return plain
+            return {**calls, **plain}
         order = "row = gl.where(turn % halves == 0, blocks - 1 - row, row)"
         return {
+            **calls,
             **plain,
             "order_rows": order,
             "turned": "turn // halves",
@@ -288,6 +317,7 @@ class HopperText(LogitsText):
         uniform = [c for c in self.captures if c.name in self._range_names and is_uniform(c.capture)]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
         place = {
+            "places": self._places["places"],
             "hull_limits": as_gluon(self._hull_limits),
             "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
             "range_arguments": self._lists["range_arguments"],
@@ -297,6 +327,7 @@ class HopperText(LogitsText):
             "range_captures": wide + as_gluon("\n".join((*(c.base for c in uniform), self._hull_limits)).strip("\n")),
             "tile": fill(TILE, place).rstrip("\n"),
             "loops": "\n".join(self._loop(last, bounded) for last, bounded in spans),
+            "await_hulls": "if HULL:\n    await_hulls()" if self._hull else "",
             "inverse": _INVERSE[self.spec.empty_rows],
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
@@ -332,14 +363,14 @@ class HopperText(LogitsText):
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
             "group": self._group,
             "allocate_hull": "" if self._hull is None else self._hull.allocate,
-            "launch_hull": "" if self._hull is None else self._hull.launch,
+            "launch_hull": "" if self._hull is None else (self._order or self._hull).launch,
             "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
             "lse": "lse if with_lse else lse.new_empty(0)" if self._averages else "lse",
             "launch_average": self._launch_average,
             "allocate_phases": "",
             "launch_phases": "",
             "tiled": "",
-            "launch_arguments": listing((*arguments, "num_warps=4")),
+            "launch_arguments": listing((*arguments, "num_warps=4", *(("launch_pdl=hulled",) if self._hull else ()))),
         }
 
     @property

@@ -21,8 +21,8 @@ def load(
     pair = 0
     b1, g1, n1 = 0, 0, 0
     b2, g2, n2 = 0, 0, 0
-    for turn in range(turns_of(blocks, halves, pairs)):
-        row, head = place(turn, blocks, halves, group, pairs)
+    for turn in range($turns):
+        row, head = place(turn, $places)
         first = row * ROWS
         last = gl.minimum(first + ROWS, Sq) - 1
         b = head // heads
@@ -139,7 +139,7 @@ def multiply(
     acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
     total = gl.sum(by_thread(s, BLOCK_N), 1)
     peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
-    turns = turns_of(blocks, halves, pairs)
+    turns = $turns
     turn, place_q = 0, 0
     # Where the next block lies, and the parity of its barrier; how many pairs there have been.
     slot, parity, pair = 0, 0, 0
@@ -230,6 +230,7 @@ def multiply(
         $leave_arguments
     )
     tma.store_wait(0)
+    $clear
 
 '''
 
@@ -266,6 +267,7 @@ def attention_kernel(
     for n in gl.static_range(STAGES):
         mbarrier.init(ready.index(n), count=2)
         mbarrier.init(free.index(n), count=GROUPS)
+    $await_hulls
     gl.warp_specialize(
         [
             (load, (

@@ -16,7 +16,7 @@ from fxopt.codegen.attention.hopper import stream, stream_softmax, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
 from fxopt.codegen.attention.hopper.slopes import SLOPES, parts
 from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText, as_gluon, parameters
-from fxopt.codegen.attention.hopper.template import PLACE
+from fxopt.codegen.attention.hopper.template import RANGE
 from fxopt.codegen.attention.hopper.tile import StreamedTile
 from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.config import padded
@@ -58,8 +58,9 @@ class Sums:
 class StreamText(HopperText):
     """The same where the blocks of keys of all tiles of a program are one stream."""
 
-    _parts: ClassVar[tuple[str, ...]] = (PLACE, stream.PRODUCER, stream_softmax.ATTEND, stream.CONSUMER, stream.KERNEL)
+    _parts: ClassVar[tuple[str, ...]] = (RANGE, stream.PRODUCER, stream_softmax.ATTEND, stream.CONSUMER, stream.KERNEL)
     _multiplied: ClassVar[tuple[str, ...]] = (*TILES, "out_tiles")
+    _left: ClassVar[str] = "out_tiles.index(anew(MEMBER))"
 
     @property
     def _barriers(self) -> tuple[str, ...]:
@@ -147,10 +148,15 @@ class StreamText(HopperText):
         return "if begins:\n" + indent(tile.SCALE.format(self._factor), "    ")
 
     @property
-    def _order(self) -> dict[str, str]:
+    def _orderly(self) -> bool:
+        """Pairs that share a captured tensor stay together."""
+        return self._tile is None and super()._orderly
+
+    @property
+    def _places(self) -> dict[str, str]:
         if self._tile is None or self._tile.shared_by != "batch":
-            return super()._order
-        return {**super()._order, "pair": tile.PAIR}
+            return super()._places
+        return {**super()._places, "pair": tile.PAIR}
 
     @property
     def _group(self) -> str:

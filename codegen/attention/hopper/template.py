@@ -34,7 +34,9 @@ def turns_of(blocks, halves, pairs):
     """How many tiles the program takes."""
     return gl.cdiv(pairs * ($spans) - gl.program_id(0), gl.num_programs(0))$halved
 
+'''
 
+RANGE: Final = '''
 @gluon.jit
 def key_blocks(
     $range_parameters
@@ -46,6 +48,15 @@ def key_blocks(
 
 '''
 
+#: The small kernels before this one may be running still.
+AWAIT: Final = '''
+@gluon.jit
+def await_hulls():
+    """Wait for the kernels before this one, which is launched while they run."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $$0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+'''
+
 PRODUCER: Final = '''
 @gluon.jit
 def load(
@@ -53,8 +64,8 @@ def load(
 ):
     """Load what the other warps read: queries of each tile, then pairs of a block of keys and the values before it."""
     pair = 0
-    for turn in range(turns_of(blocks, halves, pairs)):
-        row, head = place(turn, blocks, halves, group, pairs)
+    for turn in range($turns):
+        row, head = place(turn, $places)
         first = row * ROWS
         last = gl.minimum(first + ROWS, Sq) - 1
         b = head // heads
@@ -145,7 +156,7 @@ def advance(
 
 #: Where a tile lies, and the blocks of keys that its rows need.
 TILE: Final = """\
-row, head = place(turn, blocks, halves, group, pairs)
+row, head = place(turn, $places)
 first = row * ROWS
 last = gl.minimum(first + ROWS, Sq) - 1
 b = head // heads
@@ -172,7 +183,7 @@ def multiply(
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
     pair = 0
-    for turn in range(turns_of(blocks, halves, pairs)):
+    for turn in range($turns):
         $tile
         acc = gl.zeros([64, WIDTH], gl.float32, layout=RESULT)
         total = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, SCORES))
@@ -220,6 +231,7 @@ def multiply(
             tma.store_wait(0)
             mbarrier.arrive(q_free.index(0), count=1)
     tma.store_wait(0)
+    $clear
 
 '''
 
@@ -256,6 +268,7 @@ def attention_kernel(
         mbarrier.init(k_ready.index(n), count=1)
         mbarrier.init(v_ready.index(n), count=1)
         mbarrier.init(free.index(n), count=GROUPS)
+    $await_hulls
     gl.warp_specialize(
         [
             (load, (

@@ -23,6 +23,8 @@ from fxopt.ir.expression import Expr, Kind
 _STEP: Final = 1024
 #: Fewer blocks of keys than this are not worth a kernel that may save some.
 _FEWEST_BLOCKS: Final = 4
+#: Numbers that a hull leaves room for where it is asked to.
+FURTHER: Final = 2
 #: The least and the greatest value over rows are integers.
 _EXTREME: Final[Kind] = "int"
 _KERNEL: Final = '''
@@ -34,6 +36,7 @@ def hull_kernel(
 
     $maths
     """
+    $early
     $place
     b_wide = b.to(tl.int64)
     $rows
@@ -47,7 +50,7 @@ def hull_kernel(
         begin = tl.minimum(begin, tl.where(possible, j, Sk))
         end = tl.maximum(end, tl.where(possible, j + 1, 0))
         $sure_first
-    hull = hull_ptr + $numbers * tl.program_id(0)
+    hull = $hull
     tl.store(hull, tl.min(begin))
     tl.store(hull + 1, tl.max(end))
     $sure_run
@@ -65,6 +68,12 @@ for start in range(0, Sk, STEP):
     end = tl.minimum(end, tl.where(beyond, j, Sk))
 tl.store(hull + 2, first_sure)
 tl.store(hull + 3, tl.min(end))"""
+_EARLY: Final = """\
+if EARLY:
+    # What follows may be launched now; it waits for the hulls.
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )"""
 _PLACE: Final = """\
 blocks = tl.cdiv(Sq, BLOCK_M)
 b = tl.program_id(0) // blocks
@@ -73,7 +82,7 @@ i = tl.minimum(first + tl.arange(0, BLOCK_M), Sq - 1)[:, None]"""
 _LIMITS: Final = """\
 hull_start, hull_stop = 0, Sk
 if HULL:
-    hull = hull_ptr + {1} * {0}
+    hull = {}
     hull_start = tl.load(hull) // BLOCK_N * BLOCK_N
     hull_stop = tl.cdiv(tl.load(hull + 1), BLOCK_N) * BLOCK_N"""
 _SURE_LIMITS: Final = """
@@ -96,12 +105,20 @@ if hulled:
 
 @dataclass(frozen=True, slots=True)
 class Hull:
-    """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys."""
+    """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys.
+
+    ``ordered`` leaves room for `FURTHER` numbers before those of each hull. With ``early`` the kernel behind the small
+    one may be launched while that runs; it must wait for the hulls (sm_90 and later). Fewer than ``fewest`` blocks of
+    keys are not worth the small kernel.
+    """
 
     spec: AttentionSpec
     possible: Possible
     block_m: int
     block_n: int
+    ordered: bool = False
+    early: bool = False
+    fewest: int = _FEWEST_BLOCKS
 
     @property
     def kernel(self) -> str:
@@ -110,13 +127,14 @@ class Hull:
         holes = {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in self._sizes) + "]",
             "parameters": listing(parameters, annotate=True),
-            "whose": "a block of query rows" if self._by_rows else "any row of a batch element",
+            "early": _EARLY if self.early else "",
+            "whose": "a block of query rows" if self.by_rows else "any row of a batch element",
             "maths": self._maths,
-            "place": self._place if self._by_rows else "b = tl.program_id(0)",
+            "place": self._place if self.by_rows else "b = tl.program_id(0)",
             "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._extremes)),
             "keys": self._keys,
             "condition": self._emit(self.possible.condition),
-            "numbers": str(self.numbers),
+            "hull": self._address("tl.program_id(0)"),
             **self._sure,
         }
         return fill(_KERNEL, holes)
@@ -134,8 +152,8 @@ class Hull:
 
     @property
     def numbers(self) -> int:
-        """How many numbers there are to a hull: its limits, and those of the keys that all rows keep."""
-        return 2 if self.possible.sure is None else 4
+        """How many numbers there are to a hull: its limits, those of the keys that all rows keep, further ones."""
+        return (2 if self.possible.sure is None else 4) + FURTHER * self.ordered
 
     @property
     def _sure(self) -> dict[str, str]:
@@ -149,31 +167,35 @@ class Hull:
             "sure_run": _SURE_RUN.format(keys=self._keys.replace("\n", "\n    "), condition=condition),
         }
 
+    def _address(self, hull: str) -> str:
+        return f"hull_ptr + {self.numbers} * {hull}{f' + {FURTHER}' * self.ordered}"
+
     @property
     def limits(self) -> str:
         """The lines of the main kernel that read the hull, in whole blocks."""
-        limits = _LIMITS.format("(b * blocks + first // BLOCK_M)" if self._by_rows else "b", self.numbers)
+        limits = _LIMITS.format(self._address("(b * blocks + first // BLOCK_M)" if self.by_rows else "b"))
         return limits + (_SURE_LIMITS if self.possible.sure is not None else "")
 
     @property
     def allocate(self) -> str:
         """The launcher's lines that allocate the hulls."""
-        count = f"batch * -(-rows // {self.block_m})" if self._by_rows else "batch"
-        return _ALLOCATE.format(fewest=_FEWEST_BLOCKS * self.block_n, count=count, numbers=self.numbers)
+        count = f"batch * -(-rows // {self.block_m})" if self.by_rows else "batch"
+        return _ALLOCATE.format(fewest=self.fewest * self.block_n, count=count, numbers=self.numbers)
 
     @property
     def launch(self) -> str:
         """The launcher's lines that run the small kernel."""
         strides = [value for c in self._read for value in c.stride_values]
         periods = [f"{c.name}.shape[0]" for c in self._read if c.period]
-        sizes = ("rows", "keys") if self._by_rows else ("keys",)
-        constants = ((f"BLOCK_M={self.block_m}",) if self._by_rows else ()) + (f"STEP={_STEP}",)
+        sizes = ("rows", "keys") if self.by_rows else ("keys",)
+        values = {"BLOCK_M": str(self.block_m), "STEP": str(_STEP), "EARLY": "q.is_cuda"}
+        constants = (f"{name}={values[name]}" for name in self._constants)
         tensors = (*(c.name for c in self._read), "hull")
         holes = {"arguments": listing((*tensors, *strides, *sizes, *periods, *constants))}
         return fill(_LAUNCH, holes).rstrip("\n")
 
     @property
-    def _by_rows(self) -> bool:
+    def by_rows(self) -> bool:
         """Whether blocks of rows of one batch element differ."""
         return bool(self.possible.rows)
 
@@ -191,12 +213,12 @@ class Hull:
 
     @property
     def _sizes(self) -> tuple[str, ...]:
-        sizes = ("Sq", "Sk") if self._by_rows else ("Sk",)
+        sizes = ("Sq", "Sk") if self.by_rows else ("Sk",)
         return (*sizes, *(name for c in self._read for name in c.period))
 
     @property
     def _constants(self) -> tuple[str, ...]:
-        return ("BLOCK_M", "STEP") if self._by_rows else ("STEP",)
+        return (*(("BLOCK_M",) if self.by_rows else ()), "STEP", *(("EARLY",) if self.early else ()))
 
     @property
     def _extremes(self) -> list[str]:

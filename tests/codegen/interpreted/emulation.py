@@ -211,6 +211,7 @@ def _language(program: int, programs: int) -> SimpleNamespace:
 
 _ASSEMBLY: dict[str, Any] = {
     "anew": lambda x: x,
+    "await_hulls": lambda: None,
     "unpacked": lambda p, *_: p,
     "widened": lambda c: c.float(),
     "ones": lambda count: (1 << count.clamp(max=32).long()) - 1,
@@ -231,6 +232,8 @@ def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
         r"@gluon\.jit\ndef (?:modulo|floor_divide|band|scale|along|within|powers)\(.*?\n\n\n", text, re.DOTALL
     )
     body = re.sub(r"@gluon\.jit.*\n", "", "".join(helpers) + body)
+    # In place, PyTorch's tensors keep their shapes.
+    body = re.sub(r"kept &= (.*)", r"kept = kept & (\1)", body)
     body = re.sub(r"\.type\.layout|\.to\(gl\.int(32|64)\)", "", body)
     for program in range(grid):
         names: dict[str, Any] = {
@@ -252,5 +255,20 @@ def run(text: str, grid: int, arguments: dict[str, Any]) -> None:
             "fence_async_shared": lambda: None,
         }
         exec(body, names)
-        names |= _ASSEMBLY | {"packed": _rounding(arguments["v_source"].dtype)}
-        names["attention_kernel"](**{k: v for k, v in arguments.items() if k != "num_warps"})
+        names |= _ASSEMBLY | {"programs": lambda _: grid, "packed": _rounding(arguments["v_source"].dtype)}
+        names["attention_kernel"](**{k: v for k, v in arguments.items() if k not in ("num_warps", "launch_pdl")})
+
+
+class Emulated:
+    """Stands for the main kernel of the module ``text``, with the parameters of the generated one."""
+
+    def __init__(self, text: str, parameters: list[str]) -> None:
+        self.text, self.parameters = text, parameters
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launched(*arguments: Any, **options: Any) -> None:
+            given = dict(zip(self.parameters, arguments, strict=False)) | options
+            pointers = {n: Pointer(v) for n, v in given.items() if n.endswith("_ptr")}
+            run(self.text, grid[0], given | pointers)
+
+        return launched

@@ -9,12 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
+from fxopt.codegen.attention.backward.hopper import needed
 from fxopt.codegen.attention.backward.hopper.kernel import objection, source
+from fxopt.codegen.attention.backward.kernel import KIND
 from fxopt.ir.attention import AttentionSpec
 from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, pairwise, specification
 from tests.codegen.emulated_gluon import Descriptor, emulated
+from tests.codegen.fillings import lengths, padded, vectors
 from tests.codegen.gradients import assert_input_gradients_within_budget
+from tests.codegen.interpreted.test_hopper_hulls import Launched
+from tests.codegen.vectors import VECTORS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -30,6 +36,12 @@ NAMES = [
     for name in EXPRESSIONS
     if objection(specification(name, SHAPES["even"], torch.bfloat16), 64, 64, torch.bfloat16, (9, 0)) is None
 ]
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits of rows are found for fewer of them than would be worth it."""
+    monkeypatch.setattr(needed, "_FEWEST", 256)
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +128,56 @@ def test_finite_fills_share_the_weight_equally(tmp_path: Path) -> None:
 
 def test_nearly_every_expression_without_tiles_is_served() -> None:
     assert set(EXPRESSIONS) - set(NAMES) == {"tile-bias", "swin", "band", "causal-band", "finite-fill"}
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("name", ["mixed", "empty", "one", "equal"])
+def test_padded_rows_and_keys_are_left_out(name: str, rows: bool, tmp_path: Path) -> None:
+    """By limits of whole blocks; and gradients stay within the budget of eager."""
+    filled = lengths(name, 330)[:3]
+    spec = padded(rows, "zero")
+    sizes = Shape(64, 64, 330, 330, 1, batch=len(filled), heads=2)
+    inputs, captures = operands(sizes, torch.bfloat16), vectors(filled, 330, rows)
+    for config in ("hopper:64x128s4", "hopper:64x128s4a"):
+        check(spec, inputs, captures, config, tmp_path)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("name", VECTORS)
+def test_masks_of_vectors_limit_the_rows_of_keys(name: str, tmp_path: Path) -> None:
+    sizes = Shape(64, 64, 290, 300, 1, batch=4, heads=1)
+    spec = VECTORS[name].specification(torch.bfloat16, "zero")
+    check(spec, operands(sizes, torch.bfloat16), VECTORS[name].draw(sizes), "hopper:64x128s4", tmp_path)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("name", [name for name in VECTORS if name != "prefix"])
+def test_limits_hold_all_rows_that_keep_a_key_and_padding_exactly_these(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = Shape(64, 64, 290, 300, 1, batch=4, heads=1)
+    spec = VECTORS[name].specification(torch.bfloat16, "zero")
+    q, k, v = operands(sizes, torch.bfloat16)
+    captures = VECTORS[name].draw(sizes)
+    module = import_source(KIND, source(spec, 64, 64, q.dtype, "hopper:64x128s4", [False] * len(captures)))
+    launched = Launched(module.gradient_kernel.arg_names, lambda **_: None)
+    monkeypatch.setattr(module, "gradient_kernel", launched)
+    for other in ("prepare_kernel", "finish_kernel"):
+        monkeypatch.setattr(module, other, Launched([], lambda **_: None))
+    for function in ("described", "vectors"):
+        monkeypatch.setattr(module, function, lambda x, *_: x)
+    module.launch(q, k, v, captures, q, torch.zeros(4, 1, 290), q, None)
+    hulls = launched.found["hull_ptr"].view(4, -1, 2)
+    s = torch.zeros(4, 1, 290, 300)
+    assert spec.mask is not None
+    readings = reference.read_captures(spec, captures, s)
+    kept = reference.kept(spec.mask, reference.environment(spec, s), readings, s).expand_as(s)[:, 0]
+    rows = torch.arange(290)
+    for block, part in enumerate(kept.split(128, 2)):
+        some = part.any(2)
+        begin, end = hulls[:, min(block, hulls.shape[1] - 1)].T[:, :, None]
+        assert not (some & ((rows < begin) | (rows >= end))).any()
+        if name in ("right padding", "left padding", "contiguous documents"):
+            first, last = torch.where(some, rows, 290).amin(1), torch.where(some, rows + 1, 0).amax(1)
+            assert torch.equal(begin[:, 0], first.int()) and torch.equal(end[:, 0], last.int())

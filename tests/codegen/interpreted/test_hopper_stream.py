@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -11,15 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.hopper.config import read_config
 from fxopt.codegen.attention.hopper.kernel import source
-from fxopt.codegen.attention.portable.kernel import KIND
 from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, specification
-from tests.codegen.interpreted import emulation
+from tests.codegen.emulated_gluon import emulated
 from tests.codegen.vectors import VECTORS
 
 pytest.importorskip("triton.experimental.gluon")
@@ -41,32 +40,13 @@ def config(name: str, turn: int) -> str:
     return found[turn % len(found)]
 
 
-class Emulated:
-    """Stands for the main kernel, with the parameters of the generated one."""
-
-    def __init__(self, text: str, parameters: list[str]) -> None:
-        self.text, self.parameters = text, parameters
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launched(*arguments: Any, **options: Any) -> None:
-            given = dict(zip(self.parameters, arguments, strict=False)) | options
-            pointers = {n: emulation.Pointer(v) for n, v in given.items() if n.endswith("_ptr")}
-            emulation.run(self.text, grid[0], given | pointers)
-
-        return launched
-
-
 def launch(
     spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor], config: str, patch: pytest.MonkeyPatch
 ) -> tuple[Tensor, Tensor]:
-    text = source(spec, q.shape[3], v.shape[3], q.dtype, config)
-    module = import_source(KIND, text)
-    width = max(16, 1 << (q.shape[3] - 1).bit_length())
-    patch.setattr(module, "attention_kernel", Emulated(text, module.attention_kernel.arg_names))
-    patch.setattr(module, "described", lambda x, rows: emulation.Descriptor(x, rows, width))
-    patch.setattr(module, "tiled", lambda x: emulation.Descriptor(x, 64, read_config(config).keys), raising=False)
     patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
-    out, lse = module.launch(q, k, v, captures, True)
+    with tempfile.TemporaryDirectory() as folder:
+        module = emulated(source(spec, q.shape[3], v.shape[3], q.dtype, config), Path(folder))
+        out, lse = module.launch(q, k, v, captures, True)
     return out, lse
 
 

@@ -18,7 +18,7 @@ from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import WITHOUT_BANDS, Shape, captured, operands, specification
 from tests.codegen.interpreted import emulation
-from tests.codegen.interpreted.test_hopper_stream import Emulated
+from tests.codegen.interpreted.emulation import Emulated
 from tests.codegen.tiles import TILES
 from tests.codegen.vectors import VECTORS
 

@@ -73,6 +73,8 @@ def parts(x: torch.Tensor) -> TensorDescriptor:
 LAUNCHES: Final = """\
 blocks, pairs = -(-keys // $keys), batch * kv_heads
 group = $group
+$allocate_hull
+$launch_hull
 gradient_kernel[(blocks * pairs,)](
     $gradient_arguments
 )

@@ -15,6 +15,7 @@ from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.hopper import finish
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
+from fxopt.codegen.attention.backward.hopper.needed import Needed, hull_holes, needed_rows
 from fxopt.codegen.attention.backward.hopper.order import order_holes
 from fxopt.codegen.attention.backward.hopper.sloped import Sloped, sloped_weights
 from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes, prepare_text
@@ -52,6 +53,8 @@ class HopperText(BackwardText):
         holes |= self._filled(holes)
         before = fill(template.RECOUNTED, holes) if self.recounted else ""
         before += fill(template.PREPARE, holes)
+        before += self._needed.kernel if self._needed else ""
+        holes |= hull_holes(self._needed)
         own = {**holes, **self._lists, **self._vectors, **self._fold, **self._around, **self._finish}
         parts = (hopper.PLACE, hopper.PRODUCER, hopper.ADD, hopper.FOLD, hopper.CONSUMER, hopper.KERNEL)
         body = "".join(fill(text, own) for text in parts)
@@ -112,14 +115,21 @@ class HopperText(BackwardText):
     def _captured(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
         found = [f"{c.name}_ptr" for c in self._folds.captures]
+        found += ["hull_ptr"] * bool(self._needed)
         return (*found, *(name for c in self._folds.captures for name in (*c.strides, *c.period)))
+
+    @cached_property
+    def _needed(self) -> Needed | None:
+        """What captured vectors say about the rows that a block of keys needs."""
+        return needed_rows(self.spec, self.cut.rows, self.cut.keys)
 
     @cached_property
     def _range_names(self) -> tuple[str, ...]:
         """What the range of rows of a block of keys depends on."""
         read = {str(leaf) for bound in self._folds.range.bounds for leaf in bound.offset.walk() if not leaf.args}
         captured = (c.name for c in self._folds.captures if c.name in read)
-        return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured)
+        hull = ("hull_start", "hull_stop") if self._needed else ()
+        return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured, *hull)
 
     @property
     def _indexed(self) -> bool:
@@ -128,7 +138,7 @@ class HopperText(BackwardText):
 
     @property
     def _constants(self) -> tuple[str, ...]:
-        return ("GROUP", "KEYS", *_CONSTANTS, *("EVEN",) * self._indexed)
+        return ("GROUP", "KEYS", *_CONSTANTS, *("EVEN",) * self._indexed, *("HULL",) * bool(self._needed))
 
     @property
     def _lists(self) -> dict[str, str]:
@@ -137,20 +147,9 @@ class HopperText(BackwardText):
         sources = ("q_source", "k_source", "v_source", "dout_source", *(f"{name}_source" for name in vectors))
         tiles = ("q_tiles", "k_tile", "v_tile", "dout_tiles", *(f"{name}_tiles" for name in vectors))
         results = ("dk_source", "dv_source", "sums_source")
+        signals = ("keys_ready", *_BARRIERS, "ds_ready", "done")
         load = (*sources, *tiles, "keys_ready", *_BARRIERS, *self._captured, *_SIZES, *self._constants)
-        group = (
-            *tiles,
-            "ds_tiles",
-            "dq_tiles",
-            "keys_ready",
-            *_BARRIERS,
-            "ds_ready",
-            "done",
-            *results,
-            *self._captured,
-            *_SIZES,
-        )
-        group = (*group, *self._constants)
+        group = (*tiles, "ds_tiles", "dq_tiles", *signals, *results, *self._captured, *_SIZES, *self._constants)
         members = (fill(hopper.GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in "01")
         unspecialized = (*_SIZES, *(p for c in self._folds.captures for p in c.period))
         ranged = (*self._range_names, "BLOCK_M")
@@ -263,11 +262,13 @@ class HopperText(BackwardText):
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n"
         uniform = [c for c in self._folds.by_key if c.tensor.name in self._range_names and is_uniform(c.tensor.capture)]
         by_columns = self.cut.rows == 64
+        start = "start_block" if any(b.slope for b in found.side("upper")) else "0"
+        needed += ["stop = tl.minimum(stop, hull_stop)"] * bool(self._needed)
         return {
             "full": "".join(f", {name}" for name in self._full),
             "full_meaning": "# Also between which rows all of these keys are needed." if self._full else "",
             "row_range": as_gluon("\n".join(needed)),
-            "start_block": "start_block" if any(b.slope for b in found.side("upper")) else "0",
+            "start_block": f"gl.maximum({start}, hull_start)" if self._needed else start,
             "range_captures": wide * bool(uniform) + as_gluon("\n".join(c.base for c in uniform)),
             "capture_bases": as_gluon("\n".join(c.base for c in self._folds.by_key)),
             "tile_index": "m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))" if self._indexed else "",
@@ -321,9 +322,10 @@ class HopperText(BackwardText):
         values = (v for c in captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period)))
         constants = (f"GROUP={'heads // kv_heads'}", f"BLOCK_M={cut.rows}", f"KEYS={cut.keys}", f"WIDTH={width}")
         even = (f"EVEN=rows % {cut.rows} == 0",) * self._indexed
-        switches = (f"STAGES={cut.stages}", *even, f"WHOLE=keys % {cut.keys} == 0")
+        hull, hulled = (("hull",), ("HULL=hulled",)) if self._needed else ((), ())
+        switches = (f"STAGES={cut.stages}", *even, f"WHOLE=keys % {cut.keys} == 0", *hulled)
         described += [f"described(dk, {cut.keys})", f"described(dv, {cut.keys})", "parts(sums)"]
-        arguments = (*described, *(c.name for c in captures), *values)
+        arguments = (*described, *(c.name for c in captures), *hull, *values)
         sizes = ("heads", "kv_heads", "rows", "keys", *_SIZES[4:])
         holes = {
             "keys": str(cut.keys),
@@ -331,7 +333,7 @@ class HopperText(BackwardText):
             "group": self._group(width),
             "gradient_arguments": listing((*arguments, *sizes, *constants, *switches, "num_warps=4")),
         }
-        return fill(finish.LAUNCHES, {**holes, **self._finish}).rstrip("\n")
+        return fill(finish.LAUNCHES, {**holes, **hull_holes(self._needed), **self._finish}).rstrip("\n")
 
     @property
     def _finish(self) -> dict[str, str]:

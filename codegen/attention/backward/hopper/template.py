@@ -82,6 +82,7 @@ def load(
     block, b, g = place(blocks, kv_heads, group, pairs)
     first = block * KEYS
     last = gl.minimum(first + KEYS, Sk) - 1
+    $hull_limits
     mbarrier.expect(keys_ready, k_source.block_type.nbytes)
     tma.async_copy_global_to_shared(k_source, [b, g, first, 0], keys_ready, k_tile)
     step = 0
@@ -225,6 +226,7 @@ def multiply(
     block, b, g = place(blocks, kv_heads, group, pairs)
     first = block * KEYS
     last = gl.minimum(first + KEYS, Sk) - 1
+    $hull_limits
     $wide_heads
     columns = (first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))[:, None]
     $clamped_keys

@@ -134,7 +134,7 @@ def kernels(printed: str, candidates: Sequence[str]) -> Iterator[Kernel]:
         raise ValueError(f"no page of raw counters: {printed.strip()[:300]!r}")
     unit = _MICROSECONDS[dict(zip(header, units, strict=True))[_TIME]]
     launches = [dict(zip(header, row, strict=True)) for row in rows]
-    markers = [launch["Kernel Name"].startswith(_MARKER) for launch in launches]
+    markers = [_MARKER in launch["Kernel Name"] for launch in launches]
     if sum(markers) != len(candidates):
         raise ValueError(f"{sum(markers)} markers before the kernels of {len(candidates)} candidates")
     seen = accumulate(markers)

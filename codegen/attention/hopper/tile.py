@@ -110,8 +110,33 @@ def tiled(x: torch.Tensor) -> TensorDescriptor:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamedTile(CapturedTensor):
-    """A captured tensor inside a kernel that is given a descriptor of it instead of its address."""
+class DescribedTile(CapturedTensor):
+    """A captured tensor that TMA brings: a kernel is given descriptors of it, and no address or strides."""
+
+    @property
+    def strides(self) -> tuple[str, ...]:
+        """None: the descriptors have them."""
+        return ()
+
+    @property
+    def stride_values(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def base(self) -> str:
+        """No line before the loop."""
+        return ""
+
+    @property
+    def load_in_loop(self) -> str:
+        """No line: its values come with the products."""
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedTile(DescribedTile):
+    """One in a stream of blocks."""
 
     @property
     def parameter(self) -> str:
@@ -124,29 +149,9 @@ class StreamedTile(CapturedTensor):
         return f"tiled({self.name})"
 
     @property
-    def strides(self) -> tuple[str, ...]:
-        """None: the descriptor has them."""
-        return ()
-
-    @property
-    def stride_values(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    @property
     def attend_names(self) -> tuple[str, ...]:
         """Nothing: a block update is given its values with the products."""
         return ()
-
-    @property
-    def base(self) -> str:
-        """No line before the loop."""
-        return ""
-
-    @property
-    def load_in_loop(self) -> str:
-        """No line in the block update."""
-        return ""
 
     @property
     def shared_by(self) -> str:
@@ -170,8 +175,8 @@ def is_tile(captured: Capture) -> bool:
     return captured.is_tile and not captured.is_band
 
 
-def objection(spec: AttentionSpec, width: int, dtype: torch.dtype) -> str | None:
-    """Why what varies with row and key can't be streamed beside heads padded to ``width``, ``None`` when it can."""
+def form_objection(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
+    """Why TMA can't bring what varies with row and key to a kernel for inputs of ``dtype``, ``None`` when it can."""
     tiles = [c for c in spec.captures if is_tile(c)]
     if len(tiles) > 1:
         return "more than one captured tensor varies with both row and key"
@@ -180,6 +185,15 @@ def objection(spec: AttentionSpec, width: int, dtype: torch.dtype) -> str | None
     if any(c.dtype is not dtype for c in tiles):
         wanted = f"{NAME_OF[dtype]} as the inputs, not {NAME_OF[tiles[0].dtype]}"
         return f"a captured tensor that varies with both row and key must be {wanted}"
+    return None
+
+
+def objection(spec: AttentionSpec, width: int, dtype: torch.dtype) -> str | None:
+    """Why what varies with row and key can't be streamed beside heads padded to ``width``, ``None`` when it can."""
+    reason = form_objection(spec, dtype)
+    if reason is not None:
+        return reason
+    tiles = any(map(is_tile, spec.captures))
     if tiles and width > 128:
         return "a captured tensor that varies with both row and key needs heads up to 128 wide"
     if tiles and width > 64 and possible_keys(spec, sure=True) is not None:

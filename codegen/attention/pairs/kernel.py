@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from fxopt.codegen.attention import cost
-from fxopt.codegen.attention.hopper.tile import is_tile
+from fxopt.codegen.attention.hopper.tile import form_objection, is_tile
 from fxopt.codegen.attention.pairs.config import BLOCK, LONGEST, Config, read_config
 from fxopt.codegen.attention.pairs.source import PairsText
 from fxopt.codegen.attention.pairs.tile import SHARED, shared_bytes, tile_stages
@@ -21,7 +21,7 @@ from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short.config import cut
 from fxopt.errors import LoweringError
-from fxopt.ir.attention import NAME_OF, AttentionSpec
+from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import S
 
 _HALF: Final = (torch.bfloat16, torch.float16)
@@ -78,19 +78,7 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
         return f"head dimensions must be multiples of 8 up to {_WIDTHS[-1]} that pad alike, not {head_dim}, {value_dim}"
     if any(c.is_band for c in spec.captures):
         return "a captured tensor varies with the distance of key and row, which it does not read"
-    return _tile_objection(spec, dtype)
-
-
-def _tile_objection(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
-    tiles = [c for c in spec.captures if is_tile(c)]
-    if len(tiles) > 1:
-        return "more than one captured tensor varies with both row and key"
-    if any(c.dims[0] == "p" for c in tiles):
-        return "a captured tensor that varies with both row and key is periodic"
-    if any(c.dtype is not dtype for c in tiles):
-        wanted = f"{NAME_OF[dtype]} as the inputs, not {NAME_OF[tiles[0].dtype]}"
-        return f"a captured tensor that varies with both row and key must be {wanted}"
-    return None
+    return form_objection(spec, dtype)
 
 
 def candidates(problem: Problem) -> tuple[str, ...]:

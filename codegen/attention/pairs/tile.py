@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fxopt.codegen.attention.captured import CapturedTensor
+from fxopt.codegen.attention.hopper.tile import DescribedTile
 from fxopt.codegen.attention.pairs.config import BLOCK, Config
 
 #: Shared memory of a program, less what barriers take.
@@ -62,28 +63,8 @@ def tiled(x: torch.Tensor, keys: int) -> TensorDescriptor:
 
 
 @dataclass(frozen=True, slots=True)
-class PairTile(CapturedTensor):
-    """A captured tensor inside a kernel that is given a descriptor of each piece of it instead of its address."""
-
-    @property
-    def strides(self) -> tuple[str, ...]:
-        """None: the descriptors have them."""
-        return ()
-
-    @property
-    def stride_values(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    @property
-    def base(self) -> str:
-        """No line: the logits are given its values."""
-        return ""
-
-    @property
-    def load_in_loop(self) -> str:
-        """No line."""
-        return ""
+class PairTile(DescribedTile):
+    """One whose pieces, beside those of the keys, have a descriptor each."""
 
     def sources(self, config: Config) -> tuple[str, ...]:
         """The names of its descriptors, one for each piece."""

@@ -51,6 +51,10 @@ SPECS = {
     "relative": AttentionSpec(
         parse("s * 0.125 + c0 * float(j - i)"), None, (Capture("-h--", torch.float32),), out_dtype=HALF
     ),
+    "curved-window": AttentionSpec(
+        parse("s * 0.125 + c0 * log(1.0 + abs(float(j - i)))"), parse("(j <= i) & (j > i - 1024)"),
+        (Capture("-h--", torch.float32),), out_dtype=HALF,
+    ),
     "additive": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("b--j", HALF),), out_dtype=HALF),
     "band": AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-h-d", HALF),), out_dtype=HALF),
     "causal-band": AttentionSpec(parse("s * 0.125 + c0"), parse("j <= i"), (Capture("bh-d", HALF),), out_dtype=HALF),
@@ -72,6 +76,7 @@ CASES = [
     ("padding", 128), ("alibi", 128), ("prefix", 128), ("plain", 16), ("plain", 32), ("causal", 48), ("plain", 64),
     ("causal", 64), ("softcap-window", 64), ("padding", 64), ("alibi", 64), ("prefix", 64), ("documents", 64),
     ("documents", 128), ("padding", 32), ("padded-rows", 64), ("padded-rows", 128), ("relative", 64), ("additive", 64),
+    ("relative", 128), ("curved-window", 64), ("curved-window", 128),
     ("band", 48), ("band", 64), ("band", 128), ("causal-band", 64), ("causal-band", 128),
     ("tile", 16), ("tile", 32), ("tile", 64), ("tile", 128), ("causal-tile", 64), ("causal-tile", 128),
     ("unscaled-tile", 64), ("unscaled-tile", 128), ("softcap-tile", 64), ("softcap-tile", 32),

@@ -186,17 +186,15 @@ def _builtin(function: Callable[..., None]) -> Callable[..., None]:
 def _named(text: str, number: Any) -> Any:
     barriers: NamedBarriers = _PROGRAM.named
     act = barriers.wait if text.startswith("bar.sync") else barriers.arrive
-    act(int(number), int(text.split(";")[0].split(", ")[1]))
+    act(int(number), int(re.findall(r", (\d+);", text)[0]))
     return number
 
 
 def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     if text.startswith("bar."):
         return _named(text, given[0])
-    if "tanh.approx" in text:
-        return torch.tanh(given[0])
-    if text.startswith("mul.lo.s32"):
-        return given[0] * given[1]
+    if "tanh.approx" in text or text.startswith("mul.lo.s32"):
+        return torch.tanh(given[0]) if "tanh.approx" in text else given[0] * given[1]
     if text == "mov.b32 $0, 0;":
         return torch.zeros_like(torch.as_tensor(given[0])) if given else torch.tensor(0)
     if "ctaid.x" in text:

@@ -15,6 +15,7 @@ import torch
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention import kernels
+from fxopt.codegen.attention.hopper import baton
 from fxopt.codegen.attention.hopper.config import Config, read_config
 from fxopt.codegen.attention.hopper.kernel import candidates, objection, source
 from fxopt.codegen.attention.hopper.tile import beneath, is_tile, stages, swizzle
@@ -190,6 +191,28 @@ def test_a_stream_computes_its_softmax_beside_products(width: int, tmp_path: Pat
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("name", "config"), [
+    ("plain", "hopper:192x128s3q2a0b0"), ("causal", "hopper:192x128s3q2a0b0"), ("causal", "hopper:128x128s4q2a0b2"),
+    ("relative", "hopper:192x128s3q2a0b2"), ("tile", "hopper:192x128s3q2a0b2"),
+    ("padded-rows", "hopper:128x128s4q2a0b0"),
+])  # fmt: skip
+def test_batons_have_barriers_of_their_own(name: str, config: str, tmp_path: Path) -> None:
+    """The hardware has 16; which of them the compiler takes for itself is not documented."""
+    cut = read_config(config)
+    kernel = compiled(SPECS[name], 64, cut)
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+    text = disassembled(kernel.asm["cubin"], tmp_path)
+    found = re.findall(r"\bBAR\.(\w+)\S* (\w+)(?:, (\w+))?", text)
+    assert {kind for kind, *_ in found} == {"SYNC", "ARV"} and all(number.startswith("0x") for _, number, _ in found)
+    ours = [(kind, int(number, 16)) for kind, number, threads in found if threads == "0x100"]
+    others = {int(number, 16) for _, number, threads in found if threads != "0x100"}
+    assert max(others) < baton.FIRST
+    # Each group takes it in its loop and passes it on; the last one offers it, and the first keeps it.
+    wanted = [(kind, baton.FIRST + group) for kind in ("ARV", "SYNC") for group in (0, *range(cut.groups))]
+    assert sorted(ours) == sorted(wanted)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("name", ["causal", "softcap-window", "prefix", "alibi"])
 def test_masked_blocks_share_the_loop_of_full_ones(name: str, tmp_path: Path) -> None:
     """All of a kernel's code fits the instruction cache, 128 KiB, and each group has one loop."""
@@ -359,7 +382,9 @@ def test_objections_say_why() -> None:
 
 
 @pytest.mark.parametrize("text", ["hopper:128x128", "hopper:100x128s2q2", "hopper:128x32s2q2", "hopper:128x128s1q2",
-                                  "hopper:128x128s2q1a0", "hopper:128x128s2q2a1"])  # fmt: skip
+                                  "hopper:128x128s2q1a0", "hopper:128x128s2q2a1",
+                                  "hopper:128x128s2q2b0", "hopper:64x128s2q2a0b0",
+                                  "hopper:128x128s2q2a0b3"])  # fmt: skip
 def test_bad_configurations_are_refused(text: str) -> None:
     with pytest.raises(LoweringError):
         read_config(text)
@@ -374,5 +399,5 @@ def test_rows_without_keys_are_filled_afterwards() -> None:
 
 
 def test_configurations_print_what_is_read() -> None:
-    for text in ("hopper:192x128s3q2", "hopper:192x128s3q2a0", "hopper:128x64s4q3a1"):
+    for text in ("hopper:192x128s3q2", "hopper:192x128s3q2a0", "hopper:128x64s4q3a1", "hopper:192x128s3q2a0b2"):
         assert str(read_config(text)) == text

@@ -365,7 +365,7 @@ class HopperText(LogitsText):
             "allocate_hull": "" if self._hull is None else self._hull.allocate,
             "launch_hull": "" if self._hull is None else (self._order or self._hull).launch,
             "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
-            "lse": "lse if with_lse else lse.new_empty(0)" if self._averages else "lse",
+            "lse": "lse if with_lse else torch.empty(0, dtype=lse.dtype, device=q.device)" if self._averages else "lse",
             "launch_average": self._launch_average,
             "allocate_phases": "",
             "launch_phases": "",

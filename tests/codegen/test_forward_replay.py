@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention import kernels
@@ -70,4 +69,8 @@ def test_every_family_remembers_padded_batches(
         again, lse_again = replay(tensors)
         assert launches
         assert (again.shape, again.stride(), again.dtype) == (out.shape, out.stride(), out.dtype)
-        assert (lse_again.shape, lse_again.dtype) == (lse.shape, lse.dtype) == ((1, 4, 512) if with_lse else (0,), torch.float32)
+        assert (
+            (lse_again.shape, lse_again.dtype)
+            == (lse.shape, lse.dtype)
+            == ((1, 4, 512) if with_lse else (0,), torch.float32)
+        )

@@ -319,7 +319,7 @@ class HopperText(LogitsText):
         place = {
             "places": self._places["places"],
             "hull_limits": as_gluon(self._hull_limits),
-            "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
+            "capture_bases": as_gluon("\n".join(c.base for c in self.given if c.base)),
             "range_arguments": self._lists["range_arguments"],
         }
         return {

@@ -85,6 +85,7 @@ def locate(
 ):
     """Where a tile lies, what its rows read, and its blocks of keys; those that group ``MEMBER`` needs, and in full."""
     $tile
+    $run_limits
     own_first = gl.minimum(first + MEMBER * 64, Sq - 1)
     own_last = gl.minimum(own_first + 64, Sq) - 1
     own_start, full_start, full_stop, own_stop = key_blocks(

@@ -21,6 +21,7 @@ from fxopt.codegen.attention.hopper.tile import StreamedTile
 from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.loops import row_limits
+from fxopt.codegen.attention.possible import row_terms
 from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import Capture
@@ -278,7 +279,8 @@ class StreamText(HopperText):
         lines = ["if partial:", f"    words = before({above or 'Sk'}, start, s, BLOCK_N)"]
         lines += [f"    words &= ~before({below}, start, s, BLOCK_N)"] if below else []
         if self._sure:
-            return "\n".join((*lines, indent(run.masks(self._vectors, map(self.emit, self.range.rest)), "    ")))
+            masks = run.masks(self._vectors, row_terms(self.spec), tuple(self.range.rest), self.emit)
+            return "\n".join((*lines, indent(masks, "    ")))
         lines += ["    kept = chosen(words, s, BLOCK_N)", '    x = tl.where(kept, x, float("-inf"))']
         if rest is not None:
             lines += [f'x = tl.where({self.emit(rest)}, x, float("-inf"))']
@@ -299,7 +301,7 @@ class StreamText(HopperText):
             "locate_parameters": parameters(self._locating),
             "own_range_arguments": listing(own),
             "located": listing(self._located),
-            "run_limits": run.LIMITS if self._sure else "",
+            "run_limits": run.limits(bool(row_terms(self.spec))) if self._sure else "",
             "early": f"{found}\n{stream.QUERY_AHEAD}" if ahead else f"{stream.QUERY}\n{self._scaled}",
             "late": "" if ahead else found,
             "partial": " | ".join(self._cuts),

@@ -67,7 +67,9 @@ for start in range(0, Sk, STEP):
     beyond = (j > first_sure) & ~({condition})
     end = tl.minimum(end, tl.where(beyond, j, Sk))
 tl.store(hull + 2, first_sure)
-tl.store(hull + 3, tl.min(end))"""
+tl.store(hull + 3, {end})"""
+#: Where a row keeps nothing, the run that others keep is told by a number below zero.
+_PARTLY: Final = "tl.where({0}, tl.min(end), ~tl.min(end))"
 _EARLY: Final = """\
 if EARLY:
     # What follows may be launched now; it waits for the hulls.
@@ -160,11 +162,12 @@ class Hull:
         """The holes of what finds the keys that all rows keep."""
         if self.possible.sure is None:
             return {"sure_begin": "", "sure_first": "", "sure_run": ""}
-        condition = self._emit(self.possible.sure)
+        condition, whole = self._emit(self.possible.sure), self.possible.whole
+        end = "tl.min(end)" if whole is None else _PARTLY.format(self._emit(whole))
         return {
             "sure_begin": "sure = tl.full([1, STEP], Sk, tl.int32)",
             "sure_first": _SURE_FIRST.format(condition=condition),
-            "sure_run": _SURE_RUN.format(keys=self._keys.replace("\n", "\n    "), condition=condition),
+            "sure_run": _SURE_RUN.format(keys=self._keys.replace("\n", "\n    "), condition=condition, end=end),
         }
 
     def _address(self, hull: str) -> str:
@@ -229,8 +232,9 @@ class Hull:
     @property
     def _maths(self) -> str:
         rows = "".join(f"; low{n}, high{n} of {row} over the rows" for n, row in enumerate(self.possible.rows))
-        sure = "" if self.possible.sure is None else f"; sure: {self._named(self.possible.sure)}"
-        return f"Possible: {self._named(self.possible.condition)}{sure}{rows}."
+        known = (("sure", self.possible.sure), ("all rows keep any", self.possible.whole))
+        further = "".join(f"; {what}: {self._named(expr)}" for what, expr in known if expr is not None)
+        return f"Possible: {self._named(self.possible.condition)}{further}{rows}."
 
     def _named(self, condition: Expr) -> Expr:
         named = {name: Expr("symbol", value=text) for name, text in self._names.items()}

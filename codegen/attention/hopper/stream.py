@@ -22,11 +22,10 @@ def load(
     b1, g1, n1 = 0, 0, 0
     b2, g2, n2 = 0, 0, 0
     for turn in range($turns):
-        row, head = place(turn, $places)
+        $placed = place(turn, $places)
         first = row * ROWS
         last = gl.minimum(first + ROWS, Sq) - 1
-        b = head // heads
-        h = head % heads
+        $paired
         g = $kv_head
         $range_captures
         start, full_start, full_stop, stop = key_blocks(

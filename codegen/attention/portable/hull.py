@@ -23,8 +23,6 @@ from fxopt.ir.expression import Expr, Kind
 _STEP: Final = 1024
 #: Fewer blocks of keys than this are not worth a kernel that may save some.
 _FEWEST_BLOCKS: Final = 4
-#: Numbers that a hull leaves room for where it is asked to.
-FURTHER: Final = 2
 #: The least and the greatest value over rows are integers.
 _EXTREME: Final[Kind] = "int"
 _KERNEL: Final = '''
@@ -84,7 +82,7 @@ i = tl.minimum(first + tl.arange(0, BLOCK_M), Sq - 1)[:, None]"""
 _LIMITS: Final = """\
 hull_start, hull_stop = 0, Sk
 if HULL:
-    hull = {}
+    $address
     hull_start = tl.load(hull) // BLOCK_N * BLOCK_N
     hull_stop = tl.cdiv(tl.load(hull + 1), BLOCK_N) * BLOCK_N"""
 _SURE_LIMITS: Final = """
@@ -109,7 +107,7 @@ if hulled:
 class Hull:
     """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys.
 
-    ``ordered`` leaves room for `FURTHER` numbers before those of each hull. With ``early`` the kernel behind the small
+    ``ordered`` leaves room for the order of the hulls before them: there a tile is told where its limits are. With ``early`` the kernel behind the small
     one may be launched while that runs; it must wait for the hulls (sm_90 and later). Fewer than ``fewest`` blocks of
     keys are not worth the small kernel.
     """
@@ -154,8 +152,18 @@ class Hull:
 
     @property
     def numbers(self) -> int:
-        """How many numbers there are to a hull: its limits, those of the keys that all rows keep, further ones."""
-        return (2 if self.possible.sure is None else 4) + FURTHER * self.ordered
+        """How many numbers there are to a hull."""
+        return self.own + self.further
+
+    @property
+    def own(self) -> int:
+        """How many of them are its own: its limits, and those of the keys that all rows keep."""
+        return 2 if self.possible.sure is None else 4
+
+    @property
+    def further(self) -> int:
+        """How many stand before them: how many hulls have keys, which one comes here in the order, its limits."""
+        return (2 + self.own) * self.ordered
 
     @property
     def _sure(self) -> dict[str, str]:
@@ -171,12 +179,13 @@ class Hull:
         }
 
     def _address(self, hull: str) -> str:
-        return f"hull_ptr + {self.numbers} * {hull}{f' + {FURTHER}' * self.ordered}"
+        return f"hull_ptr + {self.numbers} * {hull}{f' + {self.further}' * self.ordered}"
 
     @property
     def limits(self) -> str:
         """The lines of the main kernel that read the hull, in whole blocks."""
-        limits = _LIMITS.format(self._address("(b * blocks + first // BLOCK_M)" if self.by_rows else "b"))
+        address = self._address("(b * blocks + first // BLOCK_M)" if self.by_rows else "b")
+        limits = fill(_LIMITS, {"address": "" if self.ordered else f"hull = {address}"}).rstrip("\n")
         return limits + (_SURE_LIMITS if self.possible.sure is not None else "")
 
     @property

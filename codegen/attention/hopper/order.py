@@ -7,8 +7,8 @@ the hulls (`fxopt.codegen.attention.portable.hull`) ranks these by their blocks 
 
 which is kept before the hulls' own numbers, with the limits of hull order[rank(e)], and before it, once, how many have
 any keys. Programs are dealt the tiles in that order, from the first program to the last and back: where a tile stands
-in it tells where its limits are, at the same time as whose they are. Tiles without keys are not loaded for: their rows are
-written when everything else is done.
+in it tells where its limits are, at the same time as whose they are. Tiles without keys are not loaded for: their rows
+are written when everything else is done.
 """
 
 from __future__ import annotations

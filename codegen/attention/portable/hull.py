@@ -107,9 +107,9 @@ if hulled:
 class Hull:
     """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys.
 
-    ``ordered`` leaves room for the order of the hulls before them: there a tile is told where its limits are. With ``early`` the kernel behind the small
-    one may be launched while that runs; it must wait for the hulls (sm_90 and later). Fewer than ``fewest`` blocks of
-    keys are not worth the small kernel.
+    ``ordered`` leaves room for the order of the hulls before them: there a tile is told where its limits are. With
+    ``early`` the kernel behind the small one may be launched while that runs; it must wait for the hulls (sm_90 and
+    later). Fewer than ``fewest`` blocks of keys are not worth the small kernel.
     """
 
     spec: AttentionSpec

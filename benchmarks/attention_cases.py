@@ -69,7 +69,7 @@ class Case:
         peers: the names of what it is compared with.
         mode: what is timed.
         quick: whether it is part of a quick run.
-        baseline: the kind that our own kernel is timed on as well, or "copy" for a copy of memory.
+        baselines: the kinds that our own kernel is timed on as well, or "copy" for a copy of memory.
     """
 
     group: str
@@ -79,7 +79,7 @@ class Case:
     peers: tuple[str, ...]
     mode: Mode = "forward"
     quick: bool = False
-    baseline: Kind | Literal["copy"] | None = None
+    baselines: tuple[Kind | Literal["copy"], ...] = ()
 
     def __str__(self) -> str:
         named = self.mode if self.mode != "forward" else self.group

@@ -212,6 +212,30 @@ def _full_data(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Data:
     return (torch.ones(sizes.batch, sizes.keys, dtype=torch.bool),)
 
 
+def _unaware_mod(data: Data) -> ScoreMod:
+    (bias_BN,) = data
+    return lambda s, b, h, i, j: s + bias_BN[b, j]
+
+
+def _unaware_data(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Data:
+    (kept_BN,) = _lengths_data(sizes, device, dtype)
+    return (torch.zeros(kept_BN.shape, dtype=dtype).masked_fill(~kept_BN, torch.finfo(dtype).min),)
+
+
+#: The padded batch as models mask it, by a number added to each key's logits, of which nothing is known beforehand: all
+#: blocks are computed. Rows that are no padding give what they give under `padding`.
+UNAWARE: Final = Kind(
+    "unaware",
+    "{s} + c0",
+    None,
+    ("b--j",),
+    _unaware_data,
+    lambda data, sizes: [data[0][:, None, None, :]],
+    _unaware_mod,
+    per_batch=True,
+)
+
+
 def padding(*, rows: bool, full: bool = False) -> Kind:
     """A boolean vector of the tokens that are no padding: of keys, and with ``rows`` of queries too.
 

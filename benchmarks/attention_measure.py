@@ -7,7 +7,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -138,7 +138,8 @@ def prepared(case: Case, settings: Settings, result: Result) -> Bench:
     for name in case.peers:
         setup = Build(case, bench.operands, result.notes)
         bench.add(name, _peer(name, setup), probes, work)
-    _add_baseline(bench, work)
+    for baseline in case.baselines:
+        _add_baseline(bench, baseline, work)
     return bench
 
 
@@ -151,23 +152,20 @@ def _peer(name: str, setup: Build) -> Callable[[], Forward]:
     return lambda: PEERS[name](setup)
 
 
-def _add_baseline(bench: Bench, work: Work) -> None:
+def _add_baseline(bench: Bench, baseline: Kind | Literal["copy"], work: Work) -> None:
     """What ratios are taken to besides peers: a copy of memory, or our own kernel for another kind of attention."""
-    case = bench.case
-    if case.baseline is None:
-        return
-    if case.baseline == "copy":
+    if baseline == "copy":
         source = torch.ones(_COPIED[bench.settings.device.type], dtype=torch.uint8, device=bench.settings.device)
         target = torch.empty_like(source)
         bench.take("base copy", lambda: (target.copy_(source),), Work(0.0, 0.0, 2.0 * source.numel()))
         return
-    _add_own_baseline(bench, case.baseline, work)
+    _add_own_baseline(bench, baseline, work)
 
 
 def _add_own_baseline(bench: Bench, kind: Kind, work: Work) -> None:
     case = bench.case
     operands = case.with_kind(kind, bench.operands)
-    # The same batch without padding does the same useful work; another kind of attention is rated by its own.
+    # The same batch masked in vain, or without padding, does the same useful work; other kinds are rated by their own.
     own_work = work if case.group == "padded" else case.work(kind, operands)
     probes = case.probes(kind, operands)
     for config in _configs(case, replace(bench.settings, configs=(), loads=()), operands):

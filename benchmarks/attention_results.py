@@ -29,7 +29,7 @@ class Verdict:
     @property
     def reached(self) -> bool | None:
         """Whether the goal is reached; ``None`` where there is no goal, or nothing to compare."""
-        return None if self.ratio is None or not self.goal else self.ratio >= self.wanted
+        return None if self.ratio is None or not self.wanted else self.ratio >= self.wanted
 
 
 @dataclass

@@ -31,6 +31,11 @@ class LogitsText:
         """The captured tensors."""
         return captured_tensors(self.spec)
 
+    @property
+    def given(self) -> tuple[CapturedTensor, ...]:
+        """Those that every block of keys is given."""
+        return self.captures
+
     @cached_property
     def range(self) -> KeyRange:
         """The bounds that the mask sets."""
@@ -52,7 +57,7 @@ class LogitsText:
         """The holes of the lines from raw products ``s`` to masked logits ``x``, and of what becomes of these."""
         plan = self.exponent
         return {
-            "load_captures": "\n".join(c.load_in_loop for c in self.captures if c.in_loop),
+            "load_captures": "\n".join(c.load_in_loop for c in self.given if c.in_loop),
             "score": self._score,
             "widen": "" if plan.inner.reads(S) else "x = tl.zeros_like(s) + x",
             "masks": self._masks,

@@ -11,7 +11,7 @@ The condition costs one evaluation per key and block of rows, not one per key an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Final
@@ -19,7 +19,7 @@ from typing import Final
 from fxopt.codegen.attention.interval import key_range
 from fxopt.codegen.expression import simplify
 from fxopt.ir.attention import AttentionSpec, Capture
-from fxopt.ir.expression import Expr, Kind, call, capture, const, kind
+from fxopt.ir.expression import Expr, Kind, call, capture, conjunction, const, kind
 
 _FLIPPED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
 _OPPOSITE: Final = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
@@ -34,17 +34,21 @@ class Possible:
             greatest value of each of ``rows``: ``c<n + 2m>`` and ``c<n + 2m + 1>`` of ``n`` captures for row ``m``.
         rows: integer expressions that read no key.
         sure: the same kind of condition, sufficient for every row of a block to keep the key as far as the mask sets
-            no bounds (`fxopt.codegen.attention.interval`); ``None`` where none was asked for or is known.
+            no bounds (`fxopt.codegen.attention.interval`) and rows keep any; ``None`` where none was asked for or is
+            known.
+        whole: what tells of extremes alone that no row of a block is left out by a conjunct that reads no key (see
+            `row_terms`); ``None`` where there are no such conjuncts beside others, or ``sure`` is ``None``.
     """
 
     condition: Expr
     rows: tuple[Expr, ...]
     sure: Expr | None = None
+    whole: Expr | None = None
 
     def reads(self, index: int) -> bool:
         """Whether the capture ``index`` is read."""
         leaf = capture(index)
-        known = () if self.sure is None else (self.sure,)
+        known = [expr for expr in (self.sure, self.whole) if expr is not None]
         return any(leaf in expr.walk() for expr in (self.condition, *known, *self.rows))
 
     def names(self, captures: int) -> dict[str, str]:
@@ -67,17 +71,30 @@ def possible_keys(spec: AttentionSpec, sure: bool = False) -> Possible | None:
     if not terms:
         return None
     condition = simplify(reduce(lambda a, b: call("and", a, b), terms))
-    known = _sure(weakening, spec) if sure else None
-    return Possible(condition, tuple(weakening.rows), known)
+    known, whole = _sure(weakening, spec) if sure else (None, None)
+    return Possible(condition, tuple(weakening.rows), known, whole)
 
 
-def _sure(weakening: _Weakening, spec: AttentionSpec) -> Expr | None:
-    """Every row keeps a key where it is not possible that one does not."""
-    opposite = [weakening.of(call("not", term)) for term in key_range(spec, further=True).rest]
-    known = [found for found in opposite if found is not None]
+def row_terms(spec: AttentionSpec) -> tuple[Expr, ...]:
+    """The conjuncts that leave out whole rows: they read these, and no key; none where there are no others."""
+    weakening, rest = _Weakening(spec.captures), key_range(spec, further=True).rest
+    found = tuple(term for term in rest if "i" in (reads := weakening.reads(term)) and not reads & {"h", "s", "j"})
+    return found if len(found) < len(rest) else ()
+
+
+def _sure(weakening: _Weakening, spec: AttentionSpec) -> tuple[Expr | None, Expr | None]:
+    """Every row keeps a key where it is not possible that one does not; the same of what leaves out whole rows."""
+    rows, rest = row_terms(spec), key_range(spec, further=True).rest
+    opposite = {term: weakening.of(call("not", term)) for term in rest}
+    known = {term: _negated(found) for term, found in opposite.items() if found is not None}
     if not known or len(known) < len(opposite):
-        return None
-    return simplify(reduce(lambda a, b: call("and", a, b), map(_negated, known)))
+        return None, None
+    return _all(known[term] for term in rest if term not in rows), _all(map(known.__getitem__, rows))
+
+
+def _all(terms: Iterable[Expr]) -> Expr | None:
+    known = conjunction(tuple(terms))
+    return None if known is None else simplify(known)
 
 
 def _negated(term: Expr) -> Expr:
@@ -93,7 +110,7 @@ class _Weakening:
 
     def of(self, term: Expr) -> Expr | None:
         """What ``term`` weakens to, or ``None`` where only "possible" can be said."""
-        reads = self._reads(term)
+        reads = self.reads(term)
         if reads & {"h", "s"}:
             return None
         if "i" not in reads:
@@ -111,9 +128,9 @@ class _Weakening:
         return None if "j" in reads else call("ne", self._extremes(call("mul", term, const(1)))[1], const(0))
 
     def _comparison(self, op: str, left: Expr, right: Expr) -> Expr | None:
-        if "i" in self._reads(right):
+        if "i" in self.reads(right):
             op, left, right = _FLIPPED[op], right, left
-        if "j" in self._reads(left) or "i" in self._reads(right):
+        if "j" in self.reads(left) or "i" in self.reads(right):
             return None
         if {kind(left, self._kinds), kind(right, self._kinds)} != {"int"}:
             return None
@@ -130,7 +147,7 @@ class _Weakening:
         index = len(self.captures) + 2 * self.rows.index(row)
         return capture(index), capture(index + 1)
 
-    def _reads(self, expr: Expr) -> set[str]:
+    def reads(self, expr: Expr) -> set[str]:
         """The indices and ``s`` that ``expr`` reads, itself or through a captured tensor."""
         found: set[str] = set()
         for leaf in expr.walk():

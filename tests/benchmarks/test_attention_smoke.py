@@ -22,6 +22,7 @@ from benchmarks.attention_results import Result, Verdict
 from benchmarks.progress import Progress
 from benchmarks.timing import Timing
 from fxopt.codegen.attention.kernels import source
+from fxopt.codegen.attention.possible import possible_keys
 
 _CPU = torch.device("cpu")
 _SETTINGS = Settings(_CPU, torch.float32, rounds=1)
@@ -45,7 +46,7 @@ def test_attention_agrees_with_float64_for_every_candidate_of(case: Case) -> Non
     assert "flex" not in impossible or case.mode != "forward"
     assert {*case.peers} - impossible <= result.timings.keys()
     assert any(name.startswith("fxopt ") for name in result.timings)
-    assert any(name.startswith("base ") for name in result.timings) == (case.baseline is not None)
+    assert any(name.startswith("base ") for name in result.timings) == bool(case.baselines)
     assert all(error < 1e-5 for error in result.errors.values())
     assert result.verdicts
 
@@ -90,7 +91,7 @@ _NEAR_MISSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", _OF_EACH_KIND.values(), ids=list(_OF_EACH_KIND))
 def test_attention_finds_a_specification_that_is_wrong_by_a_little_for(case: Case) -> None:
-    wrong = replace(case, kind=replace(case.kind, **_NEAR_MISSES[case.kind.name]), peers=(), baseline=None)
+    wrong = replace(case, kind=replace(case.kind, **_NEAR_MISSES[case.kind.name]), peers=(), baselines=())
     result = measure(wrong, _SETTINGS)
     assert result.failures
     assert all(name.startswith("fxopt ") and why.startswith("wrong: error") for name, why in result.failures.items())
@@ -152,6 +153,25 @@ def test_attention_judges_every_goal_by_the_fastest_of_both_sides() -> None:
     judge(case, result)
     assert result.verdicts[0].ratio is None
     assert result.verdicts[0].reached is None
+
+
+@pytest.mark.parametrize("case", [case for case in _TINY if case.group == "padded"], ids=str)
+def test_padding_is_judged_by_a_kernel_that_masks_it_and_knows_nothing(case: Case) -> None:
+    """It gives the same in rows that are no padding; the batch without any padding is only compared with."""
+    operands = case.operands(_CPU, torch.float32)
+    unaware, full = case.baselines
+    assert isinstance(unaware, Kind) and isinstance(full, Kind)
+    spec = case.with_kind(unaware, operands).spec
+    assert spec.mask is None and possible_keys(spec) is None
+    found = zip(*(case.probes(k, case.with_kind(k, operands)) for k in (case.kind, unaware)), strict=True)
+    for padded, masked in found:
+        torch.testing.assert_close(masked.exact[0][padded.kept], padded.exact[0][padded.kept])
+    result = Result(str(case), case.group)
+    for name, milliseconds in {"fxopt a": 1.0, f"base {unaware.name} a": 1.9, f"base {full.name} a": 1.2}.items():
+        result.timings[name] = _timing(milliseconds)
+        result.work[name] = result.computed[name] = 1.0
+    judge(case, result)
+    assert [(v.ratio, v.reached) for v in result.verdicts] == [(pytest.approx(1.9), True), (pytest.approx(1.2), None)]
 
 
 def test_attention_has_cases_for_every_goal_and_quick_ones_of_every_group_with_goals() -> None:

@@ -178,3 +178,26 @@ def test_deterministic_mode_is_another_layout(launched: list[list[Any]], monkeyp
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda mode=mode: mode)
         call(spec, tensors)
     assert launched and len(backward._REPLAYS) == 2
+
+
+def test_profilers_see_launches_that_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their hooks are left out where there are none."""
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+
+    hooks: list[tuple[Any, ...]] = []
+    spec, _ = case("plain")
+    tensors = draw(spec, [], False)
+    backward._REPLAYS.clear()
+    with compiler(tmp_path, launches=True):
+        monkeypatch.setattr(CompiledKernel, "run", property(lambda _: lambda *given: hooks.append(given[7:_DRIVER])))
+        call(spec, tensors)
+        launches = len(hooks)
+        hooks.clear()
+        call(spec, tensors)
+        assert hooks == [(None, None)] * launches and launches
+        hooks.clear()
+        monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+        call(spec, tensors)
+        assert hooks == [(knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)] * launches
+    backward._REPLAYS.clear()

@@ -15,6 +15,7 @@ from tests.codegen.vectors import VECTORS
 
 ROW, KEY, LENGTH = (Capture(dims, torch.int64) for dims in ("b-i-", "b--j", "b---"))
 FLAG = Capture("b--j", torch.bool)
+ROW_FLAG = Capture("b-i-", torch.bool)
 
 
 @pytest.mark.parametrize(("mask", "captures", "condition", "rows"), [
@@ -87,6 +88,25 @@ def test_sure_conditions(mask: str, captures: tuple[Capture, ...], sure: str | N
     captures = (*captures, *(Capture("----", torch.int64),) * (2 - len(captures)))
     found = possible_keys(AttentionSpec(parse("s"), parse(mask), captures), sure=True)
     assert found is not None and found.sure == (None if sure is None else parse(sure))
+
+
+@pytest.mark.parametrize(("mask", "captures", "sure", "whole"), [
+    ("c0 & c1", (FLAG, ROW_FLAG), "c0", "~(c5 != 0)"),
+    ("c0 & (c1 > 2)", (FLAG, ROW), "c0", "~(c2 <= 2)"),
+    ("(j <= i) & c1 & (c0 != 0)", (KEY, ROW_FLAG), "c0 != 0", "~(c5 != 0)"),
+    # Documents of which a block holds two keep keys by both.
+    ("c0 == c1", (ROW, KEY), "~((c2 != c1) | (c3 != c1))", None),
+    # What is the same for all rows leaves out none alone.
+    ("c0 & c1", (FLAG, Capture("b---", torch.bool)), "c0 & c1", None),
+    # Without others the rows are all there is.
+    ("c0", (ROW_FLAG, FLAG), "~(c5 != 0)", None),
+])  # fmt: skip
+def test_conjuncts_that_leave_out_rows_stand_apart(
+    mask: str, captures: tuple[Capture, ...], sure: str, whole: str | None
+) -> None:
+    found = possible_keys(AttentionSpec(parse("s"), parse(mask), captures), sure=True)
+    assert found is not None and found.sure == parse(sure)
+    assert found.whole == (None if whole is None else parse(whole))
 
 
 def test_bounds_need_no_hull() -> None:

@@ -5,9 +5,10 @@ the hulls (`fxopt.codegen.attention.portable.hull`) ranks these by their blocks 
 
     rank(e) = #{f : n(f) > n(e), or n(f) = n(e) and f < e},    order[rank(e)] = e
 
-which is kept before the hulls' own numbers, and before it, once, how many have any keys. Programs are dealt the tiles
-in that order, from the first program to the last and back. Tiles without keys are not loaded for: their rows are
-written when everything else is done.
+which is kept before the hulls' own numbers, with the limits of hull order[rank(e)], and before it, once, how many have
+any keys. Programs are dealt the tiles in that order, from the first program to the last and back: where a tile stands
+in it tells where its limits are, at the same time as whose they are. Tiles without keys are not loaded for: their rows
+are written when everything else is done.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fxopt.codegen.attention.gluon import parameters
-from fxopt.codegen.attention.portable.hull import FURTHER, Hull
+from fxopt.codegen.attention.portable.hull import Hull
 from fxopt.codegen.template import fill, listing
 
 KERNEL: Final = '''
@@ -43,6 +44,8 @@ def order_kernel(
         )
     entry = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
     own = blocks_of(hull_ptr, entry, entries, BLOCK_N)[:, None]
+    n, there = tl.arange(0, $own)[None, :], entry[:, None] < entries
+    limits = tl.load(hull_ptr + $numbers * entry[:, None] + $further + n, mask=there, other=0)
     rank = tl.zeros([RANKED], tl.int32)
     filled = 0
     for start in range(0, entries, STEP):
@@ -51,19 +54,23 @@ def order_kernel(
         filled += tl.sum((blocks > 0).to(tl.int32), 0)
         earlier = (blocks[None, :] == own) & (other[None, :] < entry[:, None])
         rank += tl.sum(((blocks[None, :] > own) | earlier).to(tl.int32), 1)
-    tl.store(hull_ptr + $numbers * rank + 1, entry, mask=entry < entries)
+    ranked = hull_ptr + $numbers * rank + 1
+    tl.store(ranked, entry, mask=entry < entries)
+    tl.store(ranked[:, None] + 1 + n, limits, mask=there)
     tl.store(hull_ptr, filled, mask=tl.program_id(0) == 0)
 
 '''
 PLACE: Final = '''
 @gluon.jit
 def place(turn, blocks, heads, hull_ptr, HULL: gl.constexpr):
-    """Row block and (batch, head) pair of a program's tile: those with most keys first."""
+    """Row block, batch entry and head of a program's tile, and its limits: those with most keys first."""
     index = turn * programs(blocks) + dealt(turn, blocks)
-    $split
+    entry = index // $together
+    within = index - entry * $together
+    hull = hull_ptr + $numbers * entry + 1
     if HULL:
-        entry = gl.load(hull_ptr + $numbers * entry + 1)
-    return $row, $pair
+        entry = gl.load(hull)
+    return $row, $batch, $head, hull + 1
 
 
 @gluon.jit
@@ -105,13 +112,13 @@ def clear(
     own.reshape([64, WIDTH]).store(gl.full([64, WIDTH], $nothing, gl.float32, layout=RESULT).to(own.dtype))
     fence_async_shared()
     for turn in range($turns, turns_within(blocks * pairs, blocks)):
-        row, head = place(turn, $places)
+        row, b, h, hull = place(turn, $places)
         first = row * ROWS + MEMBER * 64
-        tma.async_copy_shared_to_global(out_target, [head // heads, head % heads, first, 0], own)
+        tma.async_copy_shared_to_global(out_target, [b, h, first, 0], own)
         if WITH_LSE:
             rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, RESULT))
             none = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, RESULT))
-            gl.store(lse_ptr + head.to(gl.int64) * Sq + rows, none, mask=rows < Sq)
+            gl.store(lse_ptr + (b * heads + h).to(gl.int64) * Sq + rows, none, mask=rows < Sq)
     tma.store_wait(0)
 
 '''
@@ -149,13 +156,16 @@ class Order:
     @property
     def kernel(self) -> str:
         """The small kernel."""
-        return fill(KERNEL, {"numbers": str(self.hull.numbers), "further": str(FURTHER)})
+        hull = self.hull
+        return fill(KERNEL, {name: str(getattr(hull, name)) for name in ("numbers", "own", "further")})
 
     @property
     def holes(self) -> dict[str, str]:
         """Those of `PLACE` and `CLEAR`, of their calls, and the call at a group's end."""
         return {
             **self._split,
+            "placed": "row, b, h, hull",
+            "paired": "",
             "numbers": str(self.hull.numbers),
             "places": "blocks, heads, hull_ptr, HULL",
             "turns": "turns_of(blocks, heads, pairs, hull_ptr, HULL)",
@@ -170,15 +180,15 @@ class Order:
         if self.hull.by_rows:
             return {
                 "together": "heads",
-                "split": "entry, h = index // heads, index % heads",
                 "row": "entry % blocks",
-                "pair": "entry // blocks * heads + h",
+                "batch": "entry // blocks",
+                "head": "within",
             }
         return {
             "together": "(heads * blocks)",
-            "split": "entry, h = index // blocks // heads, index // blocks % heads",
-            "row": "index % blocks",
-            "pair": "entry * heads + h",
+            "row": "within % blocks",
+            "batch": "entry",
+            "head": "within // blocks",
         }
 
     @property

@@ -27,6 +27,7 @@ from fxopt.codegen.attention.hopper.template import (
     KERNEL,
     LAUNCH,
     LOOP,
+    PAIRED,
     PLACE,
     PRODUCER,
     RANGE,
@@ -204,16 +205,10 @@ class HopperText(LogitsText):
         calls = {"places": "blocks, halves, group, pairs", "turns": "turns_of(blocks, halves, pairs)", "clear": ""}
         plain = {"order_rows": "", "turned": "turn", "spans": "blocks", "halved": "", "pair": "before + within % size"}
         if not self._ranged:
-            return {**calls, **plain}
+            return {**PAIRED, **calls, **plain}
         order = "row = gl.where(turn % halves == 0, blocks - 1 - row, row)"
-        return {
-            **calls,
-            **plain,
-            "order_rows": order,
-            "turned": "turn // halves",
-            "spans": "blocks // halves",
-            "halved": " * halves",
-        }
+        halved = {"turned": "turn // halves", "spans": "blocks // halves", "halved": " * halves"}
+        return {**PAIRED, **calls, **plain, **halved, "order_rows": order}
 
     @property
     def _group(self) -> str:
@@ -317,9 +312,9 @@ class HopperText(LogitsText):
         uniform = [c for c in self.captures if c.name in self._range_names and is_uniform(c.capture)]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n" if uniform else ""
         place = {
-            "places": self._places["places"],
+            **self._places,
             "hull_limits": as_gluon(self._hull_limits),
-            "capture_bases": as_gluon("\n".join(c.base for c in self.captures if c.base)),
+            "capture_bases": as_gluon("\n".join(c.base for c in self.given if c.base)),
             "range_arguments": self._lists["range_arguments"],
         }
         return {
@@ -365,7 +360,7 @@ class HopperText(LogitsText):
             "allocate_hull": "" if self._hull is None else self._hull.allocate,
             "launch_hull": "" if self._hull is None else (self._order or self._hull).launch,
             "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
-            "lse": "lse if with_lse else lse.new_empty(0)" if self._averages else "lse",
+            "lse": "lse if with_lse else torch.empty(0, dtype=lse.dtype, device=q.device)" if self._averages else "lse",
             "launch_average": self._launch_average,
             "allocate_phases": "",
             "launch_phases": "",

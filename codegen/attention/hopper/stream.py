@@ -22,11 +22,10 @@ def load(
     b1, g1, n1 = 0, 0, 0
     b2, g2, n2 = 0, 0, 0
     for turn in range($turns):
-        row, head = place(turn, $places)
+        $placed = place(turn, $places)
         first = row * ROWS
         last = gl.minimum(first + ROWS, Sq) - 1
-        b = head // heads
-        h = head % heads
+        $paired
         g = $kv_head
         $range_captures
         start, full_start, full_stop, stop = key_blocks(
@@ -85,6 +84,7 @@ def locate(
 ):
     """Where a tile lies, what its rows read, and its blocks of keys; those that group ``MEMBER`` needs, and in full."""
     $tile
+    $run_limits
     own_first = gl.minimum(first + MEMBER * 64, Sq - 1)
     own_last = gl.minimum(own_first + 64, Sq) - 1
     own_start, full_start, full_stop, own_stop = key_blocks(

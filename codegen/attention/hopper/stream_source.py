@@ -12,7 +12,7 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
-from fxopt.codegen.attention.hopper import baton, stream, stream_softmax, tile
+from fxopt.codegen.attention.hopper import baton, run, stream, stream_softmax, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
 from fxopt.codegen.attention.hopper.slopes import SLOPES, parts
 from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText, as_gluon, parameters
@@ -21,6 +21,7 @@ from fxopt.codegen.attention.hopper.tile import StreamedTile
 from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.loops import row_limits
+from fxopt.codegen.attention.possible import row_terms
 from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import Capture
@@ -254,16 +255,35 @@ class StreamText(HopperText):
             slope = f"({slope}) * {1 / found.factor!r}"
         return Sums(f"along({emit(found.rest, names, kinds)}, {slope}, BLOCK_N)", text, slope, found.factor)
 
+    @cached_property
+    def _vectors(self) -> tuple[CapturedTensor, ...]:
+        """The captured vectors that are read where the run of a tile's keys is not known."""
+        return run.vectors(self.spec, self.range, self.captures) if self._sure else ()
+
+    @property
+    def given(self) -> tuple[CapturedTensor, ...]:
+        """All but those."""
+        return tuple(c for c in self.captures if c not in self._vectors)
+
+    @property
+    def _attend_names(self) -> tuple[str, ...]:
+        late = {name for c in self._vectors for name in c.attend_names}
+        found = [name for name in super()._attend_names if name not in late]
+        found += [name for c in self._vectors for name in (c.parameter, *c.strides, *c.period)]
+        found += [*run.indices(self._vectors), *(run.NAMES if self._sure else ())]
+        return tuple(dict.fromkeys(found))
+
     @property
     def _masks(self) -> str:
         above, below = row_limits(self.range, self.emit)
         rest = conjunction(self.range.rest)
         lines = ["if partial:", f"    words = before({above or 'Sk'}, start, s, BLOCK_N)"]
         lines += [f"    words &= ~before({below}, start, s, BLOCK_N)"] if below else []
-        lines += ["    kept = chosen(words, s, BLOCK_N)"]
-        lines += [f"    kept &= {self.emit(term)}" for term in self.range.rest if self._sure]
-        lines += ['    x = tl.where(kept, x, float("-inf"))']
-        if rest is not None and not self._sure:
+        if self._sure:
+            masks = run.masks(self._vectors, row_terms(self.spec), tuple(self.range.rest), self.emit)
+            return "\n".join((*lines, indent(masks, "    ")))
+        lines += ["    kept = chosen(words, s, BLOCK_N)", '    x = tl.where(kept, x, float("-inf"))']
+        if rest is not None:
             lines += [f'x = tl.where({self.emit(rest)}, x, float("-inf"))']
         return "\n".join(lines)
 
@@ -282,6 +302,7 @@ class StreamText(HopperText):
             "locate_parameters": parameters(self._locating),
             "own_range_arguments": listing(own),
             "located": listing(self._located),
+            "run_limits": run.limits(bool(row_terms(self.spec))) if self._sure else "",
             "early": f"{found}\n{stream.QUERY_AHEAD}" if ahead else f"{stream.QUERY}\n{self._scaled}",
             "late": "" if ahead else found,
             "partial": " | ".join(self._cuts),

@@ -36,6 +36,9 @@ def turns_of(blocks, halves, pairs):
 
 '''
 
+#: What the place of a tile is there.
+PAIRED: Final = {"placed": "row, head", "paired": "b = head // heads\nh = head % heads"}
+
 RANGE: Final = '''
 @gluon.jit
 def key_blocks(
@@ -65,11 +68,10 @@ def load(
     """Load what the other warps read: queries of each tile, then pairs of a block of keys and the values before it."""
     pair = 0
     for turn in range($turns):
-        row, head = place(turn, $places)
+        $placed = place(turn, $places)
         first = row * ROWS
         last = gl.minimum(first + ROWS, Sq) - 1
-        b = head // heads
-        h = head % heads
+        $paired
         g = $kv_head
         $range_captures
         start, full_start, full_stop, stop = key_blocks(
@@ -156,11 +158,10 @@ def advance(
 
 #: Where a tile lies, and the blocks of keys that its rows need.
 TILE: Final = """\
-row, head = place(turn, $places)
+$placed = place(turn, $places)
 first = row * ROWS
 last = gl.minimum(first + ROWS, Sq) - 1
-b = head // heads
-h = head % heads
+$paired
 b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)
 rows = first + MEMBER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
 # Rows beyond the end repeat the last one, so that nothing outside the captured tensors is read.

@@ -23,8 +23,6 @@ from fxopt.ir.expression import Expr, Kind
 _STEP: Final = 1024
 #: Fewer blocks of keys than this are not worth a kernel that may save some.
 _FEWEST_BLOCKS: Final = 4
-#: Numbers that a hull leaves room for where it is asked to.
-FURTHER: Final = 2
 #: The least and the greatest value over rows are integers.
 _EXTREME: Final[Kind] = "int"
 _KERNEL: Final = '''
@@ -67,7 +65,9 @@ for start in range(0, Sk, STEP):
     beyond = (j > first_sure) & ~({condition})
     end = tl.minimum(end, tl.where(beyond, j, Sk))
 tl.store(hull + 2, first_sure)
-tl.store(hull + 3, tl.min(end))"""
+tl.store(hull + 3, {end})"""
+#: Where a row keeps nothing, the run that others keep is told by a number below zero.
+_PARTLY: Final = "tl.where({0}, tl.min(end), ~tl.min(end))"
 _EARLY: Final = """\
 if EARLY:
     # What follows may be launched now; it waits for the hulls.
@@ -82,7 +82,7 @@ i = tl.minimum(first + tl.arange(0, BLOCK_M), Sq - 1)[:, None]"""
 _LIMITS: Final = """\
 hull_start, hull_stop = 0, Sk
 if HULL:
-    hull = {}
+    $address
     hull_start = tl.load(hull) // BLOCK_N * BLOCK_N
     hull_stop = tl.cdiv(tl.load(hull + 1), BLOCK_N) * BLOCK_N"""
 _SURE_LIMITS: Final = """
@@ -107,9 +107,9 @@ if hulled:
 class Hull:
     """The text around one condition on keys, for blocks of ``block_m`` rows and ``block_n`` keys.
 
-    ``ordered`` leaves room for `FURTHER` numbers before those of each hull. With ``early`` the kernel behind the small
-    one may be launched while that runs; it must wait for the hulls (sm_90 and later). Fewer than ``fewest`` blocks of
-    keys are not worth the small kernel.
+    ``ordered`` leaves room for the order of the hulls before them: there a tile is told where its limits are. With
+    ``early`` the kernel behind the small one may be launched while that runs; it must wait for the hulls (sm_90 and
+    later). Fewer than ``fewest`` blocks of keys are not worth the small kernel.
     """
 
     spec: AttentionSpec
@@ -152,28 +152,40 @@ class Hull:
 
     @property
     def numbers(self) -> int:
-        """How many numbers there are to a hull: its limits, those of the keys that all rows keep, further ones."""
-        return (2 if self.possible.sure is None else 4) + FURTHER * self.ordered
+        """How many numbers there are to a hull."""
+        return self.own + self.further
+
+    @property
+    def own(self) -> int:
+        """How many of them are its own: its limits, and those of the keys that all rows keep."""
+        return 2 if self.possible.sure is None else 4
+
+    @property
+    def further(self) -> int:
+        """How many stand before them: how many hulls have keys, which one comes here in the order, its limits."""
+        return (2 + self.own) * self.ordered
 
     @property
     def _sure(self) -> dict[str, str]:
         """The holes of what finds the keys that all rows keep."""
         if self.possible.sure is None:
             return {"sure_begin": "", "sure_first": "", "sure_run": ""}
-        condition = self._emit(self.possible.sure)
+        condition, whole = self._emit(self.possible.sure), self.possible.whole
+        end = "tl.min(end)" if whole is None else _PARTLY.format(self._emit(whole))
         return {
             "sure_begin": "sure = tl.full([1, STEP], Sk, tl.int32)",
             "sure_first": _SURE_FIRST.format(condition=condition),
-            "sure_run": _SURE_RUN.format(keys=self._keys.replace("\n", "\n    "), condition=condition),
+            "sure_run": _SURE_RUN.format(keys=self._keys.replace("\n", "\n    "), condition=condition, end=end),
         }
 
     def _address(self, hull: str) -> str:
-        return f"hull_ptr + {self.numbers} * {hull}{f' + {FURTHER}' * self.ordered}"
+        return f"hull_ptr + {self.numbers} * {hull}{f' + {self.further}' * self.ordered}"
 
     @property
     def limits(self) -> str:
         """The lines of the main kernel that read the hull, in whole blocks."""
-        limits = _LIMITS.format(self._address("(b * blocks + first // BLOCK_M)" if self.by_rows else "b"))
+        address = self._address("(b * blocks + first // BLOCK_M)" if self.by_rows else "b")
+        limits = fill(_LIMITS, {"address": "" if self.ordered else f"hull = {address}"}).rstrip("\n")
         return limits + (_SURE_LIMITS if self.possible.sure is not None else "")
 
     @property
@@ -229,8 +241,9 @@ class Hull:
     @property
     def _maths(self) -> str:
         rows = "".join(f"; low{n}, high{n} of {row} over the rows" for n, row in enumerate(self.possible.rows))
-        sure = "" if self.possible.sure is None else f"; sure: {self._named(self.possible.sure)}"
-        return f"Possible: {self._named(self.possible.condition)}{sure}{rows}."
+        known = (("sure", self.possible.sure), ("all rows keep any", self.possible.whole))
+        further = "".join(f"; {what}: {self._named(expr)}" for what, expr in known if expr is not None)
+        return f"Possible: {self._named(self.possible.condition)}{further}{rows}."
 
     def _named(self, condition: Expr) -> Expr:
         named = {name: Expr("symbol", value=text) for name, text in self._names.items()}

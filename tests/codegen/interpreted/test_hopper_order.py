@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -53,7 +54,10 @@ def test_hulls_are_ranked_by_their_blocks_of_keys(name: str, rows: bool, monkeyp
     module.launch(*operands(sizes, HALF), vectors(filled, LENGTH, rows))
     wanted = wanted_order(filled, rows, LENGTH, BLOCK)
     hulls = kernel.found["hull_ptr"]
-    assert hulls[:, 1].tolist() == [number for _, number in wanted]
+    order = [number for _, number in wanted]
+    assert hulls[:, 1].tolist() == order
+    # Their limits stand beside their order.
+    assert torch.equal(hulls[:, 2:6], hulls[order, 6:])
     assert hulls[0, 0] == sum(count > 0 for count, _ in wanted)
 
 
@@ -104,7 +108,7 @@ def test_programs_are_dealt_every_tile_once_and_much_the_same_work(
     filled: tuple[int, ...], heads: int, programs: int, rows: bool
 ) -> None:
     found = wanted_order(filled, rows, LENGTH, BLOCK)
-    hulls = torch.zeros(len(found), 6, dtype=torch.long)
+    hulls = torch.zeros(len(found), 10, dtype=torch.long)
     hulls[:, 1] = torch.tensor([number for _, number in found])
     hulls[0, 0] = sum(count > 0 for count, _ in found)
     counts = {number: count for count, number in found}
@@ -117,14 +121,14 @@ def test_programs_are_dealt_every_tile_once_and_much_the_same_work(
         asked = (blocks, heads, emulation.Pointer(hulls), True)
         count = int(names["turns_of"](blocks, heads, pairs, *asked[2:]))
         tiles = [
-            tuple(map(int, names["place"](n, *asked))) for n in range(names["turns_within"](blocks * pairs, blocks))
+            tuple(map(int, names["place"](n, *asked)[:3])) for n in range(names["turns_within"](blocks * pairs, blocks))
         ]
-        sizes = [counts[head // heads * blocks + row if rows else head // heads] for row, head in tiles]
+        sizes = [counts[b * blocks + row if rows else b] for row, b, _ in tiles]
         assert 1 <= count <= len(tiles) and not any(sizes[count:]) and (all(sizes[:count]) or count == 1)
         assert sizes == sorted(sizes, reverse=True)
         taken += tiles
         work.append(sum(sizes))
-    assert sorted(taken) == [(row, head) for row in range(blocks) for head in range(pairs)]
+    assert sorted(taken) == list(itertools.product(range(blocks), range(len(filled)), range(heads)))
     assert max(work) - min(work) <= blocks
 
 

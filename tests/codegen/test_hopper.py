@@ -396,3 +396,11 @@ def test_rows_without_keys_are_filled_afterwards() -> None:
 def test_configurations_print_what_is_read() -> None:
     for text in ("hopper:192x128s3q2", "hopper:192x128s3q2a0", "hopper:128x64s4q3a1", "hopper:192x128s3q2a0b"):
         assert str(read_config(text)) == text
+
+
+def test_three_groups_pass_a_baton_and_two_where_scores_have_slopes() -> None:
+    found = {name: [config[-1] == "b" for config in candidates(problem(SPECS[name], 64))] for name in SPECS}
+    assert all(found[name] == [True, True] for name in ("alibi", "relative"))
+    assert all(found[name] == [True, False] for name in ("plain", "causal", "prefix", "softcap-window", "band", "tile"))
+    assert not any(any(found[name]) for name in ("padding", "documents", "causal-tile"))
+    assert not any("b" in config.partition(":")[2] for config in candidates(problem(SPECS["plain"], 128)))

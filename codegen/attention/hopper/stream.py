@@ -173,13 +173,12 @@ def multiply(
         $take_baton
         products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
         acc = warpgroup_mma(weights, v, acc, use_acc=continues, is_async=True)
-        $pass_baton_0
+        $pass_baton
         $read_tile
         $release_tile
         $late
         if not AHEAD:
             s = warpgroup_mma_wait(1, deps=[products])
-        $pass_baton_1
         # Of the tile before only what its sums are multiplied by is still needed.
         inverse = peak
         if begins:
@@ -199,7 +198,6 @@ def multiply(
             $in_use, s = warpgroup_mma_wait(0, deps=[$in_use, products])
         else:
             $in_use = warpgroup_mma_wait(0, deps=[$in_use])
-        $pass_baton_2
         $weigh
         mbarrier.arrive(free.index(slot), count=1)
         $release_added

@@ -1,14 +1,14 @@
 # `make help` lists what there is to do. Everything runs in .venv, which the first target that needs it makes.
 #
 #   PYTHON  the interpreter to start from; its torch is kept when it has one
-#   TORCH   what to install when it has none; a CUDA build where there is an NVIDIA GPU, else the version CI tests
+#   TORCH   what to install when it has none; the CUDA build that goes with the pinned Triton where there is an NVIDIA GPU, else the version CI tests
 #   PYTEST  further options for pytest
 #   GPU_WORKERS  processes of make test-gpu, most of whose time goes into compiling kernels
 #   SANITIZER  NVIDIA's compute-sanitizer, which comes with CUDA and as the package nvidia-cuda-sanitizer-api (13.5; 13.0 lacks its launcher)
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+TORCH ?= $(if $(shell command -v nvidia-smi),torch==2.11.0,torch==2.13.0)
 PYTEST ?=
 GPU_WORKERS ?= 8
 SANITIZER ?= compute-sanitizer

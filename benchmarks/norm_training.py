@@ -25,6 +25,7 @@ Inputs = tuple[Any, ...]
 Variants = Mapping[str, Callable[[int], list[fxopt.Pass]]]
 #: What the others are compared with.
 BASELINE: Final = "LayerNorm"
+_SHOWN: Final = 5  # points of a curve in the table; the JSON has all
 NORMS: Final[Variants] = {
     BASELINE: lambda steps: [],
     "BatchNorm, swapped": lambda steps: [fxopt.passes.RepBatchNorm(steps=0, alpha=None)],
@@ -156,14 +157,22 @@ def _rate(steps: int) -> Callable[[int], float]:
     return lambda step: min((step + 1) / rising, 1 - 0.95 * max(0, step - rising) / max(1, steps - rising))
 
 
-def report(title: str, runs: Sequence[Run], task: Task) -> str:
-    """A table of the variants: score and last training loss over the seeds, against the baseline's."""
-    table = Table(title=title, box=box.MARKDOWN)
-    for heading in ("norm", "score", "±", "against LayerNorm", "last training loss", "seconds a run"):
-        table.add_column(heading, justify="left" if heading == "norm" else "right")
+def report(title: str, runs: Sequence[Run], task: Task, steps: int) -> str:
+    """Tables of the variants, over the seeds: score and last training loss, against the baseline's; training loss."""
     by_norm: dict[str, list[Run]] = {}
     for run in runs:
         by_norm.setdefault(run.norm, []).append(run)
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(_scores(title, by_norm, task))
+        console.print(_curves(by_norm, steps))
+    return captured.get()
+
+
+def _scores(title: str, by_norm: Mapping[str, Sequence[Run]], task: Task) -> Table:
+    table = Table(title=title, box=box.MARKDOWN)
+    for heading in ("norm", "score", "±", "against LayerNorm", "last training loss", "seconds a run"):
+        table.add_column(heading, justify="left" if heading == "norm" else "right")
     base = _mean(run.score for run in by_norm.get(BASELINE, []))
     for norm, group in by_norm.items():
         score = _mean(run.score for run in group)
@@ -171,10 +180,20 @@ def report(title: str, runs: Sequence[Run], task: Task) -> str:
         against = f"{score - base:+.2f} points" if task.higher_is_better else f"{score / base - 1:+.2%}"
         last, seconds = _mean(run.curve[-1] for run in group), _mean(run.seconds for run in group)
         table.add_row(norm, f"{score:.4f}", f"{spread / 2:.4f}", against, f"{last:.4f}", f"{seconds:.1f}")
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
+    return table
+
+
+def _curves(by_norm: Mapping[str, Sequence[Run]], steps: int) -> Table:
+    """The training loss at fifths of the steps: means since the point before, and over the seeds."""
+    table = Table(title="Training loss after as many steps", box=box.MARKDOWN)
+    points = min(len(run.curve) for group in by_norm.values() for run in group)
+    shown = sorted({max(1, round(points * part / _SHOWN)) for part in range(1, _SHOWN + 1)})
+    table.add_column("norm")
+    for point in shown:
+        table.add_column(str(round(steps * point / points)), justify="right")
+    for norm, group in by_norm.items():
+        table.add_row(norm, *(f"{_mean(run.curve[point - 1] for run in group):.4f}" for point in shown))
+    return table
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -13,7 +13,7 @@ softmax attention; ``"RepBatchNorm from zero"`` is the other one that is trained
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -145,15 +145,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, train, print the table, write the results."""
     parser = parser_of(__doc__, _KNOWN, list(NORMS))
     parser.add_argument("--text", type=Path, default=_EXCERPT, help="any text file")
+    parser.add_argument("--dropout", type=float, help="of the decoder (default 0.2; 0 with --tiny)")
     options = parser.parse_args(arguments)
-    sizes = TINY if options.tiny else Sizes()
+    usual = TINY if options.tiny else Sizes()
+    sizes = replace(usual, dropout=usual.dropout if options.dropout is None else options.dropout)
     steps = options.steps or (300 if options.tiny else 1200)
     settings = Settings(steps, options.rate, max(1, steps // 20), options.device, compiled=not options.tiny)
     corpus = Corpus(options.text, sizes, options.device)
     task = Task(lambda: Decoder(sizes), corpus.batches, loss, corpus.score, corpus.calibration)
     runs = run_all(task, settings, {norm: _KNOWN[norm] for norm in options.norms}, options.seeds, Progress())
     title = f"Loss in nats a byte on the last tenth of {options.text.name}, {steps} steps, seeds {options.seeds}"
-    print(report(title, runs, task))
+    print(report(title, runs, task, steps))
     if options.output:
         save(options.output, title, runs, {"sizes": vars(sizes), "text": options.text.name}, settings)
 

@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     with sdpa_kernel(SDPBackend.MATH):
         runs = run_all(task, settings, {norm: _KNOWN[norm] for norm in options.norms}, options.seeds, Progress())
     title = f"Digits that were not trained, % right, {steps} steps, seeds {options.seeds}"
-    print(report(title, runs, task))
+    print(report(title, runs, task, steps))
     if options.output:
         save(options.output, title, runs, {"sizes": vars(sizes)}, settings)
 

@@ -38,18 +38,6 @@ def objection(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
     return None
 
 
-def withheld(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
-    """Why a kernel that can be generated is not used, as a sentence: what a GPU showed and the interpreter does not.
-
-    Heads 24 wide (padded to 32) with values 48 wide (padded to 64) left the budget fiftyfold; 32 and 32, 64 and 64, and
-    128 and 128 were right, as all were that are not causal, or not bfloat16.
-    """
-    if spec.causal and dtype is torch.bfloat16 and padded(head_dim) != padded(value_dim):
-        widths = f"{head_dim} and {value_dim}"
-        return f"causal bfloat16 heads and values that pad to different widths ({widths}) gave wrong results on an H100"
-    return None
-
-
 def candidates(
     spec: LinearSpec,
     sizes: tuple[int | None, int | None],

@@ -26,8 +26,7 @@ def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, s
     given = operator.operands_of(*optional)
     spec = specification(str(site.args[7]))
     if reason is None:
-        dims = (q.shape[3], v.shape[3])
-        reason = kernel.objection(spec, *dims, q.dtype, given) or kernel.withheld(spec, *dims, q.dtype)
+        reason = kernel.objection(spec, q.shape[3], v.shape[3], q.dtype, given)
     if reason is not None:
         return [plain], {**refused, "triton": reason}
     lengths = [size if isinstance(size, int) else None for size in (q.shape[2], k.shape[2])]

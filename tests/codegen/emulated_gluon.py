@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Seconds after which a wait counts as a deadlock.
-_PATIENCE = 60.0
+from tests.codegen.emulated_barriers import Barrier, Barriers, NamedBarriers
+
 _PROGRAM = threading.local()
 #: Where TMA begins to read, and what it steps by, in bytes.
 _ALIGNMENT = 16
@@ -43,38 +43,6 @@ def pointer(x: Tensor) -> Pointer:
     """The address of ``x``, from where strides lead anywhere in its memory."""
     size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
     return Pointer(torch.as_strided(x, (size,), (1,)))
-
-
-class Barrier:
-    """An mbarrier: a phase ends when all arrivals and bytes that it waits for have come."""
-
-    def __init__(self) -> None:
-        self.condition = threading.Condition()
-        self.count, self.pending, self.bytes, self.phase = 0, 0, 0, 0
-
-    def change(self, arrivals: int, transfer: int) -> None:
-        with self.condition:
-            self.pending -= arrivals
-            self.bytes += transfer
-            assert self.pending >= 0, "more arrivals than the barrier counts"
-            if self.pending == 0 and self.bytes == 0:
-                self.pending, self.phase = self.count, self.phase ^ 1
-                self.condition.notify_all()
-
-    def wait(self, parity: int) -> None:
-        with self.condition:
-            ended = self.condition.wait_for(lambda: self.phase != parity, _PATIENCE)
-        assert ended, "deadlock"
-
-
-class Barriers:
-    """Several of them."""
-
-    def __init__(self, count: int) -> None:
-        self.members = [Barrier() for _ in range(count)]
-
-    def index(self, n: Any) -> Barrier:
-        return self.members[int(n)]
 
 
 class Shared:
@@ -215,11 +183,18 @@ def _builtin(function: Callable[..., None]) -> Callable[..., None]:
     return _add
 
 
+def _named(text: str, number: Any) -> Any:
+    barriers: NamedBarriers = _PROGRAM.named
+    act = barriers.wait if text.startswith("bar.sync") else barriers.arrive
+    act(int(number), int(re.findall(r", (\d+);", text)[0]))
+    return number
+
+
 def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
-    if "tanh.approx" in text:
-        return torch.tanh(given[0])
-    if text.startswith("mul.lo.s32"):
-        return given[0] * given[1]
+    if text.startswith("bar."):
+        return _named(text, given[0])
+    if "tanh.approx" in text or text.startswith("mul.lo.s32"):
+        return torch.tanh(given[0]) if "tanh.approx" in text else given[0] * given[1]
     if text == "mov.b32 $0, 0;":
         return torch.zeros_like(torch.as_tensor(given[0])) if given else torch.tensor(0)
     if "ctaid.x" in text:
@@ -251,10 +226,11 @@ def _store(at: Pointer, values: Tensor, mask: Any) -> None:
 
 
 def _specialize(groups: Sequence[tuple[Callable[..., None], Sequence[Any]]], *_: object) -> None:
-    program, failures = (_PROGRAM.number, _PROGRAM.count), []
+    program, failures, named = (_PROGRAM.number, _PROGRAM.count), [], NamedBarriers()
 
     def run(function: Callable[..., None], arguments: Sequence[Any]) -> None:
         _PROGRAM.number, _PROGRAM.count = program
+        _PROGRAM.named = named
         try:
             function(*arguments)
         except Exception as error:  # noqa: BLE001 - it is raised where the threads are waited for
@@ -267,6 +243,7 @@ def _specialize(groups: Sequence[tuple[Callable[..., None], Sequence[Any]]], *_:
         thread.join()
     if failures:
         raise failures[0]
+    assert named.idle, "an arrival that nobody waited for"
 
 
 class Kernel:

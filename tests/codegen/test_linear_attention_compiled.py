@@ -126,3 +126,15 @@ def test_results_in_bfloat16_are_products_of_bfloat16(width: int) -> None:
     """Of the sum in two parts, which are as exact as the result."""
     for text in texts(PLAIN, width, None, Operands(), HALF):
         assert "tf32" not in compiled(text, "forward_kernel", 90).asm["ptx"]
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("operands", ["", "pk"])
+def test_heads_narrower_than_their_values_take_fewer_tokens_at_a_time(
+    architecture: int, operands: str, tmp_path: Path
+) -> None:
+    spec, given = LinearSpec(causal=True, out_dtype=HALF), read_operands(operands)
+    (config,) = candidates(spec, (None, None), (24, 48), HALF, given)
+    assert (config.block, config.num_warps) == (32, 8)
+    kernel = compiled(LinearText(spec, 24, 48, HALF, given, config), "forward_kernel", architecture)
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0

@@ -69,27 +69,6 @@ def test_the_first_candidate_computes_the_same(monkeypatch: pytest.MonkeyPatch, 
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize(("dtype", "causal", "widths", "reason"), [
-    (torch.bfloat16, True, (24, 48), "pad to different widths (24 and 48)"), (torch.bfloat16, True, (24, 32), ""),
-    (torch.bfloat16, False, (24, 48), ""), (torch.float16, True, (24, 48), ""), (torch.float32, True, (24, 48), ""),
-])  # fmt: skip
-def test_what_a_gpu_showed_to_be_wrong_is_withheld(
-    dtype: torch.dtype, causal: bool, widths: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = str(LinearSpec(causal=causal, out_dtype=dtype))
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = overload("linear_attention")(q, k, v, None, None, None, None, spec)
-        return out
-
-    monkeypatch.setattr(linear_attention, "triton_objection", lambda operands, widths: None)
-    heads, values = widths
-    given = tuple(torch.randn(1, 2, 9, width, dtype=dtype) for width in (heads, heads, values))
-    (site,) = from_export(attention, given).graph.find_nodes(op="call_function", target=overload("linear_attention"))
-    found, refused = candidates(site, training=True)
-    assert reason in refused.get("triton", "") and (len(found) == 1) == bool(reason)
-
-
 def test_its_source_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = kernel_sources(on_device(monkeypatch, training=False))
     (text,) = sources.values()

@@ -9,7 +9,7 @@ from typing import Final
 from fxopt.errors import LoweringError
 
 PREFIX: Final = "hopper"
-_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)q(\d+)(?:a([01]))?")
+_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)q(\d+)(?:a([01]))?(?:b([0-2]))?")
 #: Registers of a thread that multiplies, by the number of its groups; the loading group keeps 24.
 _REGISTERS: Final = {1: 240, 2: 240, 3: 160}
 
@@ -21,7 +21,10 @@ class Config:
     ``stages`` blocks of keys and of values are in flight, and ``queries`` tiles of queries (2: the next tile is loaded
     while the result of the last one leaves). ``ahead`` is how many blocks the products of queries and keys run ahead of
     their softmax; the blocks of all tiles of a program are one stream then, while ``None`` begins every tile anew.
-    Prints as ``hopper:128x128s2q2`` or, with one block ahead, ``hopper:128x64s4q3a1``; `read_config` is the inverse.
+    With a ``baton`` the groups of a stream take turns at asking for products, so that the softmax of one runs beside
+    the products of another; it says when a group is through with its turn (`fxopt.codegen.attention.hopper.baton`).
+    Prints as ``hopper:128x128s2q2`` or, with one block ahead, ``hopper:128x64s4q3a1``, and with a baton that is passed
+    on at once, ``hopper:192x128s3q2a0b0``; `read_config` is the inverse.
     """
 
     rows: int
@@ -29,6 +32,7 @@ class Config:
     stages: int
     queries: int
     ahead: int | None = None
+    baton: int | None = None
 
     def __post_init__(self) -> None:
         if (
@@ -47,10 +51,13 @@ class Config:
             raise LoweringError(
                 f"{self} is not a Hopper configuration: a stream runs 0 ahead with 2 tiles, or 1 with 3"
             )
+        if self.baton is not None and (self.ahead is None or self.groups == 1 or self.baton not in (0, 1, 2)):
+            raise LoweringError(f"{self} is not a Hopper configuration: two groups or more of a stream pass batons")
 
     def __str__(self) -> str:
         ahead = "" if self.ahead is None else f"a{self.ahead}"
-        return f"{PREFIX}:{self.rows}x{self.keys}s{self.stages}q{self.queries}{ahead}"
+        baton = "" if self.baton is None else f"b{self.baton}"
+        return f"{PREFIX}:{self.rows}x{self.keys}s{self.stages}q{self.queries}{ahead}{baton}"
 
     @property
     def groups(self) -> int:
@@ -69,4 +76,5 @@ def read_config(text: str) -> Config:
     if match is None:
         raise LoweringError(f"not a Hopper configuration: {text!r}; an example is 'hopper:128x128s2q2'")
     rows, keys, stages, queries = map(int, match.groups()[:4])
-    return Config(rows, keys, stages, queries, None if match[5] is None else int(match[5]))
+    ahead, baton = (None if found is None else int(found) for found in match.groups()[4:])
+    return Config(rows, keys, stages, queries, ahead, baton)

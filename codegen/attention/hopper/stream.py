@@ -158,6 +158,7 @@ def multiply(
         mbarrier.arrive(free.index(0), count=1)
         mbarrier.wait(ready.index(1), 0)
         slot, pair = 1, 1
+    $offer_baton
     while turn < turns:
         begins = block < start
         row_before, b_before, h_before = row, b, h
@@ -169,13 +170,16 @@ def multiply(
         v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
         $beneath
         weights = unpacked(p, BLOCK_N, WEIGHTS)
+        $take_baton
         products = warpgroup_mma(q, k.permute((1, 0)), $sums, is_async=True)
         acc = warpgroup_mma(weights, v, acc, use_acc=continues, is_async=True)
+        $pass_baton_0
         $read_tile
         $release_tile
         $late
         if not AHEAD:
             s = warpgroup_mma_wait(1, deps=[products])
+        $pass_baton_1
         # Of the tile before only what its sums are multiplied by is still needed.
         inverse = peak
         if begins:
@@ -195,6 +199,7 @@ def multiply(
             $in_use, s = warpgroup_mma_wait(0, deps=[$in_use, products])
         else:
             $in_use = warpgroup_mma_wait(0, deps=[$in_use])
+        $pass_baton_2
         $weigh
         mbarrier.arrive(free.index(slot), count=1)
         $release_added
@@ -215,6 +220,7 @@ def multiply(
             mbarrier.arrive(q_free.index(place_q), count=1)
             place_q = gl.where(place_q == QUERIES - 1, 0, place_q + 1)
             turn += 1
+    $keep_baton
     v = v_tiles.index(slot).reshape([BLOCK_N, WIDTH])
     acc = warpgroup_mma(unpacked(p, BLOCK_N, WEIGHTS), v, acc, use_acc=continues, is_async=True)
     inverse = close(

@@ -12,7 +12,7 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
-from fxopt.codegen.attention.hopper import run, stream, stream_softmax, tile
+from fxopt.codegen.attention.hopper import baton, run, stream, stream_softmax, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
 from fxopt.codegen.attention.hopper.slopes import SLOPES, parts
 from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText, as_gluon, parameters
@@ -106,7 +106,8 @@ class StreamText(HopperText):
         copies = phases.PHASES + BAND if self._bands else ""
         widened = tile.WIDENED[self.dtype] if self._tile else ""
         scaled = tile.SCALED if self._factor != 1.0 else ""
-        return super()._functions + copies + widened + scaled + (SLOPES if self._sums.slope else "")
+        slopes = SLOPES if self._sums.slope else ""
+        return super()._functions + copies + widened + scaled + slopes + baton.functions(self.config)
 
     @property
     def _indices(self) -> frozenset[str]:
@@ -306,6 +307,7 @@ class StreamText(HopperText):
             "late": "" if ahead else found,
             "partial": " | ".join(self._cuts),
             **self._softmax,
+            **baton.holes(self.config),
         }
 
     @property

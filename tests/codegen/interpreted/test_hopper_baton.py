@@ -102,7 +102,8 @@ def test_without_its_first_and_last_move_the_baton_is_lost(
 
 
 def test_named_barriers_let_through_whom_others_have_met() -> None:
-    barriers, passed = NamedBarriers(), []
+    barriers = NamedBarriers()
+    passed: list[int] = []
 
     def wait() -> None:
         barriers.wait(3, 256)

@@ -106,18 +106,14 @@ class CapturedTensor:
     @property
     def load_in_loop(self) -> str:
         """The lines that read one block; what lies beyond the end is zero, and masked later."""
-        block, bounded = self.load_bounded.split("\n")
-        whole = f"{self.name} = {self.load(f'{self.name}_block + {self.name}_tile')}"
-        return f"{block}\nif BOUNDED and not EVEN:\n    {bounded}\nelse:\n    {whole}"
-
-    @property
-    def load_bounded(self) -> str:
-        """The lines that read one block that may reach beyond the end."""
         name = self.name
-        return (
-            f"{name}_block = {name}_base + tl.cast(start, tl.int64) * {self._along}\n"
-            f"{name} = {self.load(f'{name}_block + {name}_tile', ', mask=j < Sk, other=0')}"
-        )
+        return "\n".join((
+            f"{name}_block = {name}_base + tl.cast(start, tl.int64) * {self._along}",
+            "if BOUNDED and not EVEN:",
+            f"    {name} = {self.load(f'{name}_block + {name}_tile', ', mask=j < Sk, other=0')}",
+            "else:",
+            f"    {name} = {self.load(f'{name}_block + {name}_tile')}",
+        ))  # fmt: skip
 
     def reaches(self, rows: int, keys: int) -> list[tuple[int, str]]:
         """How far the axes of a block of it reach: the extent, and the stride as the launcher reads it."""

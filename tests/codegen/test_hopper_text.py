@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from fxopt.codegen.attention import kernels
 from fxopt.codegen.attention.hopper.config import read_config
 from fxopt.codegen.attention.hopper.kernel import candidates, objection, source
-from fxopt.codegen.attention.hopper.tile import beneath
+from fxopt.codegen.attention.hopper.tile import beneath, is_tile
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
@@ -147,6 +148,19 @@ def test_objections_say_why() -> None:
 def test_bad_configurations_are_refused(text: str) -> None:
     with pytest.raises(LoweringError):
         read_config(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "within"), [("padding", []), ("padded-rows", ["c1"]), ("documents", []), ("softcap-tile", [])]
+)
+def test_blocks_cut_by_padding_read_its_run_and_no_vector_of_keys(name: str, within: list[str]) -> None:
+    """Vectors of rows tell which rows have none; those of keys are read where there is no run."""
+    text = source(SPECS[name], 64, 64, HALF, "hopper:128x128s4q2a0")
+    body = text[text.index("def attend(") : text.index("def weigh(")]
+    always, run, read = re.split("if run_stop >= 0:|else:", body)
+    loads = [re.findall(r"gl\.load\((c\d)_(?:ptr|block)", part) for part in (always, run, read)]
+    vectors = [f"c{n}" for n, c in enumerate(SPECS[name].captures) if not is_tile(c)]
+    assert loads == [[], within, vectors]
 
 
 def test_rows_without_keys_are_filled_afterwards() -> None:

@@ -78,8 +78,7 @@ def masks(read: Sequence[CapturedTensor], rows: tuple[Expr, ...], rest: tuple[Ex
 def _loads(read: Sequence[CapturedTensor]) -> list[str]:
     """The lines that read vectors for one block."""
     found = [f"{index}_wide = {index}.to(tl.int64)" for index in indices(read)]
-    found += ["n = tl.arange(0, BLOCK_N, layout=tl.SliceLayout(0, SCORES))"] if any(c.in_loop for c in read) else []
-    return found + [line for c in read for line in (c.base, c.load_bounded if c.in_loop else "") if line]
+    return found + [c.load_keys if c.in_loop else c.base for c in read]
 
 
 def indices(read: Iterable[CapturedTensor]) -> tuple[str, ...]:

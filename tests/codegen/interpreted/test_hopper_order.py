@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.hopper.kernel import source
-from fxopt.ir.attention import AttentionSpec, EmptyRows
+from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
+from fxopt.ir.expression import parse
 from fxopt.testing import assert_within_budget
 from tests.codegen import emulated_gluon
 from tests.codegen.cases import Shape, operands
@@ -140,6 +141,23 @@ def placed(spec: AttentionSpec, program: int, programs: int) -> dict[str, Any]:
     exec(re.sub(r"@gluon\.jit.*\n", "", body), names)
     names["programs"] = lambda _: programs
     return names
+
+
+def test_vectors_that_scores_read_too_mask_by_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = (Capture("b--j", torch.int64), Capture("b-i-", torch.int64))
+    score, mask = parse("s * 0.125 + float(c0) * 0.1"), parse("(c0 > -50) & (c1 > 2) & (j <= i + 100)")
+    spec = AttentionSpec(score, mask, captures, empty_rows="zero", out_dtype=HALF)
+    filled = torch.tensor((128, 0, LENGTH, 1, 129, 300))
+    sizes = Shape(16, 16, LENGTH, LENGTH, 2, batch=len(filled), heads=2)
+    kept = torch.arange(LENGTH) < filled[:, None]
+    bias = torch.randint(-20, 20, (len(filled), LENGTH)).masked_fill(~kept, -100)
+    # Rows that keep nothing stand between others.
+    rows = torch.randint(0, 6, (len(filled), LENGTH)).masked_fill(torch.arange(LENGTH) < 200, 5)
+    given = [bias[:, None, None], rows[:, None, :, None]]
+    q, k, v = operands(sizes, HALF)
+    for config in CONFIGS[::2]:
+        out, _ = launch(spec, q, k, v, given, config, monkeypatch)
+        assert_within_budget(out, reference.attention(q, k, v, given, str(spec)), exact(spec, q, k, v, given))
 
 
 @pytest.mark.parametrize("rows", [False, True])

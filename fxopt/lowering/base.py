@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.metadata import version
 from threading import RLock
 from typing import Any, Final
 
@@ -40,11 +39,16 @@ def compile_base(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    from fxopt.lowering.cache_key import KeyOfFxopt
+
     _check_settings(options)
     unpadded = {"comprehensive_padding": False} if pads_what_is_merged(module.graph) else {}
     patches = {**unpadded, **(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
-    with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
+    place = "joint_custom_pre_pass"
+    patches[place] = KeyOfFxopt(patches.get(place, getattr(torch._inductor.config, place)))
+    with without_attention_patterns(), torch._inductor.config.patch(patches):
         table = _decompositions(torch._inductor.config.fallback_random)
+        # Given the patches as well, it has them when it compiles a backward, which may be later.
         compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=table)
         return compiled  # type: ignore[no-any-return]
 
@@ -113,13 +117,3 @@ def without_attention_patterns() -> Iterator[None]:
 def _is_attention_pattern(entry: Any) -> bool:
     closure = getattr(entry.extra_check, "__closure__", None) or ()
     return any(getattr(cell.cell_contents, "__module__", "") == _FUSE_ATTENTION for cell in closure)
-
-
-class _KeyOfFxopt:
-    """A pass that does nothing but keep graphs compiled by fxopt apart in Inductor's caches."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        pass
-
-    def uuid(self) -> str:
-        return f"fxopt {version('fxopt')}: attention patterns off, decompositions of its own"

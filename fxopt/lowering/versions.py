@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
 
 import torch
+
+#: The packages of fxopt, which an editable installation has in several folders.
+_PACKAGES: Final = ("fxopt", "fxopt.codegen", "fxopt.passes")
 
 
 @cache
@@ -15,6 +23,25 @@ def fingerprint(device: torch.device) -> str:
     cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
     packages = [f"{package} {_version(package)}" for package in ("fxopt", "triton")]
     return ", ".join([name, f"torch {torch.__version__}", *packages, f"cudnn {cudnn}"])
+
+
+@cache
+def source_digest() -> str:
+    """The version of fxopt and the SHA-256 of its Python files, which change without it where fxopt is developed."""
+    digest = hashlib.sha256()
+    for name, path in _sources():
+        content = path.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    return f"{_version('fxopt')} {digest.hexdigest()}"
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    """The Python files of fxopt, named by package and the path inside of it."""
+    for package in _PACKAGES:
+        spec = find_spec(package)
+        folders = map(Path, (spec.submodule_search_locations if spec else None) or ())
+        yield from ((f"{package} {path.relative_to(f)}", path) for f in folders for path in sorted(f.rglob("*.py")))
 
 
 def _version(package: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from threading import RLock
@@ -80,8 +80,22 @@ def start_base(inputs: Sequence[Any], options: Options) -> None:
             maybe_warm_pool()
 
 
+class _Table(dict[Any, Callable[..., Any]]):
+    """Decompositions that are pickled by name, since some of their functions can't be: Inductor's cache asks for it.
+
+    What they do is in its key by another way (`fxopt.lowering.cache_key`).
+    """
+
+    def __init__(self, entries: Mapping[Any, Callable[..., Any]], fallback_random: bool) -> None:
+        super().__init__(entries)
+        self._fallback_random = fallback_random
+
+    def __reduce__(self) -> tuple[Callable[[bool], _Table], tuple[bool]]:
+        return _decompositions, (self._fallback_random,)
+
+
 @lru_cache(maxsize=2)
-def _decompositions(fallback_random: bool) -> dict[Any, Any]:
+def _decompositions(fallback_random: bool) -> _Table:
     """Inductor's decompositions and our own: one table for all compilations, as PyTorch keeps what it traces by it.
 
     Inductor has two tables, by its setting ``fallback_random``.
@@ -89,7 +103,7 @@ def _decompositions(fallback_random: bool) -> dict[Any, Any]:
     from torch._inductor.decomposition import select_decomp_table
 
     usual = select_decomp_table()
-    return {**usual, **DECOMPOSITIONS, **gelu.decompositions(usual)}
+    return _Table({**usual, **DECOMPOSITIONS, **gelu.decompositions(usual)}, fallback_random)
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
 from threading import RLock
 from typing import Any, Final
 
@@ -37,16 +37,23 @@ def compile_base(
 
         return aot_eager(module, list(inputs))
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
 
-    from fxopt.lowering.cache_key import KeyOfFxopt
+    from fxopt.lowering.first_pass import FirstPass
 
     _check_settings(options)
     unpadded = {"comprehensive_padding": False} if pads_what_is_merged(module.graph) else {}
     patches = {**unpadded, **(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     place = "joint_custom_pre_pass"
-    patches[place] = KeyOfFxopt(patches.get(place, getattr(torch._inductor.config, place)))
-    with without_attention_patterns(), torch._inductor.config.patch(patches):
+    given = patches.get(place, getattr(torch._inductor.config, place))
+    with without_attention_patterns() as take_away:
+        patches[place] = FirstPass(take_away, given)
+        return _compile_fx(module, inputs, patches)
+
+
+def _compile_fx(module: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch._inductor.config.patch(patches):
         table = _decompositions(torch._inductor.config.fallback_random)
         # Given the patches as well, it has them when it compiles a backward, which may be later.
         compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=table)
@@ -83,7 +90,7 @@ def start_base(inputs: Sequence[Any], options: Options) -> None:
 class _Table(dict[Any, Callable[..., Any]]):
     """Decompositions that are pickled by name, since some of their functions can't be: Inductor's cache asks for it.
 
-    What they do is in its key by another way (`fxopt.lowering.cache_key`).
+    What they do is in its key by another way (`fxopt.lowering.first_pass`).
     """
 
     def __init__(self, entries: Mapping[Any, Callable[..., Any]], fallback_random: bool) -> None:
@@ -107,25 +114,27 @@ def _decompositions(fallback_random: bool) -> _Table:
 
 
 @contextmanager
-def without_attention_patterns() -> Iterator[None]:
-    """Inductor without its attention patterns, which accept a softmax over the wrong axis and permuted keys.
+def without_attention_patterns() -> Iterator[Callable[[], None]]:
+    """Inside, a call of what this gives takes away Inductor's attention patterns, which accept a softmax over the wrong
+    axis and permuted keys.
 
-    Sites that fxopt keeps must stay what they are; those that Inductor could rewrite rightly were rewritten before.
+    Sites that fxopt keeps must stay what they are; those that Inductor could rewrite rightly were rewritten before. The
+    call belongs before Inductor looks for patterns, and not earlier: to make them takes it half a second, which it
+    saves where the graph is in its cache.
     """
+    with _PATTERNS_LOCK, ExitStack() as put_back:
+        yield partial(_take_away, put_back)
+
+
+def _take_away(put_back: ExitStack) -> None:
     from torch._inductor.fx_passes import joint_graph
 
-    with _PATTERNS_LOCK:
-        joint_graph.lazy_init()
-        passes = [joint_graph.patterns, *joint_graph.pass_patterns]
-        saved = [(p, {key: list(entries) for key, entries in p.patterns.items()}) for p in passes]
-        try:
-            for registry, entries in saved:
-                for key, listed in entries.items():
-                    registry.patterns[key] = [e for e in listed if not _is_attention_pattern(e)]
-            yield
-        finally:
-            for registry, entries in saved:
-                registry.patterns.update(entries)
+    joint_graph.lazy_init()
+    for registry in (joint_graph.patterns, *joint_graph.pass_patterns):
+        entries = {key: list(listed) for key, listed in registry.patterns.items()}
+        put_back.callback(registry.patterns.update, entries)
+        for key, listed in entries.items():
+            registry.patterns[key] = [e for e in listed if not _is_attention_pattern(e)]
 
 
 def _is_attention_pattern(entry: Any) -> bool:

@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 import fxopt.codegen.attention.operator
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import parse
-from fxopt.lowering import cache_key
+from fxopt.lowering import first_pass
 
 _PLAIN: Final = str(AttentionSpec(parse("s * 0.25")))
 _OTHER: Final = str(AttentionSpec(parse("s * 0.5")))
@@ -58,7 +58,7 @@ class _Case:
 
 
 def _other_source() -> AbstractContextManager[Any]:
-    return patch.object(cache_key, "source_digest", lambda: "another state of the source")
+    return patch.object(first_pass, "source_digest", lambda: "another state of the source")
 
 
 CASES: Final = {

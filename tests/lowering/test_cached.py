@@ -15,7 +15,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fxopt.cache import VARIABLE
-from fxopt.lowering.cache_key import KeyOfFxopt
+from fxopt.lowering.first_pass import FirstPass
 from fxopt.lowering.versions import source_digest
 from tests.lowering.cached import CASES
 
@@ -73,15 +73,19 @@ class Named(CustomGraphPass):
         return self.name
 
 
+def _nothing() -> None:
+    pass
+
+
 def test_the_key_names_the_source_and_the_passes_of_the_user() -> None:
-    assert KeyOfFxopt(None).uuid() == ("fxopt", source_digest())
-    assert KeyOfFxopt(Named("mine")).uuid() == ("fxopt", source_digest(), "mine")
-    assert KeyOfFxopt([Named("mine"), Named("other")]).uuid() == ("fxopt", source_digest(), "mine", "other")
+    assert FirstPass(_nothing, None).uuid() == ("fxopt", source_digest())
+    assert FirstPass(_nothing, Named("mine")).uuid() == ("fxopt", source_digest(), "mine")
+    assert FirstPass(_nothing, [Named("mine"), Named("other")]).uuid() == ("fxopt", source_digest(), "mine", "other")
 
 
 @pytest.mark.parametrize("given", [Named(None), [Named("mine"), Named(None)], lambda graph: None])
 def test_nothing_is_cached_with_a_pass_that_has_no_name(given: Any) -> None:
-    assert KeyOfFxopt(given).uuid() is None
+    assert FirstPass(_nothing, given).uuid() is None
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

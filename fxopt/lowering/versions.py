@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -40,8 +41,15 @@ def _sources() -> Iterator[tuple[str, Path]]:
     """The Python files of fxopt, named by package and the path inside of it."""
     for package in _PACKAGES:
         spec = find_spec(package)
-        folders = map(Path, (spec.submodule_search_locations if spec else None) or ())
-        yield from ((f"{package} {path.relative_to(f)}", path) for f in folders for path in sorted(f.rglob("*.py")))
+        # Only the first place is the package's own: fxopt has a second one where the others lie beside it.
+        for folder in ((spec.submodule_search_locations if spec else None) or ())[:1]:
+            yield from ((f"{package}{path.removeprefix(folder)}", Path(path)) for path in _python_files(folder))
+
+
+def _python_files(folder: str) -> list[str]:
+    return sorted(
+        os.path.join(inner, name) for inner, _, names in os.walk(folder) for name in names if name.endswith(".py")
+    )
 
 
 def _version(package: str) -> str:

@@ -14,7 +14,9 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from fxopt import passes
 from fxopt.cache import VARIABLE
+from fxopt.codegen.attention import operator
 from fxopt.lowering.first_pass import FirstPass
 from fxopt.lowering.versions import source_digest
 from tests.lowering.cached import CASES
@@ -111,3 +113,12 @@ def test_the_digest_changes_with_any_source(monkeypatch: pytest.MonkeyPatch, tmp
         path.write_text(text)
         digests.add(source_digest.__wrapped__())
     assert len(digests) == 2
+
+
+def test_the_digest_reads_all_of_fxopt_and_nothing_else() -> None:
+    from fxopt.lowering import versions
+
+    found = dict(versions._sources())
+    assert {Path(module.__file__ or "") for module in (versions, operator, passes)} <= set(found.values())
+    assert all(str(path).endswith(name.removeprefix("fxopt.").removeprefix("fxopt")) for name, path in found.items())
+    assert Path(__file__) not in found.values()

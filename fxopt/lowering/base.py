@@ -119,8 +119,8 @@ def without_attention_patterns() -> Iterator[Callable[[], None]]:
     axis and permuted keys.
 
     Sites that fxopt keeps must stay what they are; those that Inductor could rewrite rightly were rewritten before. The
-    call belongs before Inductor looks for patterns, and not earlier: to make them takes it half a second, which it
-    saves where the graph is in its cache.
+    call belongs between making the patterns, which Inductor does when it needs them, not where the graph is in its
+    cache, and looking for them.
     """
     with _PATTERNS_LOCK, ExitStack() as put_back:
         yield partial(_take_away, put_back)
@@ -129,7 +129,6 @@ def without_attention_patterns() -> Iterator[Callable[[], None]]:
 def _take_away(put_back: ExitStack) -> None:
     from torch._inductor.fx_passes import joint_graph
 
-    joint_graph.lazy_init()
     for registry in (joint_graph.patterns, *joint_graph.pass_patterns):
         entries = {key: list(listed) for key, listed in registry.patterns.items()}
         put_back.callback(registry.patterns.update, entries)

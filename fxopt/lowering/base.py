@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
+from importlib import import_module
 from threading import RLock
 from typing import Any, Final
 
@@ -99,6 +100,18 @@ class _Table(dict[Any, Callable[..., Any]]):
 
     def __reduce__(self) -> tuple[Callable[[bool], _Table], tuple[bool]]:
         return _decompositions, (self._fallback_random,)
+
+
+def get_ready(options: Options) -> None:
+    """What Inductor does before its first graph, a second of Python: for the time that others compile in threads."""
+    if options.base != "inductor":
+        return
+    import_module("torch._inductor.compile_fx")
+    from torch._inductor.codecache import CacheBase, torch_key
+
+    # Both are kept, and stand in the keys of its caches.
+    torch_key()
+    CacheBase.get_system()
 
 
 @lru_cache(maxsize=2)

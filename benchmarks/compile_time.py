@@ -10,7 +10,8 @@ verification) and the rest (copies, lowering). `--goal` makes a warm start that 
 
 Whole first calls are compared too: those of fxopt, kernels built and measured, with those of the base compiler alone
 (``--base inductor`` is what users have), each with caches of its own, which are empty for *cold* (Triton's and
-Inductor's too) and left by a process before for *warm*.
+Inductor's too) and left by a process before for *warm*. What is not fxopt's own is said for each kind: seconds of the
+base compiler, seconds of building and measuring kernels, and what became of the graphs in Inductor's caches.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ CASES: Final = {
     for name, settings in _DEEP.items()
 }
 _PARTS: Final = ("capture", "passes")
+_OTHERS: Final = ("inductor", "measurement")
 _KINDS: Final = ("cold", "warm")
 #: The variables that name the folders of all caches of compiled code.
 _CACHES: Final = ("FXOPT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -63,11 +65,21 @@ _CACHES: Final = ("FXOPT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DI
 
 @dataclass
 class Compilation:
-    """Seconds of one compilation: of fxopt's own, parts of that, and of the whole first call."""
+    """Seconds of one compilation: of fxopt's own, parts of that, and of the whole first call.
+
+    ``others`` has those of the whole that are not its own: of the base compiler, and of building and measuring kernels.
+    ``cached`` says what became of the graphs in Inductor's caches, such as ``1 hit``.
+    """
 
     own: float
     parts: dict[str, float]
     first_call: float
+    others: dict[str, float]
+    cached: str
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.others.items())
+        return f"{self.own:.3f} s ({others}{self.cached and f'; Inductor has cached: {self.cached}'})"
 
 
 @dataclass
@@ -136,7 +148,7 @@ def _run(case: Case, options: argparse.Namespace, progress: Progress) -> Result:
                 kind.append(first)
                 result.again.extend(more)
                 result.nodes = found["nodes"]
-    seconds = ", ".join(f"{kind} {result.best(kind).own:.3f} s" for kind in ("cold", "warm", "again"))
+    seconds = ", ".join(f"{kind} {result.best(kind)}" for kind in ("cold", "warm", "again"))
     progress.say(f"{case.name} ({result.source}, {result.nodes} nodes): {seconds}")
     result.alone = _alone(case, options)
     both = (f"{kind} {result.best(kind).first_call:.1f} s ({min(result.alone[kind]):.1f} s)" for kind in _KINDS)
@@ -185,13 +197,23 @@ def _compile(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], base: s
     from fxopt.backend import COMPILE_SECONDS, collecting
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     COMPILE_SECONDS.update(dict.fromkeys(COMPILE_SECONDS, 0.0))
     compiled = torch.compile(model, backend="fxopt", options={"strict": True, "base": base})
     with collecting() as (outcomes, _):
         first_call = _first_call(compiled, inputs)
-    own = COMPILE_SECONDS["total"] - COMPILE_SECONDS["inductor"] - COMPILE_SECONDS["measurement"]
+    others = {part: COMPILE_SECONDS[part] for part in _OTHERS}
+    parts = {part: COMPILE_SECONDS[part] for part in _PARTS}
     nodes = sum(len(outcome.captured.graph.nodes) for outcome in outcomes)
-    return Compilation(own, {part: COMPILE_SECONDS.get(part, 0.0) for part in _PARTS}, first_call), nodes
+    own = COMPILE_SECONDS["total"] - sum(others.values())
+    return Compilation(own, parts, first_call, others, _cached()), nodes
+
+
+def _cached() -> str:
+    """What became of the graphs in Inductor's caches."""
+    found = torch._dynamo.utils.counters["aot_autograd"]
+    numbers = ((found[f"autograd_cache_{outcome}"], outcome) for outcome in ("hit", "miss", "bypass"))
+    return ", ".join(f"{number} {outcome}" for number, outcome in numbers if number)
 
 
 def _first_call(compiled: Callable[..., object], inputs: Mapping[str, torch.Tensor]) -> float:

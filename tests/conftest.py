@@ -20,6 +20,8 @@ hypothesis.settings.register_profile("fxopt", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fxopt")
 
 _SEED: Final = os.environ.get("FXOPT_TEST_SEED", "0")
+# Tests that look into a compilation need one, whatever ran before. Inductor reads this when it is imported.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 
 
 def _seed(name: str) -> None:

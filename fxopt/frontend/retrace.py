@@ -31,6 +31,7 @@ _TRANSFORMS = frozenset(f"_{kind}_increment_nesting" for kind in ("vmap", "grad"
     "_unwrap_for_grad",
 }
 _TRANSFORMED = "the graph holds a functional transform (vmap, grad, …), whose results a retrace loses"
+_CONSTANTS = frozenset({torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default})
 _IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow"})
 
 
@@ -56,6 +57,8 @@ def retrace(module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensor
 
     edits = any(_edits(node) for node in module.graph.nodes)
     traced = None if edits else _trace(repeat, inputs, fake_mode)
+    if traced is not None:
+        _undetach_constants(traced.graph)
     if traced is None or any(_mutates(node) for node in traced.graph.nodes):
         _reject_detached(module)
         traced = _trace(_functionalised(interpret), inputs, fake_mode)
@@ -79,6 +82,16 @@ def _edits(node: fx.Node) -> bool:
     if node.op == "call_method":
         return name.endswith("_") and not name.endswith("__")
     return node.op == "call_function" and (name in _IN_PLACE or "out" in node.kwargs)
+
+
+def _undetach_constants(graph: fx.Graph) -> None:
+    """``torch.tensor`` detaches, in place, the new constant that it is traced as; that has no gradient, and needs no
+    trace of every call to be made functional.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        if node.args[0].target in _CONSTANTS:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -152,10 +152,10 @@ def _left_out(site: Node, training: bool, found: list[Candidate]) -> str:
     return f"; {count} more configurations left out by the cost model" if count else ""
 
 
-def prepare(sites: Sequence[Node], training: bool) -> None:
+def prepare(sites: Sequence[Node], training: bool, meanwhile: Sequence[Callable[[], None]] = ()) -> None:
     """Compile, all at once, the kernels that `choose` will measure for ``sites``: those of sites alike once, and none
     for a site whose decision is in the cache. Meanwhile the other candidates run for the first time: some of PyTorch's
-    kernels are built then as well.
+    kernels are built then as well. Calls to make ``meanwhile`` are made after that, if there is anything to compile.
     """
     start = time.perf_counter()
     asked: dict[str, tuple[Node, list[Candidate]]] = {}
@@ -165,7 +165,8 @@ def prepare(sites: Sequence[Node], training: bool) -> None:
             asked.setdefault(_key(site, training, found), (site, found))
     undecided = [pair for key, pair in asked.items() if read_seconds(key, pair[1]) is None]
     others = [(site, c) for site, found in undecided for c in found if c.family != "triton"]
-    build(undecided, training, [partial(_first_run, site, candidate, training) for site, candidate in others])
+    runs = [partial(_first_run, site, candidate, training) for site, candidate in others]
+    build(undecided, training, [*runs, *meanwhile])
     MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
 
 

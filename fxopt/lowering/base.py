@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
+from importlib import import_module
 from threading import RLock
 from typing import Any, Final
 
@@ -38,13 +38,25 @@ def compile_base(
 
         return aot_eager(module, list(inputs))
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+
+    from fxopt.lowering.first_pass import FirstPass
 
     _check_settings(options)
     unpadded = {"comprehensive_padding": False} if pads_what_is_merged(module.graph) else {}
     patches = {**unpadded, **(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
-    with without_attention_patterns(), torch._inductor.config.patch(joint_custom_pre_pass=_KeyOfFxopt()):
+    place = "joint_custom_pre_pass"
+    given = patches.get(place, getattr(torch._inductor.config, place))
+    with without_attention_patterns() as take_away:
+        patches[place] = FirstPass(take_away, given)
+        return _compile_fx(module, inputs, patches)
+
+
+def _compile_fx(module: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch._inductor.config.patch(patches):
         table = _decompositions(torch._inductor.config.fallback_random)
+        # Given the patches as well, it has them when it compiles a backward, which may be later.
         compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=table)
         return compiled  # type: ignore[no-any-return]
 
@@ -76,8 +88,34 @@ def start_base(inputs: Sequence[Any], options: Options) -> None:
             maybe_warm_pool()
 
 
+class _Table(dict[Any, Callable[..., Any]]):
+    """Decompositions that are pickled by name, since some of their functions can't be: Inductor's cache asks for it.
+
+    What they do is in its key by another way (`fxopt.lowering.first_pass`).
+    """
+
+    def __init__(self, entries: Mapping[Any, Callable[..., Any]], fallback_random: bool) -> None:
+        super().__init__(entries)
+        self._fallback_random = fallback_random
+
+    def __reduce__(self) -> tuple[Callable[[bool], _Table], tuple[bool]]:
+        return _decompositions, (self._fallback_random,)
+
+
+def get_ready(options: Options) -> None:
+    """What Inductor does before its first graph, a second of Python: for the time that others compile in threads."""
+    if options.base != "inductor":
+        return
+    import_module("torch._inductor.compile_fx")
+    from torch._inductor.codecache import CacheBase, torch_key
+
+    # Both are kept, and stand in the keys of its caches.
+    torch_key()
+    CacheBase.get_system()
+
+
 @lru_cache(maxsize=2)
-def _decompositions(fallback_random: bool) -> dict[Any, Any]:
+def _decompositions(fallback_random: bool) -> _Table:
     """Inductor's decompositions and our own: one table for all compilations, as PyTorch keeps what it traces by it.
 
     Inductor has two tables, by its setting ``fallback_random``.
@@ -85,41 +123,32 @@ def _decompositions(fallback_random: bool) -> dict[Any, Any]:
     from torch._inductor.decomposition import select_decomp_table
 
     usual = select_decomp_table()
-    return {**usual, **DECOMPOSITIONS, **gelu.decompositions(usual)}
+    return _Table({**usual, **DECOMPOSITIONS, **gelu.decompositions(usual)}, fallback_random)
 
 
 @contextmanager
-def without_attention_patterns() -> Iterator[None]:
-    """Inductor without its attention patterns, which accept a softmax over the wrong axis and permuted keys.
+def without_attention_patterns() -> Iterator[Callable[[], None]]:
+    """Inside, a call of what this gives takes away Inductor's attention patterns, which accept a softmax over the wrong
+    axis and permuted keys.
 
-    Sites that fxopt keeps must stay what they are; those that Inductor could rewrite rightly were rewritten before.
+    Sites that fxopt keeps must stay what they are; those that Inductor could rewrite rightly were rewritten before. The
+    call belongs between making the patterns, which Inductor does when it needs them, not where the graph is in its
+    cache, and looking for them.
     """
+    with _PATTERNS_LOCK, ExitStack() as put_back:
+        yield partial(_take_away, put_back)
+
+
+def _take_away(put_back: ExitStack) -> None:
     from torch._inductor.fx_passes import joint_graph
 
-    with _PATTERNS_LOCK:
-        joint_graph.lazy_init()
-        passes = [joint_graph.patterns, *joint_graph.pass_patterns]
-        saved = [(p, {key: list(entries) for key, entries in p.patterns.items()}) for p in passes]
-        try:
-            for registry, entries in saved:
-                for key, listed in entries.items():
-                    registry.patterns[key] = [e for e in listed if not _is_attention_pattern(e)]
-            yield
-        finally:
-            for registry, entries in saved:
-                registry.patterns.update(entries)
+    for registry in (joint_graph.patterns, *joint_graph.pass_patterns):
+        entries = {key: list(listed) for key, listed in registry.patterns.items()}
+        put_back.callback(registry.patterns.update, entries)
+        for key, listed in entries.items():
+            registry.patterns[key] = [e for e in listed if not _is_attention_pattern(e)]
 
 
 def _is_attention_pattern(entry: Any) -> bool:
     closure = getattr(entry.extra_check, "__closure__", None) or ()
     return any(getattr(cell.cell_contents, "__module__", "") == _FUSE_ATTENTION for cell in closure)
-
-
-class _KeyOfFxopt:
-    """A pass that does nothing but keep graphs compiled by fxopt apart in Inductor's caches."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        pass
-
-    def uuid(self) -> str:
-        return f"fxopt {version('fxopt')}: attention patterns off, decompositions of its own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator as python_operator
+from functools import partial
 from typing import Final
 
 import torch
@@ -15,6 +16,7 @@ from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.lowering import mlp, residual_norm
 from fxopt.lowering.attention import choose, prepare
+from fxopt.lowering.base import get_ready
 from fxopt.lowering.candidate import DRAW_SEED, SEED_RANGE, Candidate, seed_options
 from fxopt.lowering.probe import Base
 from fxopt.rewriter.builder import Builder
@@ -42,7 +44,7 @@ def lower(
     # Candidates that draw random numbers do so when they are measured; the program's own must not depend on that.
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         if option == "auto":
-            prepare(sites, training)
+            prepare(sites, training, [partial(get_ready, (base or Base()).options)])
         decisions = [_lower_site(lowered, site, choose(site, training, option, strict)) for site in sites]
         for kind, site in pieces:
             decisions.append(_lower_site(lowered, site, kind.choose(site, training, option, strict, base)))

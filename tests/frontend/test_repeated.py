@@ -171,6 +171,46 @@ def test_a_hidden_edit_in_place_is_made_functional() -> None:
     _both(function, torch.randn(3))
 
 
+def test_a_constant_made_in_the_graph_is_no_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As masks are made: ``torch.where(mask, torch.tensor(0.0), lowest)``."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.where(x > 0, torch.tensor(0.0), x) + torch.tensor([1.0, 2.0, 3.0])
+
+    monkeypatch.setattr(frontend, "_functionalised", lambda _: pytest.fail("traced twice"))
+    graph, _ = _graph(function, torch.randn(3))
+    assert not any("detach" in target for _, target, *_ in graph)
+    _agrees(function)
+
+
+def test_an_edit_of_a_constant_made_in_the_graph_is_made_functional() -> None:
+    def function(x: Tensor) -> Tensor:
+        constant = torch.tensor([-1.0, 2.0, 3.0])
+        return F.relu(constant, inplace=True) + constant + x.exp()
+
+    graph, _ = _graph(function, torch.randn(3))
+    assert not any(target.rpartition(".")[0].endswith("_") for _, target, *_ in graph)
+    _agrees(function)
+
+
+def test_detaching_in_place_what_has_a_gradient_stays() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x.exp().detach_() * x
+
+    _agrees(function)
+
+
+def _agrees(function: Function) -> None:
+    """Values, and gradients, are the function's own, call after call."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="fxopt", options={"base": "aot_eager", "strict": True})
+    for _ in range(2):
+        x = torch.randn(3, requires_grad=True)
+        expected, found = function(x), compiled(x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(result.sum(), x) for result in (found, expected)))
+
+
 def test_outside_of_a_trace_there_is_nothing_to_repeat() -> None:
     module = fx.symbolic_trace(nn.Linear(2, 2))
     with pytest.raises(AssertionError, match="outside of a trace"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.codecache import CacheBase
 from torch.fx import Node
 
 import fxopt.codegen.meanings  # noqa: F401 - canonical operators get their meaning
@@ -28,6 +29,7 @@ from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.lowering import attention
 from fxopt.lowering.attention import candidates, choose, prepare
+from fxopt.lowering.base import get_ready
 from fxopt.lowering.building import build
 from fxopt.lowering.options import Options
 from tests.codegen.offline import Compiled, compiler
@@ -206,6 +208,18 @@ def test_other_candidates_run_once_meanwhile(compiled: list[Compiled], monkeypat
     others = {site: [c.name for c in candidates(site, False)[0] if c.family != "triton"] for site in sites}
     assert ran == [(site, name) for site in (sites[0], sites[2]) for name in others[site]]
     assert any("aten" in name for _, name in ran)
+
+
+def test_the_base_gets_ready_while_others_compile(compiled: list[Compiled]) -> None:
+    calls: list[int] = []
+    _, sites = rewritten(layers, operands(width=16))
+    for site in (sites[0], sites[2]):
+        prepare(sites, training=False, meanwhile=[lambda: calls.append(len(compiled))])
+        cache.write_json("decisions", attention._key(site, False, candidates(site, False)[0]), {"seconds": {"aten": 1}})
+    prepare(sites, training=False, meanwhile=[lambda: pytest.fail("there is nothing to compile")])
+    assert len(calls) == 2
+    get_ready(Options())
+    assert CacheBase.get_system.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -12,12 +12,13 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from fxopt.ir.attention import read_spec
 from fxopt.passes.linear_attention.capture import Isolated, attentions
 from fxopt.rewriter.progressive import Call
 
 
 def optional(captured: Isolated) -> tuple[int, ...]:
-    """The places, among the flattened arguments, of tensors that attentions read beside queries, keys and values alone.
+    """The places, among the flattened arguments, of tensors from which attentions get their masks, and nothing else.
 
     Args:
         captured: of one module, canonical, its attentions still there.
@@ -27,10 +28,16 @@ def optional(captured: Isolated) -> tuple[int, ...]:
     bound, sites = program.signature.bound, attentions(program)
     inputs = [node for node in program.graph.find_nodes(op="placeholder") if node.name not in bound]
     mixed = _behind(x for site in sites for x in site.args[:3])
-    beside = _behind(x for site in sites for x in site.args[3])  # type: ignore[union-attr]
+    beside = _behind(x for site in sites for x in _masks(site))
     count = len(inputs) + len(captured.constants)
     places = [place for place in range(count) if place not in captured.constants]
     return tuple(place for place, x in zip(places, inputs, strict=True) if x in beside and x not in mixed)
+
+
+def _masks(site: Node) -> list[object]:
+    """What an attention captures, without what differs by head and not by sequence: that is a bias."""
+    dims = [capture.dims for capture in read_spec(str(site.args[4])).captures]
+    return [x for x, axes in zip(site.args[3], dims, strict=True) if axes[:2] != "-h"]  # type: ignore[arg-type]
 
 
 def choices(places: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from torch.fx import Node
 
-from fxopt.errors import OptionError
 from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.expression import Expr, S, call, conjuncts
 from fxopt.ir.nodes import same_size, shape
@@ -85,19 +84,6 @@ def prove(site: Node, drop: tuple[str, ...]) -> Proof:
         return Proof(unread=unread)
     unproved = any(mask.unproved for mask in kept.keys)
     return Proof(kept.causal, bool(kept.keys), unread, unproved, biased=_BIAS in kept.dropped)
-
-
-def read_drop(drop: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The option ``drop`` as a tuple.
-
-    Raises:
-        OptionError: it names something else.
-    """
-    names = (drop,) if isinstance(drop, str) else tuple(drop)
-    for name in names:
-        if name not in DROPPABLE:
-            raise OptionError(f"drop={name!r} is not possible; what can be given up: {', '.join(DROPPABLE)}")
-    return names
 
 
 def read_attention(site: Node, drop: tuple[str, ...], proof: Proof) -> Kept | str:

@@ -6,7 +6,7 @@ tensor. transformers, for one, gives masks to a captured model that a running mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch.fx import Node
@@ -17,8 +17,10 @@ from fxopt.passes.linear_attention.capture import Isolated, attentions
 from fxopt.rewriter.progressive import Call
 
 
-def optional(captured: Isolated) -> tuple[int, ...]:
+def optional(captured: Isolated) -> dict[int, bool]:
     """The places, among the flattened arguments, of tensors from which attentions get their masks, and nothing else.
+
+    Each with whether it hides the same keys from all queries.
 
     Args:
         captured: of one module, canonical, its attentions still there.
@@ -28,21 +30,24 @@ def optional(captured: Isolated) -> tuple[int, ...]:
     bound, sites = program.signature.bound, attentions(program)
     inputs = [node for node in program.graph.find_nodes(op="placeholder") if node.name not in bound]
     mixed = _behind(x for site in sites for x in site.args[:3])
-    beside = _behind(x for site in sites for x in _masks(site))
+    masks = [mask for site in sites for mask in _masks(site)]
+    beside, of_pairs = _behind(x for x, _ in masks), _behind(x for x, axes in masks if axes[2] != "-")
     count = len(inputs) + len(captured.constants)
     places = [place for place in range(count) if place not in captured.constants]
-    return tuple(place for place, x in zip(places, inputs, strict=True) if x in beside and x not in mixed)
+    named = zip(places, inputs, strict=True)
+    return {place: x not in of_pairs for place, x in named if x in beside and x not in mixed}
 
 
-def _masks(site: Node) -> list[object]:
-    """What an attention captures, without what differs by head and not by sequence: that is a bias."""
+def _masks(site: Node) -> list[tuple[object, str]]:
+    """What an attention captures, by which axes, without what differs by head and not by sequence: that is a bias."""
     dims = [capture.dims for capture in read_spec(str(site.args[4])).captures]
-    return [x for x, axes in zip(site.args[3], dims, strict=True) if axes[:2] != "-h"]  # type: ignore[arg-type]
+    given = zip(site.args[3], dims, strict=True)  # type: ignore[arg-type]
+    return [(x, axes) for x, axes in given if axes[:2] != "-h"]
 
 
-def choices(places: tuple[int, ...]) -> list[tuple[int, ...]]:
+def choices(places: Sequence[int]) -> list[tuple[int, ...]]:
     """Which of them a call may be without: each alone, and all."""
-    return list(dict.fromkeys([*((place,) for place in places), *([places] if places else [])]))
+    return list(dict.fromkeys([*((place,) for place in places), *([tuple(places)] if places else [])]))
 
 
 def without(call: Call, places: Collection[int]) -> Call:

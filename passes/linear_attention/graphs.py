@@ -57,24 +57,24 @@ class Making:
         given = self._pair(self.call, evaluated, proofs)
         if isinstance(given, str):
             return given
-        bare = {places: self._without(places, proofs) for places in choices(masks)}
+        bare = {places: self._without(places, _left(proofs, masks, places)) for places in choices(tuple(masks))}
         told = {places: pair for places, pair in bare.items() if isinstance(pair, str)}
         made = {places: pair for places, pair in bare.items() if not isinstance(pair, str)}
         trained, evaluating = ({**told, **{places: pair[n] for places, pair in made.items()}} for n in (0, 1))
         return Graphs(given[0], trained), Graphs(given[1], evaluating)
 
     def _without(self, places: tuple[int, ...], proofs: tuple[Proof, ...]) -> tuple[Captured, Captured] | str:
-        """The graphs for calls with ``None`` at ``places``, where the module alone says what it attends to."""
+        """The graphs for calls with ``None`` at ``places``, or why there are none."""
         call = without(self.call, places)
         evaluated = isolated(self.module, call, training=False, lengths=self.lengths)
-        if isinstance(evaluated, str):
-            return f"without which {evaluated}; give it a mask that hides nothing"
+        pair = evaluated if isinstance(evaluated, str) else self._bare(call, evaluated, proofs)
+        return f"without which {pair}; give it a mask that hides nothing" if isinstance(pair, str) else pair
+
+    def _bare(self, call: Call, evaluated: Isolated, proofs: tuple[Proof, ...]) -> tuple[Captured, Captured] | str:
         evaluated = replace(evaluated, program=canonical(evaluated.program))
-        forms = self._forms(evaluated.program, _alone(proofs))
+        forms = self._forms(evaluated.program, proofs)
         objection = forms if isinstance(forms, str) else _grid_objection(forms)
-        if objection:
-            return f"without which {objection}; give it a mask"
-        return self._pair(call, evaluated, _alone(proofs))
+        return objection or self._pair(call, evaluated, proofs)
 
     def _pair(self, call: Call, evaluated: Isolated, proofs: tuple[Proof, ...]) -> tuple[Captured, Captured] | str:
         training = self._training(call, evaluated)
@@ -113,8 +113,10 @@ class Making:
         return [replace(f, kept=kept) for f, kept in zip(self.forms, read, strict=True) if isinstance(kept, Kept)]
 
 
-def _alone(proofs: tuple[Proof, ...]) -> tuple[Proof, ...]:
-    """What stays proved where masks are missing that the model's program has."""
+def _left(proofs: tuple[Proof, ...], masks: Mapping[int, bool], places: tuple[int, ...]) -> tuple[Proof, ...]:
+    """What stays proved without the ``masks`` at ``places``: whether the others are causal, if these never were."""
+    if all(masks[place] for place in places):
+        return tuple(replace(proof, padded=False) for proof in proofs)
     return tuple(Proof(unread=proof.unread) for proof in proofs)
 
 

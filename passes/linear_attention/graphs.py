@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,7 @@ class Making:
         if isinstance(given, str):
             return given
         bare = {places: self._without(places, _left(proofs, masks, places)) for places in choices(tuple(masks))}
-        told = {places: pair for places, pair in bare.items() if isinstance(pair, str)}
-        made = {places: pair for places, pair in bare.items() if not isinstance(pair, str)}
-        trained, evaluating = ({**told, **{places: pair[n] for places, pair in made.items()}} for n in (0, 1))
-        return Graphs(given[0], trained), Graphs(given[1], evaluating)
+        return Graphs(given[0], _of_mode(bare, 0)), Graphs(given[1], _of_mode(bare, 1))
 
     def _without(self, places: tuple[int, ...], proofs: tuple[Proof, ...]) -> tuple[Captured, Captured] | str:
         """The graphs for calls with ``None`` at ``places``, or why there are none."""
@@ -111,6 +109,12 @@ class Making:
         if objections:
             return objections[0]
         return [replace(f, kept=kept) for f, kept in zip(self.forms, read, strict=True) if isinstance(kept, Kept)]
+
+
+def _of_mode(
+    pairs: Mapping[tuple[int, ...], tuple[Captured, Captured] | str], mode: Literal[0, 1]
+) -> dict[tuple[int, ...], Captured | str]:
+    return {places: pair if isinstance(pair, str) else pair[mode] for places, pair in pairs.items()}
 
 
 def _left(proofs: tuple[Proof, ...], masks: Mapping[int, bool], places: tuple[int, ...]) -> tuple[Proof, ...]:

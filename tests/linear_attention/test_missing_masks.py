@@ -31,7 +31,7 @@ class Later(Heads):
 class Both(Heads):
     """Takes a mask of keys, and one of pairs."""
 
-    def forward(self, x: Tensor, keep: Tensor | None = None, pairs: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, keep: Tensor | None = None, pairs: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scores = q @ k.mT * 0.5
         if keep is not None:

@@ -144,6 +144,7 @@ class Summed(Relative):
     """Adds its positions, and a mask of numbers as it comes."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        assert mask is not None
         return (q @ k.mT + self.bias + mask).softmax(-1) @ v
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.errors import OptionError
 from fxopt.ir.linear_attention import EPS
 from fxopt.ir.site import Tier
-from fxopt.passes.linear_attention.meaning import Kept, read_drop
+from fxopt.passes.linear_attention.meaning import Kept
 from fxopt.passes.linear_attention.module import Transition
+from fxopt.passes.linear_attention.options import check_count, check_positive, read_drop, read_names
 from fxopt.passes.linear_attention.swap import Plan, Swap, swap_attentions
 from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
@@ -41,7 +41,7 @@ class LinearAttention(Trainable):
         eps: added to the sum of a row's weights.
 
     Raises:
-        OptionError: an option out of range, or a pattern that fits no attention.
+        OptionError: an option of another type or out of range, or a pattern that fits no attention.
     """
 
     name: ClassVar[str] = "linear-attention"
@@ -58,15 +58,14 @@ class LinearAttention(Trainable):
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name}={getattr(self, name)} is not possible; give 0 or more optimiser steps")
-        if not self.eps > 0:
-            raise OptionError(f"eps={self.eps} is not possible; give a number above 0")
+            check_count(name, getattr(self, name), "0 or more optimiser steps")
+        check_positive("eps", self.eps)
+        read_names("select", self.select)
         read_drop(self.drop)
 
     def prepare(self, student: Student) -> Preparation:
         """Exchange the attentions of ``student`` in place."""
-        select = (self.select,) if isinstance(self.select, str) else tuple(self.select)
+        select = read_names("select", self.select)
         transition = Transition(self.steps, self.warmup)
         swap = Swap(self.name, select, read_drop(self.drop), self.eps, transition, lengths=True, plan=_plan)
         return swap_attentions(student, swap)

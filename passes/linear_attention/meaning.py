@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from torch.fx import Node
 
-from fxopt.errors import OptionError
 from fxopt.ir.attention import AttentionSpec, read_spec
 from fxopt.ir.expression import Expr, S, call, conjuncts
 from fxopt.ir.nodes import same_size, shape
@@ -19,6 +18,8 @@ from fxopt.ir.operators import overload
 DROPPABLE: Final = ("bias", "mask")
 #: What is added to the scores of hidden keys is no more.
 HIDDEN: Final = -1000.0
+#: A bias that does not stay, in reports.
+_BIAS: Final = "its bias"
 _CAUSAL: Final = frozenset({"(j <= i)", "(i >= j)", "(j <= (i + (Sk - Sq)))", "(j <= ((Sk - Sq) + i))"})
 
 
@@ -65,34 +66,24 @@ class Proof:
         padded: whether there is a mask of keys.
         unread: whether nobody reads its weights.
         unproved: whether the numbers of a mask of keys, one of sequences, are known only when the mask is there.
+        biased: whether a bias is given up beside its mask.
     """
 
     causal: bool | None = None
     padded: bool = False
     unread: bool = False
     unproved: bool = False
+    biased: bool = False
 
 
-def prove(site: Node) -> Proof:
+def prove(site: Node, drop: tuple[str, ...]) -> Proof:
     """What the program of the whole model, to which the canonical attention ``site`` belongs, says of it."""
-    kept = read_attention(site, (), Proof(unread=True))
+    kept = read_attention(site, tuple(kind for kind in drop if kind == "bias"), Proof(unread=True))
     unread = not weight_readers(site)
     if isinstance(kept, str):
         return Proof(unread=unread)
-    return Proof(kept.causal, bool(kept.keys), unread, any(mask.unproved for mask in kept.keys))
-
-
-def read_drop(drop: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The option ``drop`` as a tuple.
-
-    Raises:
-        OptionError: it names something else.
-    """
-    names = (drop,) if isinstance(drop, str) else tuple(drop)
-    for name in names:
-        if name not in DROPPABLE:
-            raise OptionError(f"drop={name!r} is not possible; what can be given up: {', '.join(DROPPABLE)}")
-    return names
+    unproved = any(mask.unproved for mask in kept.keys)
+    return Proof(kept.causal, bool(kept.keys), unread, unproved, biased=_BIAS in kept.dropped)
 
 
 def read_attention(site: Node, drop: tuple[str, ...], proof: Proof) -> Kept | str:
@@ -108,10 +99,11 @@ def read_attention(site: Node, drop: tuple[str, ...], proof: Proof) -> Kept | st
     objection = _objection(site, spec, proof)
     if objection:
         return objection
-    masks, lost, keeping = _Masks(spec, captures, proof), [], list(conjuncts(spec.mask))
-    for kind, term in _added_terms(spec):
-        keeping += conjuncts(condition) if (condition := _condition(term)) is not None else ()
-        if condition is not None or masks.add(term, droppable=kind in drop):
+    masks, lost = _Masks(spec, captures, proof), []
+    added, conditions = _added_terms(spec)
+    keeping = [*conjuncts(spec.mask), *conditions]
+    for kind, term in added:
+        if masks.add(term, droppable=kind in drop):
             continue
         if kind not in drop:
             return _added_objection(kind, spec)
@@ -128,18 +120,24 @@ def read_attention(site: Node, drop: tuple[str, ...], proof: Proof) -> Kept | st
     causal = causal or (masks.opaque > 0 and bool(proof.causal))
     assumed = ("causal" if causal else "one of keys") if masks.opaque else ""
     keys = tuple(masks.found.values())
+    if "mask" not in drop and proof.biased and ((proof.causal and not causal) or (proof.padded and not keys)):
+        return f"numbers are added to its scores ({spec.score}) of which none can be told to be its mask, not its bias"
     padded = len(keys) > masks.opaque or (bool(keys) and proof.padded)
     return Kept(causal, keys, padded, tuple(dict.fromkeys(lost)), assumed)
 
 
-def _condition(term: Expr) -> Expr | None:
-    """Where a term that is added to scores hides no key, if it is 0 there and far below 0 elsewhere."""
-    if term.op != "where" or any(arg.op != "const" for arg in term.args[1:]):
+def _hiding(term: Expr) -> tuple[Expr, Expr] | None:
+    """Where a term that is added to scores hides no key, if it is far below 0 elsewhere, and what it adds there."""
+    if term.op != "where":
         return None
-    chosen, other = (float(arg.value or 0) for arg in term.args[1:])
-    if chosen == 0 and other <= HIDDEN:
-        return term.args[0]
-    return call("not", term.args[0]) if other == 0 and chosen <= HIDDEN else None
+    condition, chosen, other = term.args
+    if _is_hidden(other):
+        return condition, chosen
+    return (call("not", condition), other) if _is_hidden(chosen) else None
+
+
+def _is_hidden(term: Expr) -> bool:
+    return term.op == "const" and float(term.value or 0) <= HIDDEN
 
 
 class _Masks:
@@ -167,6 +165,8 @@ class _Masks:
         opaque = not proved and self._proof.causal is not None and capture.dims[-1] == "j"
         # What holds such numbers, alone or merged with another mask, must be checked when it comes.
         opaque = opaque and not (self._proof.unproved and capture.dims[0] != "-")
+        # What is given up beside a mask is none.
+        opaque = opaque and not (self._proof.biased and droppable)
         unproved = not proved and not opaque and capture.kind == "float" and of_sequences and not droppable
         if term not in self.found and (proved or opaque or unproved):
             self.found[term] = KeyMask(self._captures[number], hides, unproved)
@@ -217,11 +217,25 @@ def _is_scaled(term: Expr) -> bool:
     return len(numbers) == len(scores) == 1 and (term.op == "mul" or term.args[1].op == "const")
 
 
-def _added_terms(spec: AttentionSpec) -> Iterator[tuple[str, Expr]]:
-    """Each term that is added to the scores, besides numbers, and whether it is a ``"bias"`` or a ``"mask"``."""
-    for term in _terms(spec.score):
-        if term.reads(S) or term.op == "const":
-            continue
-        read = [spec.captures[int(node.value or 0)] for node in term.walk() if node.op == "capture"]
-        of_sequence = any(capture.dims[0] != "-" for capture in read) or term.reads(Expr("symbol", value="b"))
-        yield "mask" if of_sequence else "bias", term
+def _added_terms(spec: AttentionSpec) -> tuple[list[tuple[str, Expr]], list[Expr]]:
+    """Each term that is added to the scores, besides numbers, with whether it is a ``"bias"`` or a ``"mask"``; and the
+    conditions under which they hide no key.
+    """
+    found: list[tuple[str, Expr]] = []
+    conditions: list[Expr] = []
+    waiting = [term for term in _terms(spec.score) if not term.reads(S)]
+    while waiting:
+        term = waiting.pop(0)
+        hiding = _hiding(term)
+        if hiding is not None:
+            conditions += conjuncts(hiding[0])
+            waiting += _terms(hiding[1])
+        elif term.op != "const":
+            found.append((_kind(term, spec), term))
+    return found, conditions
+
+
+def _kind(term: Expr, spec: AttentionSpec) -> str:
+    read = [spec.captures[int(node.value or 0)] for node in term.walk() if node.op == "capture"]
+    of_sequence = any(capture.dims[0] != "-" for capture in read) or term.reads(Expr("symbol", value="b"))
+    return "mask" if of_sequence else "bias"

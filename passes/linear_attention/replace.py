@@ -27,10 +27,6 @@ _NO_MASK = (
     "a mask of keys holds numbers that are neither 0 nor far below it, which linear attention can't add to scores; "
     "drop='mask' leaves it out"
 )
-#: How a mask of keys is read where it is one number for all keys.
-_OF_MASKS = (
-    aten.select.int, aten.slice.Tensor, aten.expand.default, aten.gt.Scalar, aten.unsqueeze.default, aten.alias.default,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,34 +52,39 @@ class Form:
 class Argument:
     """What an argument of a captured call has to be: a tensor of ``sizes`` (``None``: any), or else ``constant``.
 
-    One that is not ``read`` may be anything. A ``mask`` of keys may be ``None``, for all keys; it has this dtype. What
-    is given ``again`` has the sizes of the tensor at that place among the tensors.
+    One that is not ``read`` may be anything. What is given ``again`` has the sizes of the tensor at that place among
+    the tensors.
     """
 
     sizes: tuple[int | None, ...] | None = None
     constant: Any = None
     read: bool = True
-    mask: torch.dtype | None = None
     again: int | None = None
 
 
 @dataclass(frozen=True)
-class Captured:
-    """A graph that runs: its inputs are ``bound`` to the module's state by name, or are those of a call (``None``).
+class Calling:
+    """How a captured graph, which takes flat inputs and gives flat results, is called.
 
     Attributes:
-        module: the graph; it takes flat inputs and gives flat results.
-        bound: for each input what it is.
+        bound: for each input the name of the module's state that it is, or ``None`` for those of a call.
         arguments: what each flattened argument of a call has to be.
         in_spec: how the arguments of a call are flattened.
         out_spec: how results are.
     """
 
-    module: fx.GraphModule
     bound: tuple[str | None, ...]
     arguments: tuple[Argument, ...]
     in_spec: Any
     out_spec: Any
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph that runs, and how it is called."""
+
+    module: fx.GraphModule
+    calling: Calling
 
 
 def replace_attentions(
@@ -116,11 +117,12 @@ def replace_attentions(
     constants = captured.constants
     places = range(len(tensors) + len(constants))
     arguments = tuple(Argument(constant=constants[n]) if n in constants else next(rest) for n in places)
-    return Captured(program.generated(), names, arguments, captured.in_spec, program.signature.out_spec)
+    calling = Calling(names, arguments, captured.in_spec, program.signature.out_spec)
+    return Captured(program.generated(), calling)
 
 
 def _read_sizes_early(program: Program, tensors: list[Node]) -> None:
-    """Read every size of the first argument that has it: a mask behind it may be missing in other calls."""
+    """Read every size of the first argument that has it: what is read of no other way may be anything."""
     for node in program.graph.find_nodes(op="call_function", target=aten.sym_size.int):
         places = ((x, axis) for x in tensors for axis, size in enumerate(shape(x)) if not isinstance(size, int))
         node.args = next((p for p in places if same_size(shape(p[0])[p[1]], node.meta["val"])), node.args)
@@ -128,19 +130,7 @@ def _read_sizes_early(program: Program, tensors: list[Node]) -> None:
 
 def _argument(node: Node, again: int | None) -> Argument:
     sizes = tuple(size if isinstance(size, int) else None for size in shape(node))
-    mask = tensor(node).dtype if node.users and _is_mask(node) and len(sizes) == 4 else None
-    return Argument(sizes, read=bool(node.users), mask=mask, again=again)
-
-
-def _is_mask(node: Node) -> bool:
-    """Whether ``node`` is read as a mask of keys, and in no other way."""
-
-    def reads(user: Node, operand: Node) -> bool:
-        if user.target is overload("linear_attention"):
-            return user.args[4] is operand and operand not in user.args[:4]
-        return user.target in _OF_MASKS and user.args[0] is operand and _is_mask(user)
-
-    return all(reads(user, node) for user in node.users)
+    return Argument(sizes, read=bool(node.users), again=again)
 
 
 class _Inputs:
@@ -171,12 +161,18 @@ def _replace(program: Program, site: Node, form: Form, inputs: _Inputs, blended:
     with builder.before(site.next):
         new = _call(builder, site, form, inputs)
         if blended:
-            moved = builder.call(aten.mul.Tensor, builder.call(aten.sub.Tensor, site, new), inputs[SHARE])
-            new = builder.call(aten.add.Tensor, new, moved)
+            new = _blend(builder, site, new, inputs[SHARE])
     for reader in readers:
         reader.replace_input_with(site, new)
     if not site.users:
         program.graph.erase_node(site)
+
+
+def _blend(builder: Builder, site: Node, new: Node, share: Node) -> Node:
+    """``λ·site + (new − λ·new)``: where ``λ`` is 1 or 0, exactly one of the two."""
+    old = builder.call(aten.mul.Tensor, site, share)
+    rest = builder.call(aten.sub.Tensor, new, builder.call(aten.mul.Tensor, new, share))
+    return builder.call(aten.add.Tensor, old, rest)
 
 
 def results_of_weights(program: Program) -> frozenset[int]:

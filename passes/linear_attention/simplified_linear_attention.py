@@ -9,12 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 from torch.fx import Node
 
-from fxopt.errors import OptionError
 from fxopt.ir.linear_attention import EPS
 from fxopt.ir.nodes import shape
 from fxopt.ir.site import Tier
-from fxopt.passes.linear_attention.meaning import Kept, read_drop
+from fxopt.passes.linear_attention.meaning import Kept
 from fxopt.passes.linear_attention.module import Transition
+from fxopt.passes.linear_attention.options import check_count, check_positive, check_side, read_drop, read_names
 from fxopt.passes.linear_attention.swap import Plan, Swap, swap_attentions
 from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
@@ -57,7 +57,7 @@ class SimplifiedLinearAttention(Trainable):
         eps: added to the sum of a row's weights.
 
     Raises:
-        OptionError: an option out of range, or a pattern that fits no attention.
+        OptionError: an option of another type or out of range, or a pattern that fits no attention.
     """
 
     name: ClassVar[str] = "simplified-linear-attention"
@@ -75,18 +75,16 @@ class SimplifiedLinearAttention(Trainable):
     eps: float = EPS
 
     def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise OptionError(f"kernel={self.kernel} is not possible; give an odd side, such as 5")
+        check_side("kernel", self.kernel)
         for name in ("class_tokens", "steps", "warmup"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name}={getattr(self, name)} is not possible; give 0 or more")
-        if not self.eps > 0:
-            raise OptionError(f"eps={self.eps} is not possible; give a number above 0")
+            check_count(name, getattr(self, name))
+        check_positive("eps", self.eps)
+        read_names("select", self.select)
         read_drop(self.drop)
 
     def prepare(self, student: Student) -> Preparation:
         """Exchange the attentions of ``student`` in place."""
-        select = (self.select,) if isinstance(self.select, str) else tuple(self.select)
+        select = read_names("select", self.select)
         transition = Transition(self.steps, self.warmup)
         swap = Swap(self.name, select, read_drop(self.drop), self.eps, transition, lengths=False, plan=self._plan)
         return swap_attentions(student, swap)

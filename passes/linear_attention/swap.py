@@ -12,19 +12,13 @@ from torch.fx import Node
 
 from fxopt.errors import OptionError
 from fxopt.ir.nodes import source, tensor
-from fxopt.ir.program import Program
 from fxopt.ir.site import Site
+from fxopt.passes.linear_attention.calling import CapturedCalls
 from fxopt.passes.linear_attention.capture import Isolated, attentions, canonical, isolated
+from fxopt.passes.linear_attention.graphs import Making
 from fxopt.passes.linear_attention.meaning import Kept, Proof, prove, read_attention
 from fxopt.passes.linear_attention.module import RESERVED, LinearisedModule, Transition, keep_padded
-from fxopt.passes.linear_attention.replace import (
-    SHARE,
-    Captured,
-    Form,
-    forget_results,
-    replace_attentions,
-    results_of_weights,
-)
+from fxopt.passes.linear_attention.replace import Form
 from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange, inlining
 
 
@@ -89,7 +83,7 @@ def swap_attentions(student: Student, swap: Swap) -> Preparation:
     known: dict[str, _Owner | str | None] = {}
     found = [(site, _owner(student, site, swap, known)) for site in attentions(program)]
     names = list(dict.fromkeys(owner.name for _, owner in found if isinstance(owner, _Owner)))
-    proofs = _proofs(found)
+    proofs = _proofs(found, swap.drop)
     for pattern in swap.select:
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
             raise OptionError(f"select={pattern!r} fits no attention; they are in: {', '.join(names) or 'none'}")
@@ -106,12 +100,12 @@ def swap_attentions(student: Student, swap: Swap) -> Preparation:
     return Preparation(tuple(sites))
 
 
-def _proofs(found: list[tuple[Node, _Owner | str]]) -> dict[str, tuple[Proof, ...]]:
+def _proofs(found: list[tuple[Node, _Owner | str]], drop: tuple[str, ...]) -> dict[str, tuple[Proof, ...]]:
     """What the model's program says of each module's attentions, which one module alone can't tell."""
     proofs: dict[str, tuple[Proof, ...]] = {}
     for site, owner in found:
         if isinstance(owner, _Owner):
-            proofs[owner.name] = (*proofs.get(owner.name, ()), prove(site))
+            proofs[owner.name] = (*proofs.get(owner.name, ()), prove(site, drop))
     return proofs
 
 
@@ -152,14 +146,16 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
     objection = _objection(module, owner.name, calls, swap)
     if objection:
         return False, objection
+    blends = swap.transition.blends
     own = next((p.detach() for p in module.parameters() if p.is_floating_point()), None)
     sites = attentions(owner.captured.program)
     like = torch.empty(0, dtype=tensor(sites[0]).dtype, device=tensor(sites[0]).device) if own is None else own
     forms: list[Form] = []
     titles: list[str] = []
     parameters: dict[str, nn.Parameter] = {}
-    for place, site in enumerate(sites):
-        kept = read_attention(site, swap.drop, owner.proof(place))
+    proofs = tuple(owner.proof(place) for place in range(len(sites)))
+    for place, (site, proof) in enumerate(zip(sites, proofs, strict=True)):
+        kept = read_attention(site, swap.drop, proof)
         plan = kept if isinstance(kept, str) else swap.plan(site, kept, like)
         if isinstance(plan, str) or isinstance(kept, str):
             return False, str(plan)
@@ -167,13 +163,16 @@ def _treat(student: Student, owner: _Owner, swap: Swap) -> tuple[bool, str]:
         parameters |= {names[role]: nn.Parameter(value) for role, value in plan.parameters.items()}
         forms.append(Form(kept, plan.side, plan.first, swap.eps, names))
         titles.append(plan.title + _remarks(kept, plan))
-    if own is None and not parameters and swap.transition.blends:
+    if own is None and not parameters and blends:
         return False, "it holds no parameter whose optimiser could drive a schedule; give steps=0 and warmup=0"
-    graphs = _graphs(module, calls[0], owner, forms, parameters, swap)
+    making = Making(module, calls[0], tuple(forms), parameters, swap.drop, swap.lengths, blends)
+    graphs = making.graphs(owner.captured, proofs)
     if isinstance(graphs, str):
         return False, graphs
     title = "; ".join(dict.fromkeys(titles))
-    new = LinearisedModule(module, parameters, graphs, swap.transition, title).train(module.training)
+    named = f"{owner.name} ({type(module).__name__})"
+    training, evaluation = (CapturedCalls(named, graph) for graph in graphs)
+    new = LinearisedModule(module, parameters, training, evaluation, swap.transition, title).train(module.training)
     exchange(student.model, module, new)
     keep_padded(student.model, new)
     return True, f"softmax attention -> {title}"
@@ -215,35 +214,3 @@ def _objection(module: nn.Module, name: str, calls: tuple[Call, ...], swap: Swap
 def _described(call: Call) -> list[object]:
     leaves = torch.utils._pytree.tree_leaves((call.args, dict(call.kwargs)))
     return [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves]
-
-
-def _graphs(
-    module: nn.Module, call: Call, owner: _Owner, forms: list[Form], parameters: Mapping[str, Tensor], swap: Swap
-) -> tuple[Captured, Captured] | str:
-    """What runs in training, and in evaluation."""
-    captured = isolated(module, call, training=True, lengths=swap.lengths)
-    if isinstance(captured, str):
-        return captured
-    if captured.program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
-        return "in training it writes buffers of its own, such as running statistics, which its gradients read"
-    # What dropout leaves of weights is in this graph only, so that none may be asked for.
-    if _results_alike(captured.program, owner.captured.program):
-        forget_results(captured.program, results_of_weights(owner.captured.program))
-    training = replace(captured, program=canonical(captured.program))
-    sites = attentions(training.program)
-    read = [read_attention(site, swap.drop, owner.proof(place)) for place, site in enumerate(sites)]
-    if len(read) != len(forms) or any(isinstance(kept, str) for kept in read):
-        return "it computes another attention in training than in evaluation"
-    trained = [replace(form, kept=kept) for form, kept in zip(forms, read, strict=True) if isinstance(kept, Kept)]
-    inputs = {**parameters, SHARE: torch.zeros((), device=next(iter(parameters.values()), torch.empty(0)).device)}
-    blended = swap.transition.blends
-    return (
-        replace_attentions(training, lambda _, place: trained[place], inputs, blended=blended),
-        replace_attentions(owner.captured, lambda _, place: forms[place], inputs, blended=False),
-    )
-
-
-def _results_alike(program: Program, other: Program) -> bool:
-    """Whether both give results of the same structure."""
-    assert program.signature is not None and other.signature is not None
-    return bool(program.signature.out_spec == other.signature.out_spec)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 import fxopt
+from fxopt.errors import PreparationError
 from fxopt.passes import LinearAttention
 from fxopt.passes.linear_attention.module import LinearisedModule
 from tests.linear_attention.models import CHANNELS, HEADS, TOKENS, Heads, inputs
@@ -123,3 +126,59 @@ def test_a_softmax_in_float32_of_bfloat16_scores_is_exchanged() -> None:
     y.float().square().mean().backward()
     assert y.dtype == torch.bfloat16
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in student.parameters())
+
+
+class Relative(Heads):
+    """Adds learned positions to its scores where a mask hides no key, and ``low`` elsewhere, as T5 does."""
+
+    def __init__(self, low: float = -1e9) -> None:
+        super().__init__()
+        self.bias, self.low = nn.Parameter(torch.randn(1, HEADS, TOKENS, TOKENS)), low
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        assert mask is not None
+        return scaled_dot_product_attention(q, k, v, torch.where(mask, self.bias, self.low))
+
+
+class Summed(Relative):
+    """Adds its positions, and a mask of numbers as it comes."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        assert mask is not None
+        return (q @ k.mT + self.bias + mask).softmax(-1) @ v
+
+
+def of_keys(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    return keep[:, None, None, :]
+
+
+def of_later(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.full((TOKENS, TOKENS), -torch.inf, dtype=dtype).triu(1)
+
+
+def test_positions_are_given_up_beside_a_mask_that_stays() -> None:
+    torch.manual_seed(0)
+    (x,) = (x.double() for x in inputs(1))
+    model = Layers(Relative, of_keys).double()
+    student = fxopt.prepare(model, (x, KEEP), passes=[LinearAttention(drop="bias", steps=4)])
+    torch.testing.assert_close(student.train()(x, KEEP), model(x, KEEP), rtol=1e-12, atol=1e-12)
+    layer = student.get_submodule("layers.0")
+    assert isinstance(layer, LinearisedModule)
+    expected = by_formula(layer, x, KEEP, causal=False)
+    torch.testing.assert_close(layer.eval()(x, of_keys(KEEP, x.dtype)), expected, rtol=1e-12, atol=1e-12)
+    sites = fxopt.prepared(student).report.sites
+    assert all("without its bias" in site.reason for site in sites if site.kind == "attention")
+
+
+@pytest.mark.parametrize(("kind", "make", "drop", "reason"), [
+    (Relative, of_keys, (), "it has a bias that is added to its scores"),
+    # What is not far below hides no key.
+    (lambda: Relative(-5.0), of_keys, "bias", "it has a mask that is added to its scores"),
+    # Given up as biases, both would leave an attention that sees later keys.
+    (Summed, of_later, "bias", "of which none can be told to be its mask, not its bias"),
+])  # fmt: skip
+def test_a_mask_never_goes_with_a_bias(kind: Any, make: Any, drop: Any, reason: str) -> None:
+    (x,) = inputs(1)
+    with pytest.raises(PreparationError) as error:
+        fxopt.prepare(Layers(kind, make), (x, KEEP), passes=[LinearAttention(drop=drop)])
+    assert reason in str(error.value)

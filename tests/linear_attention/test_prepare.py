@@ -153,6 +153,12 @@ def test_hooks_would_be_lost() -> None:
 @pytest.mark.parametrize(("options", "reason"), [
     ({"kernel": 4}, "odd"), ({"kernel": 0}, "odd"), ({"class_tokens": -1}, "class_tokens"), ({"steps": -1}, "steps"),
     ({"eps": 0.0}, "eps"), ({"drop": "scale"}, "what can be given up"),
+    ({"kernel": 5.0}, "kernel=5.0 is not possible; give an odd side"), ({"kernel": True}, "kernel=True"),
+    ({"class_tokens": 1.0}, "class_tokens=1.0"), ({"steps": 1e4}, r"steps=10000.0 .* a whole number"),
+    ({"steps": None}, "steps=None"), ({"warmup": "1"}, "warmup='1'"), ({"warmup": True}, "warmup=True"),
+    ({"eps": "1e-6"}, "eps='1e-6'"), ({"eps": float("nan")}, "eps=nan"), ({"eps": float("inf")}, "eps=inf"),
+    ({"select": 3}, "select=3 is not possible; give one name"), ({"select": None}, "select=None"),
+    ({"drop": None}, "drop=None"), ({"drop": ("bias", 1)}, "drop="),
 ])  # fmt: skip
 def test_options_out_of_range(options: dict[str, object], reason: str) -> None:
     with pytest.raises(OptionError, match=reason):

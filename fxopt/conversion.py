@@ -23,7 +23,7 @@ from fxopt.ir.site import Site, Source
 from fxopt.lowering.options import Options, read_options
 from fxopt.report.report import Report
 from fxopt.rewriter.passes import Pass
-from fxopt.rewriter.progressive import Progressive, StudentHook, exchange, progressive_modules
+from fxopt.rewriter.progressive import Progressive, exchange, progressive_modules, unhook
 from fxopt.rewritten import RewrittenModule
 from fxopt.testing.oracle import double_precision, oracle, upcast
 from fxopt.training import Prepared, prepared, unwrapped
@@ -142,10 +142,7 @@ def _plain(trained: nn.Module) -> nn.Module:
     plain = copy.deepcopy(trained)
     for module in progressive_modules(plain).values():
         exchange(plain, module, module.converted())
-    for key, hook in list(plain._forward_pre_hooks.items()):
-        if isinstance(hook, StudentHook):
-            del plain._forward_pre_hooks[key]
-            plain._forward_pre_hooks_with_kwargs.pop(key, None)
+    unhook(plain)
     return plain
 
 

@@ -79,11 +79,7 @@ class Progressive(nn.Module):
 
 
 class StudentHook:
-    """Base of the forward pre-hooks that a trainable pass puts on the whole model; they end with the training."""
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See ``torch.nn.Module.register_forward_pre_hook``, with keyword arguments."""
-        raise NotImplementedError
+    """Base of the forward hooks and pre-hooks that a trainable pass puts on the whole model; see `unhook`."""
 
 
 @dataclass
@@ -156,6 +152,16 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+
+
+def unhook(model: nn.Module) -> None:
+    """Take the hooks of trainable passes off the whole model: they end with the training."""
+    before, after = model._forward_pre_hooks_with_kwargs, model._forward_hooks_with_kwargs
+    kinds = ((model._forward_pre_hooks, (before,)), (model._forward_hooks, (after, model._forward_hooks_always_called)))
+    for hooks, options in kinds:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, StudentHook)]:
+            for held in (hooks, *options):
+                held.pop(key, None)
 
 
 def inlining(model: nn.Module, name: str) -> str | None:

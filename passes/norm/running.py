@@ -71,6 +71,7 @@ class RunningNorm(Progressive):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training:
             y = self.train_forward(wide)
+            self.mask.keep(y)
         elif self._gathered is not None:
             y = self._gathering_forward(wide)
         else:

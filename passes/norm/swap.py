@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxopt.errors import OptionError
 from fxopt.ir.site import Site, Source
 from fxopt.passes.norm.recognise import NormModule, may_be_norm, recognise
-from fxopt.passes.norm.token_mask import MaskReader, TokenMask
+from fxopt.passes.norm.token_mask import MaskCloser, MaskReader, TokenMask
 from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange, inlining
 
 #: The argument that a mask of tokens usually is.
@@ -48,6 +48,7 @@ def swap_norms(student: Student, swap: Swap) -> Preparation:
         _leave_nested(student.model)
         if reader is not None:
             student.model.register_forward_pre_hook(reader, with_kwargs=True)
+            student.model.register_forward_hook(MaskCloser(mask), always_call=True)
     return Preparation(tuple(sites))
 
 

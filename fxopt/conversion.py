@@ -30,6 +30,8 @@ from fxopt.training import Prepared, prepared, unwrapped
 
 #: Largest difference of the converted model from the student in float64, relative to the largest value of a result.
 _TOLERANCE: Final = 1e-9
+#: How many modules a warning names.
+_NAMED: Final = 5
 
 
 def convert(
@@ -75,6 +77,7 @@ def convert(
     _say_unfinished(trained)
     if data is not None:
         _recalibrate(trained, data)
+    _say_untouched(trained)
     example = _as_now(record, trained)
     converted = _rewritten(_plain(trained), example, options)
     converted.report = _report(_plain(trained), example, options, progressive_modules(trained))
@@ -104,6 +107,19 @@ def _say_unfinished(trained: nn.Module) -> None:
             f"the student is converted before its schedule ended: {left:.3g} of what it computes in training still "
             "comes from the original modules, none of what the converted model computes does. Train it to the end, or "
             "prepare it with fewer steps; if it was trained without a torch.optim optimiser, call fxopt.advance",
+            FxoptWarning,
+            stacklevel=3,
+        )
+
+
+def _say_untouched(trained: nn.Module) -> None:
+    names = [name for name, module in progressive_modules(trained).items() if module.untouched()]
+    if names:
+        told = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        warnings.warn(
+            f"{told}: the statistics are still those that the module was made with, so what it computes in evaluation "
+            "is not what was trained. Give convert data to take them from, or train with a torch.optim optimiser that "
+            "holds the module's parameters, or call fxopt.advance after each step",
             FxoptWarning,
             stacklevel=3,
         )

@@ -93,6 +93,9 @@ def prepare(
     report = _report(program, done)
     if not any(site.status == "rewritten" for site in report.sites):
         raise PreparationError(_nothing_done(model, chosen, report))
+    parameters = list(copied.parameters())
+    for module in progressive_modules(copied).values():
+        module.companions = parameters
     setattr(copied, _RECORD, Prepared(report, args, dict(kwargs or {}), dynamic_shapes, kind_of(model)))
     return copied
 

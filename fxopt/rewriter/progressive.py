@@ -1,8 +1,8 @@
 """What trainable passes put into a model: modules that change from one optimiser step to the next, and their clock.
 
 A progressive module's forward reads its state and never moves it. State moves in `Progressive.advance`, which runs
-after each step of the optimiser that owns the module's `Progressive.clock`: a hook that PyTorch calls for every
-``torch.optim.Optimizer`` does that. Gradient accumulation, recomputed activations and steps that a gradient scaler
+after each step of the optimiser that owns the module's `Progressive.clock`, or where that is frozen the first parameter
+of the student that is trained: a hook that PyTorch calls for every ``torch.optim.Optimizer`` does that. Gradient accumulation, recomputed activations and steps that a gradient scaler
 skips therefore count as what they are, and a compiled forward holds no counter.
 """
 
@@ -40,13 +40,17 @@ class Progressive(nn.Module):
     Attributes:
         folds: whether what it ends in can be folded into its neighbours, so that a report says where something stays.
         inlined: whether it runs its submodules as one captured graph, so that nothing can be exchanged inside.
+        companions: the parameters of the whole student.
     """
 
     folds: ClassVar[bool] = True
     inlined: ClassVar[bool] = False
 
+    companions: list[nn.Parameter]
+
     def __init__(self) -> None:
         super().__init__()
+        self.companions = []
         _follow(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -55,8 +59,15 @@ class Progressive(nn.Module):
         _follow(self)
 
     def clock(self) -> Tensor:
-        """The parameter whose optimiser drives this module."""
+        """The parameter whose optimiser drives this module, unless it is frozen."""
         raise NotImplementedError
+
+    def driver(self) -> Tensor:
+        """The parameter whose optimiser drives this module now: its clock, or while that is frozen another one."""
+        clock = self.clock()
+        if clock.requires_grad:
+            return clock
+        return next((parameter for parameter in self.companions if parameter.requires_grad), clock)
 
     def advance(self) -> None:
         """Move on by one optimiser step."""
@@ -65,6 +76,10 @@ class Progressive(nn.Module):
     def remaining(self) -> float:
         """The share of the original in what the module computes in training: 1 at first, 0 in the end."""
         raise NotImplementedError
+
+    def untouched(self) -> bool:
+        """Whether it has statistics that are as they were made: no step, and no data, has moved them."""
+        return False
 
     def batches(self) -> int | None:
         """How many batches its statistics are to be gathered from at most; ``None``: from all there are."""
@@ -195,7 +210,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if _LIVE else set()
     for module in list(_LIVE):
-        if id(module.clock()) not in owned or id(module) in moved:
+        if id(module.driver()) not in owned or id(module) in moved:
             continue
         module.advance()
         for others in _STEPPING.values():

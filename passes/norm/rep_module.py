@@ -75,6 +75,10 @@ class RepNorm(RunningNorm):
         """See `Progressive.remaining`."""
         return float(self.share(torch.float64))
 
+    def untouched(self) -> bool:
+        """See `Progressive.untouched`."""
+        return bool((self.running_mean == 0).all() & (self.running_var == 1).all())
+
     def advance(self) -> None:
         """See `Progressive.advance`."""
         with torch.no_grad():

@@ -95,6 +95,10 @@ class UnifiedNormalisation(RunningNorm):
         """Nothing of the original is left from the start."""
         return 0.0
 
+    def untouched(self) -> bool:
+        """See `Progressive.untouched`."""
+        return bool((self.running_second == 1).all())
+
     def advance(self) -> None:
         """See `Progressive.advance`."""
         with torch.no_grad():

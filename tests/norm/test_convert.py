@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from fxopt.passes import RepBatchNorm, UnifiedNorm
 from fxopt.passes.norm.channel_affine import ChannelAffine
 from fxopt.passes.norm.rep_module import RepNorm
 from fxopt.passes.norm.unified_module import UnifiedNormalisation
+from fxopt.rewriter.progressive import progressive_modules
 from fxopt.testing import assert_within_budget, oracle
 from tests.norm.models import CHANNELS, SHORT, encoder, inputs, optimizer_of, train, trained
 
@@ -131,8 +133,9 @@ def test_a_norm_that_is_transposed_says_why_it_stays() -> None:
 
 
 def test_norms_that_were_not_exchanged_keep_their_lines() -> None:
-    student = fxopt.prepare(Written(), (torch.randn(3, 8),), passes=[RepBatchNorm(steps=0)])
-    sites = [site for site in fxopt.convert(student).report.sites if site.kind == "norm"]
+    x = torch.randn(3, 8)
+    student = fxopt.prepare(Written(), (x,), passes=[RepBatchNorm(steps=0)])
+    sites = [site for site in fxopt.convert(student, [x]).report.sites if site.kind == "norm"]
     assert len({site.source.location for site in sites}) == 3
 
 
@@ -377,3 +380,30 @@ def test_what_has_no_weight_is_converted_too() -> None:
     train(student, optimizer_of(student), inputs(3))
     x = inputs(1, seed=5)[0]
     torch.testing.assert_close(fxopt.convert(student)(x), student.eval()(x))
+
+
+@both
+def test_statistics_that_never_moved_are_said_unless_data_moves_them(chosen: fxopt.Pass) -> None:
+    student = trained(chosen, steps=0)
+    for module in progressive_modules(student).values():
+        module.get_buffer("step").fill_(10**6)  # the schedule alone is over
+    with pytest.warns(FxoptWarning, match=r"blocks\.0\.norm, blocks\.0\.root, .*: the statistics are still those"):
+        fxopt.convert(student)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxopt.convert(student, inputs(1))
+        fxopt.convert(trained(chosen))
+
+
+def test_norms_that_an_optimiser_without_them_left_alone_are_said() -> None:
+    student = fxopt.prepare(encoder(), (inputs(1)[0],), passes=[RepBatchNorm(steps=0)]).train()
+    train(student, torch.optim.SGD(student.get_submodule("blocks.0.up").parameters(), lr=0.1), inputs(3))
+    with pytest.warns(FxoptWarning, match="or call fxopt.advance after each step"):
+        fxopt.convert(student)
+
+
+def test_data_that_counts_no_token_leaves_statistics_untouched_and_is_said() -> None:
+    student = fxopt.prepare(encoder(), (inputs(1)[0],), passes=[UnifiedNorm()])
+    none = torch.zeros(4, 5, dtype=torch.bool)
+    with pytest.warns(FxoptWarning, match="the statistics are still those"):
+        fxopt.convert(student, [(inputs(1)[0], none)])

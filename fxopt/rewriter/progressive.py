@@ -1,9 +1,10 @@
 """What trainable passes put into a model: modules that change from one optimiser step to the next, and their clock.
 
 A progressive module's forward reads its state and never moves it. State moves in `Progressive.advance`, which runs
-after each step of the optimiser that owns the module's `Progressive.clock`, or where that is frozen the first parameter
-of the student that is trained: a hook that PyTorch calls for every ``torch.optim.Optimizer`` does that. Gradient accumulation, recomputed activations and steps that a gradient scaler
-skips therefore count as what they are, and a compiled forward holds no counter.
+after each step of the optimiser that owns the module's `Progressive.clock` (while that is frozen, of the one that owns
+the first parameter of the student that is not): a hook that PyTorch calls for every ``torch.optim.Optimizer`` does
+that. Gradient accumulation, recomputed activations and steps that a gradient scaler skips therefore count as what they
+are, and a compiled forward holds no counter.
 """
 
 from __future__ import annotations

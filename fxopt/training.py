@@ -62,9 +62,9 @@ def prepare(
 
     The student is of the model's own class, takes the same arguments, and its parameters keep their names, beside new
     ones. It may be prepared again, by other passes for what is not exchanged yet. Train it as usual: what moves from
-    step to step follows the ``torch.optim`` optimiser that holds its parameters, through gradient accumulation, activation checkpoints, ``torch.compile`` and
-    ``DistributedDataParallel``; all of it is in the ``state_dict``. `prepared` gives the report, `fxopt.convert` ends
-    the training.
+    step to step follows the ``torch.optim`` optimiser that holds its parameters, through gradient accumulation,
+    activation checkpoints, ``torch.compile`` and ``DistributedDataParallel``; all of it is in the ``state_dict``.
+    `prepared` gives the report, `fxopt.convert` ends the training.
 
     Args:
         model: the module to train.

@@ -89,6 +89,10 @@ class Progressive(nn.Module):
     def gather(self, active: bool) -> None:
         """Start, or end, replacing statistics by those of the inputs seen meanwhile (nothing without statistics)."""
 
+    def is_finite(self) -> bool:
+        """Whether the statistics gathered so far are finite."""
+        return True
+
     def converted(self) -> nn.Module:
         """An ordinary module that computes what this one does in evaluation."""
         raise NotImplementedError

@@ -16,6 +16,7 @@ from fxopt.passes.linear_attention.module import Transition
 from fxopt.passes.linear_attention.swap import Plan, Swap, swap_attentions
 from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
+from fxopt.rewriter.settings import check_number, check_texts, check_whole
 
 
 @register_pass
@@ -58,8 +59,9 @@ class LinearAttention(Trainable):
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name}={getattr(self, name)} is not possible; give 0 or more optimiser steps")
+            check_whole(name, getattr(self, name), "optimiser steps")
+        check_number("eps", self.eps)
+        check_texts("select", self.select, "a name or pattern of names")
         if not self.eps > 0:
             raise OptionError(f"eps={self.eps} is not possible; give a number above 0")
         read_drop(self.drop)

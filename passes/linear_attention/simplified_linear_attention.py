@@ -18,6 +18,7 @@ from fxopt.passes.linear_attention.module import Transition
 from fxopt.passes.linear_attention.swap import Plan, Swap, swap_attentions
 from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
+from fxopt.rewriter.settings import check_number, check_texts, check_whole
 
 
 @register_pass
@@ -75,11 +76,14 @@ class SimplifiedLinearAttention(Trainable):
     eps: float = EPS
 
     def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
+        check_whole("kernel", self.kernel, "tokens: an odd side", least=1)
+        if self.kernel % 2 == 0:
             raise OptionError(f"kernel={self.kernel} is not possible; give an odd side, such as 5")
-        for name in ("class_tokens", "steps", "warmup"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name}={getattr(self, name)} is not possible; give 0 or more")
+        check_whole("class_tokens", self.class_tokens, "tokens")
+        for name in ("steps", "warmup"):
+            check_whole(name, getattr(self, name), "optimiser steps")
+        check_number("eps", self.eps)
+        check_texts("select", self.select, "a name or pattern of names")
         if not self.eps > 0:
             raise OptionError(f"eps={self.eps} is not possible; give a number above 0")
         read_drop(self.drop)

@@ -16,6 +16,7 @@ from fxopt.passes.norm.recognise import NormModule, may_be_norm, recognise
 from fxopt.passes.norm.running import RunningNorm
 from fxopt.passes.norm.token_mask import MaskCloser, MaskReader, TokenMask
 from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange, inlining
+from fxopt.rewriter.settings import check_texts
 
 #: The argument that a mask of tokens usually is.
 USUAL_MASK = "attention_mask"
@@ -141,6 +142,19 @@ def _reader(student: Student, wanted: str | None, mask: TokenMask) -> MaskReader
         raise OptionError(f"mask={wanted!r} is no argument of the model's forward, which has: {has}")
     by_name_only = arguments[wanted].kind is inspect.Parameter.KEYWORD_ONLY
     return MaskReader(wanted, None if by_name_only else list(arguments).index(wanted), mask)
+
+
+def check_selection(select: object, mask: object) -> None:
+    """Which norms and which mask, as users give them.
+
+    Raises:
+        OptionError: they are not texts.
+    """
+    check_texts("select", select, "a name or pattern of names")
+    if mask is not None and not isinstance(mask, str):
+        raise OptionError(
+            f"mask={mask!r} is not possible; give the name of an argument of the model's forward, or None"
+        )
 
 
 def read_patterns(select: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ _REMEMBERED: Final = 64
 #: Under this name nodes of autograd keep the mask of their call.
 _KEEPS: Final = "fxopt token mask"
 
+_LABELS: Final = "A tuple in convert's data holds positional arguments of the model: leave labels out of it"
+
 
 def is_backward() -> bool:
     """Whether a backward pass runs: a forward in it computes again what was computed, and recorded, before."""
@@ -112,6 +114,11 @@ class TokenMask:
                 "Name another argument with mask=…, or mask=None to count all tokens"
             )
         leading = x.shape[:-1]
+        if mask.dim() == 1 and len(leading) > 1 and mask.dtype != torch.bool:
+            raise MaskError(
+                f"{mask.dtype} {list(mask.shape)} is one number for each of {leading[0]} samples, as labels are, and "
+                f"no mask of {list(leading)} tokens; a mask of whole samples is boolean. {_LABELS}"
+            )
         if len(leading) == 1 and mask.numel() == leading[0]:
             mask = mask.reshape(-1)
         if leading[: mask.dim()] != mask.shape:
@@ -120,6 +127,16 @@ class TokenMask:
                 "out with select=…, or give mask=None to count all tokens"
             )
         return (mask != 0).reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
+
+    def check_values(self) -> None:
+        """Ask what the mask holds, which takes the time of a synchronisation.
+
+        Raises:
+            MaskError: it holds negative numbers.
+        """
+        mask = self.value
+        if mask is not None and mask.numel() and int(mask.min()) < 0:
+            raise MaskError(f"the mask holds negative numbers, as labels do. {_LABELS}")
 
     def begin(self, mask: Tensor | None) -> None:
         """A call of the model with ``mask`` begins."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.errors import CaptureError, OptionError, PreparationError
+from fxopt.errors import OptionError, PreparationError
 from fxopt.passes import RepBatchNorm, UnifiedNorm
 from fxopt.passes.norm.rep_module import RepNorm
 from fxopt.testing import assert_within_budget, oracle
@@ -215,57 +215,6 @@ def test_a_norm_is_not_judged_by_another_of_its_class() -> None:
     assert sites["first"].reason == "its forward does more than normalise its input"
 
 
-class Auxiliary(One):
-    """Norms that evaluation has no use for."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.LayerNorm(CHANNELS))
-        self.extra, self.plain, self.spare = (
-            nn.LayerNorm(CHANNELS),
-            nn.RMSNorm(CHANNELS, elementwise_affine=False),
-            nn.Linear(3, 3),
-        )
-        self.scale = nn.PReLU(CHANNELS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y + self.plain(self.extra(y)).mean() if self.training else y
-
-
-def test_norms_that_run_in_training_only_are_listed() -> None:
-    student = fxopt.prepare(Auxiliary(), (inputs(1)[0],), passes=[RepBatchNorm(steps=5)])
-    sites = {site.source.module: site for site in fxopt.prepared(student).report.sites}
-    assert {name: site.status for name, site in sites.items()} == {
-        "norm": "rewritten", "extra": "kept", "plain": "kept",
-    }  # fmt: skip
-    for name in ("extra", "plain"):
-        assert "does not run when the model is called with the example arguments in evaluation" in sites[name].reason
-
-
-def test_a_norm_that_runs_in_training_only_can_not_be_selected() -> None:
-    with pytest.raises(PreparationError, match="extra: it does not run"):
-        fxopt.prepare(Auxiliary(), (inputs(1)[0],), passes=[RepBatchNorm(steps=5, select="extra")])
-
-
-def test_preparing_again_keeps_what_was_said_before() -> None:
-    x = inputs(1)[0]
-    first = fxopt.prepare(encoder(), (x,), passes=[RepBatchNorm(steps=0, select="blocks.*")])
-    student = fxopt.prepare(first, (x,), passes=[UnifiedNorm()])
-    report = fxopt.prepared(student).report
-    assert {site.source.module: site.rule for site in report.sites} == {
-        **{f"blocks.{i}.{name}": "rep-batch-norm" for i in range(2) for name in ("norm", "root")},
-        "last": "unified-norm",
-    }
-    assert report.count("norm") == 5
-    norms = [site for site in fxopt.convert(student, [x]).report.sites if site.kind == "norm"]
-    assert len(norms) == 5
-    assert all("models.py" in site.source.location for site in norms), "the lines that were exchanged"
-    with pytest.raises(PreparationError, match=r"blocks\.0\.norm: it is exchanged already, by rep-batch-norm; .*last"):
-        fxopt.prepare(student, (x,), passes=[UnifiedNorm()])
-    with pytest.raises(PreparationError, match=r"last: it is exchanged already"):
-        fxopt.prepare(student, (x,), passes=[UnifiedNorm(select="last")])
-
-
 class Chain(nn.Module):
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
@@ -362,39 +311,6 @@ def test_nothing_to_exchange_is_an_error_that_says_why(model: nn.Module) -> None
     reason = "prepare what holds it" if isinstance(model, nn.LayerNorm) else "it has no norm at all"
     with pytest.raises(PreparationError, match=reason):
         fxopt.prepare(model, (inputs(1)[0],), passes=[RepBatchNorm(steps=5)])
-
-
-WRONG = {
-    "steps": (lambda: RepBatchNorm(steps=-1), "steps=-1"),
-    "warmup": (lambda: RepBatchNorm(steps=1, warmup=-2), "warmup=-2"),
-    "warmup of a unified norm": (lambda: UnifiedNorm(warmup=-1), "warmup=-1"),
-    "run on a graph": (lambda: UnifiedNorm().run(fxopt.capture(encoder(), (inputs(1)[0],))), "give it to fxopt.pre"),
-    "momentum": (lambda: RepBatchNorm(steps=1, momentum=0.0), "momentum=0.0"),
-    "recalibrate": (lambda: UnifiedNorm(recalibrate=0), "recalibrate=0"),
-    "window": (lambda: UnifiedNorm(window=0), "window=0"),
-    "eps": (lambda: UnifiedNorm(eps=float("nan")), "eps=nan"),
-    "mask": (lambda: prepare_with(RepBatchNorm(steps=5, mask="pad")), "has: x, attention_mask"),
-    "no passes": (lambda: fxopt.prepare(encoder(), (inputs(1)[0],), passes=[]), "passes is empty"),
-    "an exact pass": (lambda: prepare_with(fxopt.passes.Gelu()), "gelu is not a trainable pass"),
-    "a name without its options": (lambda: fxopt.prepare(encoder(), (), passes=["rep-batch-norm"]), "needs steps"),
-    "a function": (lambda: fxopt.prepare(len, (), passes=[UnifiedNorm()]), "prepare takes an nn.Module"),  # type: ignore[arg-type]
-    "in rewrite": (lambda: fxopt.rewrite(encoder(), (inputs(1)[0],), passes=[UnifiedNorm()]), "give it to fxopt.pre"),
-}
-
-
-def prepare_with(chosen: fxopt.Pass) -> nn.Module:
-    return fxopt.prepare(encoder(), (inputs(1)[0],), passes=[chosen])
-
-
-@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_option_is_an_error_that_says_what_would_do(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        call()
-
-
-def test_arguments_must_be_a_tuple() -> None:
-    with pytest.raises(CaptureError, match="write \\(x,\\)"):
-        fxopt.prepare(encoder(), inputs(1)[0], passes=[UnifiedNorm()])  # type: ignore[arg-type]
 
 
 def test_llama_is_exchanged_altogether() -> None:

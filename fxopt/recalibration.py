@@ -61,10 +61,10 @@ def recalibrate(trained: nn.Module, data: Iterable[Any]) -> None:
 
 
 def _as_call(batch: Any, trained: nn.Module, number: int) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if isinstance(batch, tuple | list):
-        args, kwargs = tuple(batch), {}
-    else:
-        args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch,), {})
+    args: Sequence[Any] = batch if isinstance(batch, tuple | list) else ()
+    kwargs: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+    if not isinstance(batch, tuple | list | Mapping):
+        args = (batch,)
     try:
         inspect.signature(trained.forward).bind(*args, **kwargs)
     except TypeError as error:

@@ -8,6 +8,7 @@ code can't ask; it reads `TokenMask.value`, which the backward pass sets on its 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -85,6 +86,7 @@ class TokenMask:
     """
 
     def __init__(self) -> None:
+        _run_hooks_as_they_are()
         self.value: Tensor | None = None
         # Whether a call with a mask began in compiled code, where nodes have no numbers yet.
         self.compiled = False
@@ -174,7 +176,8 @@ class TokenMask:
             return
         held = self._known.held
         if held is not None and y.grad_fn is not None and not is_backward():
-            y.grad_fn.metadata[_KEEPS, id(self)] = held
+            kept: Any = y.grad_fn.metadata  # typed as a method, and a dictionary
+            kept[_KEEPS, id(self)] = held
 
     def _again(self) -> Tensor | None:
         """The mask of the call that the running backward pass computes something of again, or that runs inside it."""
@@ -241,3 +244,17 @@ class MaskCloser(StudentHook):
     def __call__(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """End the call."""
         self.mask.end(result)
+
+
+@functools.cache
+def _run_hooks_as_they_are() -> None:
+    """Have ``torch.compile`` of a student not compile what its hooks do.
+
+    It compiles them as functions of their own, and then nothing is known of the calls. Where a compiled model holds the
+    student, they are parts of its graph as before.
+    """
+    from torch._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+    for hook in (MaskReader, MaskCloser):
+        set_code_exec_strategy(hook.__call__.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))

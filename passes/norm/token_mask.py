@@ -253,8 +253,11 @@ def _run_hooks_as_they_are() -> None:
     It compiles them as functions of their own, and then nothing is known of the calls. Where a compiled model holds the
     student, they are parts of its graph as before.
     """
-    from torch._dynamo.eval_frame import set_code_exec_strategy
-    from torch._dynamo.types import FrameAction, FrameExecStrategy
+    from torch._dynamo import eval_frame, types
 
+    # Both modules have these from their C part, without a word that they are for others too.
+    frames: Any = types
+    setter: Any = eval_frame
+    skipped = frames.FrameExecStrategy(frames.FrameAction.SKIP, frames.FrameAction.SKIP)
     for hook in (MaskReader, MaskCloser):
-        set_code_exec_strategy(hook.__call__.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+        setter.set_code_exec_strategy(hook.__call__.__code__, skipped)

@@ -15,21 +15,24 @@ from torch.utils import _pytree as pytree
 
 from fxopt import driver
 from fxopt.api import capture, rewrite
-from fxopt.errors import FxoptWarning, OptionError, PreparationError, VerificationError
+from fxopt.errors import FxoptWarning, VerificationError
 from fxopt.example import kind_of, moved
 from fxopt.ir.nodes import source
 from fxopt.ir.program import Program
 from fxopt.ir.site import Site, Source
 from fxopt.lowering.options import Options, read_options
+from fxopt.recalibration import check_data, recalibrate
 from fxopt.report.report import Report
 from fxopt.rewriter.passes import Pass
-from fxopt.rewriter.progressive import Progressive, StudentHook, exchange, progressive_modules
+from fxopt.rewriter.progressive import Progressive, exchange, progressive_modules, unhook
 from fxopt.rewritten import RewrittenModule
 from fxopt.testing.oracle import double_precision, oracle, upcast
 from fxopt.training import Prepared, prepared, unwrapped
 
 #: Largest difference of the converted model from the student in float64, relative to the largest value of a result.
 _TOLERANCE: Final = 1e-9
+#: How many modules a warning or a note names.
+_NAMED: Final = 5
 
 
 def convert(
@@ -48,10 +51,16 @@ def convert(
     float64 and rounded once, and the exact passes fold that into its neighbours where they can. The student is not
     changed.
 
+    Names of parameters are the model's, but in the place of each exchanged norm stand ``weight`` and ``bias`` of
+    ``x * weight + bias``, under the norm's name: new ones where it had none (an RMSNorm has no bias), and other numbers
+    where it had; parameters that it called otherwise are gone. Such a ``state_dict`` belongs into a converted model:
+    the original one would load it, where the names are the same, and compute something else with it.
+
     Args:
         student: what `fxopt.prepare` made, wrapped (``torch.compile``, ``DistributedDataParallel``) or not.
         data: calls of the model to take statistics from: a tuple or list holds positional arguments, a mapping keyword
-            arguments, anything else is the only argument. ``None``: the running statistics of training stay.
+            arguments, anything else is the only argument (so give the inputs alone of batches with labels). ``None``:
+            the running statistics of training stay.
         passes: names or instances of the passes to run; ``None`` for the exact pipeline.
         verify: whether to compare the result with the student in float64, on the example arguments; it takes copies of
             the model in that precision.
@@ -62,33 +71,27 @@ def convert(
 
     Raises:
         CaptureError: the student can't be captured as one graph.
-        OptionError: an option of the wrong kind, or ``data`` that is a call itself.
+        OptionError: an option of the wrong kind, or ``data`` that is a call itself, that does not fit the model's
+            forward, or that gives statistics which are not finite.
         PassError: with ``strict``, a pass failed.
         PreparationError: `fxopt.prepare` did not make ``student``, or ``data`` is empty.
         UnknownPassError: a pass name that is not registered.
         VerificationError: the converted model differs from the student by more than rounding in float64.
     """
     options = read_options({"strict": strict, **({} if passes is None else {"passes": passes})})
-    _check_data(data)
+    check_data(data)
     record = prepared(student)
     trained = copy.deepcopy(unwrapped(student)).eval()
     _say_unfinished(trained)
     if data is not None:
-        _recalibrate(trained, data)
+        recalibrate(trained, data)
+    _say_untouched(trained)
     example = _as_now(record, trained)
     converted = _rewritten(_plain(trained), example, options)
     converted.report = _report(_plain(trained), example, options, progressive_modules(trained))
     if verify:
         _verify(trained, example, options)
     return converted
-
-
-def _check_data(data: object) -> None:
-    if isinstance(data, Tensor | Mapping | str):
-        raise OptionError(
-            f"data is an iterable of calls of a model; the parts of a {type(data).__name__} would be taken for calls; "
-            "give data=[…] for a single call"
-        )
 
 
 def _as_now(record: Prepared, trained: nn.Module) -> Prepared:
@@ -109,32 +112,16 @@ def _say_unfinished(trained: nn.Module) -> None:
         )
 
 
-def _recalibrate(trained: nn.Module, data: Iterable[Any]) -> None:
-    """Statistics of the calls in ``data``, for each module of as many as it wants."""
-    gathering = list(progressive_modules(trained).values())
-    for module in gathering:
-        module.gather(True)
-    seen = 0
-    with torch.no_grad():
-        for batch in data:
-            args, kwargs = _as_call(batch)
-            trained(*args, **kwargs)
-            seen += 1
-            for module in [m for m in gathering if m.batches() == seen]:
-                module.gather(False)
-                gathering.remove(module)
-            if not gathering:
-                break
-    for module in gathering:
-        module.gather(False)
-    if not seen:
-        raise PreparationError("data is empty: there is nothing to take statistics from; give batches, or data=None")
-
-
-def _as_call(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if isinstance(batch, tuple | list):
-        return batch, {}
-    return ((), batch) if isinstance(batch, Mapping) else ((batch,), {})
+def _say_untouched(trained: nn.Module) -> None:
+    names = [name for name, module in progressive_modules(trained).items() if module.untouched()]
+    if names:
+        warnings.warn(
+            f"{_listed(names)}: the statistics are still those that the module was made with, so what it computes in "
+            "evaluation is not what was trained. Give convert data to take them from, or train with a torch.optim "
+            "optimiser that holds the module's parameters, or call fxopt.advance after each step",
+            FxoptWarning,
+            stacklevel=3,
+        )
 
 
 def _plain(trained: nn.Module) -> nn.Module:
@@ -142,10 +129,7 @@ def _plain(trained: nn.Module) -> nn.Module:
     plain = copy.deepcopy(trained)
     for module in progressive_modules(plain).values():
         exchange(plain, module, module.converted())
-    for key, hook in list(plain._forward_pre_hooks.items()):
-        if isinstance(hook, StudentHook):
-            del plain._forward_pre_hooks[key]
-            plain._forward_pre_hooks_with_kwargs.pop(key, None)
+    unhook(plain)
     return plain
 
 
@@ -175,9 +159,22 @@ def _report(plain: nn.Module, example: Prepared, options: Options, exchanged: Ma
     lines = {(site.kind, site.source.module): site.source for site in before}
     # What took the place of a module was written here; the line to show is the one that was exchanged.
     sites = (*report.sites, *left)
-    return replace(
-        report, sites=tuple(replace(s, source=lines.get((s.kind, s.source.module), s.source)) for s in sites)
-    )
+    sites = tuple(replace(s, source=lines.get((s.kind, s.source.module), s.source)) for s in sites)
+    return replace(report, sites=sites, notes=(*report.notes, *_names(names)))
+
+
+def _names(exchanged: Sequence[str]) -> Iterator[str]:
+    """What the names of parameters mean now."""
+    if exchanged:
+        yield (
+            f"weight and bias of {_listed(exchanged)} are those of x * weight + bias now: load this state_dict into "
+            "converted models only, the original one would compute something else with it"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _left_over(

@@ -61,10 +61,10 @@ def prepare(
     """A copy of ``model`` in which trainable passes have exchanged modules; the model is not changed.
 
     The student is of the model's own class, takes the same arguments, and its parameters keep their names, beside new
-    ones. Train it as usual: what moves from step to step follows the ``torch.optim`` optimiser that holds its
-    parameters, through gradient accumulation, activation checkpoints, ``torch.compile`` and
-    ``DistributedDataParallel``; all of it is in the ``state_dict``. `prepared` gives the report, `fxopt.convert` ends
-    the training.
+    ones. It may be prepared again, by other passes for what is not exchanged yet. Train it as usual: what moves from
+    step to step follows the ``torch.optim`` optimiser that holds its parameters, through gradient accumulation,
+    activation checkpoints, ``torch.compile`` and ``DistributedDataParallel``; all of it is in the ``state_dict``.
+    `prepared` gives the report, `fxopt.convert` ends the training.
 
     Args:
         model: the module to train.
@@ -90,9 +90,13 @@ def prepare(
     program, calls = _captured(copied, args, kwargs, dynamic_shapes)
     student = Student(copied, calls, program)
     done = [(current, current.prepare(student)) for current in chosen]
-    report = _report(program, done)
+    report, earlier = _report(program, done), _earlier(copied)
     if not any(site.status == "rewritten" for site in report.sites):
-        raise PreparationError(_nothing_done(model, chosen, report))
+        raise PreparationError(_nothing_done(model, chosen, report, earlier))
+    report = _joined(report, earlier)
+    parameters = list(copied.parameters())
+    for module in progressive_modules(copied).values():
+        module.companions = parameters
     setattr(copied, _RECORD, Prepared(report, args, dict(kwargs or {}), dynamic_shapes, kind_of(model)))
     return copied
 
@@ -194,6 +198,20 @@ def _report(program: Program, done: Sequence[tuple[TrainablePass, Preparation]])
     return Report(tuple(sites.values()), summaries, notes=notes)
 
 
+def _earlier(copied: nn.Module) -> dict[tuple[str, str], Site]:
+    """The sites of modules that an earlier `prepare` has exchanged."""
+    record = getattr(copied, _RECORD, None)
+    sites = record.report.sites if isinstance(record, Prepared) else ()
+    still = progressive_modules(copied)
+    return {_key(site): site for site in sites if site.status == "rewritten" and site.source.module in still}
+
+
+def _joined(report: Report, earlier: Mapping[tuple[str, str], Site]) -> Report:
+    """``report`` with what an earlier `prepare` did, of which this one can only say that it is so."""
+    own = tuple(site for site in report.sites if _key(site) not in earlier)
+    return replace(report, sites=(*earlier.values(), *own))
+
+
 def _key(site: Site) -> tuple[str, str]:
     """Kind and module; torch.export numbers the calls of one module after its first with ``@``."""
     return site.kind, site.source.module.partition("@")[0]
@@ -204,8 +222,17 @@ def _summary(current: TrainablePass, preparation: Preparation) -> PassSummary:
     return PassSummary(current.name, current.tier, rewrites, changed=bool(rewrites))
 
 
-def _nothing_done(model: nn.Module, chosen: Sequence[TrainablePass], report: Report) -> str:
-    reasons = [f"{site.source.module or type(model).__name__}: {site.reason}" for site in report.sites]
+def _nothing_done(
+    model: nn.Module, chosen: Sequence[TrainablePass], report: Report, earlier: Mapping[tuple[str, str], Site]
+) -> str:
+    kinds = {current.kind for current in chosen}
+    reasons = [
+        f"{site.source.module}: it is exchanged already, by {site.rule}"
+        for site in earlier.values()
+        if site.kind in kinds
+    ]
+    others = (site for site in report.sites if _key(site) not in earlier)
+    reasons += [f"{site.source.module or type(model).__name__}: {site.reason}" for site in others]
     names = ", ".join(current.name for current in chosen)
     found = "; ".join(dict.fromkeys(reasons)) or f"it has no {' or '.join(c.kind for c in chosen)} at all"
     return f"{names} found nothing to exchange in {type(model).__name__}: {found}"

@@ -1,9 +1,10 @@
 """What trainable passes put into a model: modules that change from one optimiser step to the next, and their clock.
 
 A progressive module's forward reads its state and never moves it. State moves in `Progressive.advance`, which runs
-after each step of the optimiser that owns the module's `Progressive.clock`: a hook that PyTorch calls for every
-``torch.optim.Optimizer`` does that. Gradient accumulation, recomputed activations and steps that a gradient scaler
-skips therefore count as what they are, and a compiled forward holds no counter.
+after each step of the optimiser that owns the module's `Progressive.clock` (while that is frozen, of the one that owns
+the first parameter of the student that is not): a hook that PyTorch calls for every ``torch.optim.Optimizer`` does
+that. Gradient accumulation, recomputed activations and steps that a gradient scaler skips therefore count as what they
+are, and a compiled forward holds no counter.
 """
 
 from __future__ import annotations
@@ -40,13 +41,17 @@ class Progressive(nn.Module):
     Attributes:
         folds: whether what it ends in can be folded into its neighbours, so that a report says where something stays.
         inlined: whether it runs its submodules as one captured graph, so that nothing can be exchanged inside.
+        companions: the parameters of the whole student.
     """
 
     folds: ClassVar[bool] = True
     inlined: ClassVar[bool] = False
 
+    companions: list[nn.Parameter]
+
     def __init__(self) -> None:
         super().__init__()
+        self.companions = []
         _follow(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -55,8 +60,15 @@ class Progressive(nn.Module):
         _follow(self)
 
     def clock(self) -> Tensor:
-        """The parameter whose optimiser drives this module."""
+        """The parameter whose optimiser drives this module, unless it is frozen."""
         raise NotImplementedError
+
+    def driver(self) -> Tensor:
+        """The parameter whose optimiser drives this module now: its clock, or while that is frozen another one."""
+        clock = self.clock()
+        if clock.requires_grad:
+            return clock
+        return next((parameter for parameter in self.companions if parameter.requires_grad), clock)
 
     def advance(self) -> None:
         """Move on by one optimiser step."""
@@ -66,6 +78,10 @@ class Progressive(nn.Module):
         """The share of the original in what the module computes in training: 1 at first, 0 in the end."""
         raise NotImplementedError
 
+    def untouched(self) -> bool:
+        """Whether it has statistics that are as they were made: no step, and no data, has moved them."""
+        return False
+
     def batches(self) -> int | None:
         """How many batches its statistics are to be gathered from at most; ``None``: from all there are."""
         return None
@@ -73,17 +89,17 @@ class Progressive(nn.Module):
     def gather(self, active: bool) -> None:
         """Start, or end, replacing statistics by those of the inputs seen meanwhile (nothing without statistics)."""
 
+    def is_finite(self) -> bool:
+        """Whether the statistics gathered so far are finite."""
+        return True
+
     def converted(self) -> nn.Module:
         """An ordinary module that computes what this one does in evaluation."""
         raise NotImplementedError
 
 
 class StudentHook:
-    """Base of the forward pre-hooks that a trainable pass puts on the whole model; they end with the training."""
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See ``torch.nn.Module.register_forward_pre_hook``, with keyword arguments."""
-        raise NotImplementedError
+    """Base of the forward hooks and pre-hooks that a trainable pass puts on the whole model; see `unhook`."""
 
 
 @dataclass
@@ -158,6 +174,16 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
+def unhook(model: nn.Module) -> None:
+    """Take the hooks of trainable passes off the whole model: they end with the training."""
+    before, after = model._forward_pre_hooks_with_kwargs, model._forward_hooks_with_kwargs
+    kinds = ((model._forward_pre_hooks, (before,)), (model._forward_hooks, (after, model._forward_hooks_always_called)))
+    for hooks, options in kinds:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, StudentHook)]:
+            for held in (hooks, *options):
+                held.pop(key, None)
+
+
 def inlining(model: nn.Module, name: str) -> str | None:
     """The name of the module around ``name`` that runs it as a part of one captured graph, if there is one."""
     parts = name.split(".")
@@ -189,7 +215,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if _LIVE else set()
     for module in list(_LIVE):
-        if id(module.clock()) not in owned or id(module) in moved:
+        if id(module.driver()) not in owned or id(module) in moved:
             continue
         module.advance()
         for others in _STEPPING.values():

@@ -12,10 +12,11 @@ from fxopt.ir.linear_attention import EPS
 from fxopt.ir.site import Tier
 from fxopt.passes.linear_attention.meaning import Kept
 from fxopt.passes.linear_attention.module import Transition
-from fxopt.passes.linear_attention.options import check_count, check_positive, read_drop, read_names
+from fxopt.passes.linear_attention.options import read_drop, read_names
 from fxopt.passes.linear_attention.swap import Plan, Swap, swap_attentions
 from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
+from fxopt.rewriter.settings import check_positive, check_whole
 
 
 @register_pass
@@ -58,7 +59,7 @@ class LinearAttention(Trainable):
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup"):
-            check_count(name, getattr(self, name), "0 or more optimiser steps")
+            check_whole(name, getattr(self, name), "optimiser steps")
         check_positive("eps", self.eps)
         read_names("select", self.select)
         read_drop(self.drop)

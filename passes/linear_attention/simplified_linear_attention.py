@@ -14,10 +14,11 @@ from fxopt.ir.nodes import shape
 from fxopt.ir.site import Tier
 from fxopt.passes.linear_attention.meaning import Kept
 from fxopt.passes.linear_attention.module import Transition
-from fxopt.passes.linear_attention.options import check_count, check_positive, check_side, read_drop, read_names
+from fxopt.passes.linear_attention.options import check_side, read_drop, read_names
 from fxopt.passes.linear_attention.swap import Plan, Swap, swap_attentions
 from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
+from fxopt.rewriter.settings import check_positive, check_whole
 
 
 @register_pass
@@ -76,8 +77,9 @@ class SimplifiedLinearAttention(Trainable):
 
     def __post_init__(self) -> None:
         check_side("kernel", self.kernel)
-        for name in ("class_tokens", "steps", "warmup"):
-            check_count(name, getattr(self, name))
+        check_whole("class_tokens", self.class_tokens, "tokens")
+        for name in ("steps", "warmup"):
+            check_whole(name, getattr(self, name), "optimiser steps")
         check_positive("eps", self.eps)
         read_names("select", self.select)
         read_drop(self.drop)

@@ -7,15 +7,15 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fxopt.errors import OptionError
 from fxopt.ir.site import Tier
 from fxopt.passes.norm.recognise import NormModule
 from fxopt.passes.norm.rep_module import RepNorm, Transition
 from fxopt.passes.norm.running import Statistics
-from fxopt.passes.norm.swap import Swap, read_patterns, swap_norms
+from fxopt.passes.norm.swap import Swap, check_selection, read_patterns, swap_norms
 from fxopt.passes.norm.token_mask import TokenMask
 from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
+from fxopt.rewriter.settings import check_number, check_whole
 
 
 @register_pass
@@ -40,7 +40,8 @@ class RepBatchNorm(Trainable):
     The original's parameters keep their names. New in the ``state_dict`` are ``batch_weight``, ``batch_bias`` and
     ``alpha``, and the buffers ``running_mean``, ``running_var`` and ``step``. Weight decay is meant for none of them.
 
-    Trainable: `fxopt.prepare`, training as usual, `fxopt.convert`.
+    Trainable: `fxopt.prepare`, training as usual, `fxopt.convert`, after which ``a`` and ``b`` stand under the norm's
+    name as ``weight`` and ``bias``.
 
     Args:
         steps: optimiser steps in which ``λ`` falls.
@@ -79,8 +80,11 @@ class RepBatchNorm(Trainable):
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name}={getattr(self, name)} is not possible; give 0 or more optimiser steps")
+            check_whole(name, getattr(self, name), "optimiser steps")
+        for name in ("start", "alpha"):
+            if name == "start" or self.alpha is not None:
+                check_number(name, getattr(self, name))
+        check_selection(self.select, self.mask)
         self._statistics()
 
     def prepare(self, student: Student) -> Preparation:

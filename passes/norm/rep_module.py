@@ -11,7 +11,7 @@ from torch.nn.functional import layer_norm, rms_norm
 from fxopt.passes.norm.moments import Moments, moments
 from fxopt.passes.norm.recognise import NormModule
 from fxopt.passes.norm.running import RunningNorm, Statistics
-from fxopt.passes.norm.token_mask import TokenMask
+from fxopt.passes.norm.token_mask import TokenMask, is_backward
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class RepNorm(RunningNorm):
         """See `Progressive.remaining`."""
         return float(self.share(torch.float64))
 
+    def untouched(self) -> bool:
+        """See `Progressive.untouched`."""
+        return bool((self.running_mean == 0).all() & (self.running_var == 1).all())
+
     def advance(self) -> None:
         """See `Progressive.advance`."""
         with torch.no_grad():
@@ -92,9 +96,10 @@ class RepNorm(RunningNorm):
             any_counts = found.tokens > 0
             mean = torch.where(any_counts, found.mean, self.running_mean.to(x.dtype))
             found = Moments(found.tokens, mean, torch.where(any_counts, found.variance, self.running_var.to(x.dtype)))
-        self.batch_mean.copy_(found.mean.detach())
-        self.batch_variance.copy_(found.variance.detach())
-        self.fresh.copy_(found.tokens > 0)
+        if not is_backward():
+            self.batch_mean.copy_(found.mean.detach())
+            self.batch_variance.copy_(found.variance.detach())
+            self.fresh.copy_(found.tokens > 0)
         share = self.share(x.dtype)
         return share * self._original(x) + (1 - share) * self.normalised(x, found)
 

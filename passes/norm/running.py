@@ -15,6 +15,7 @@ from fxopt.passes.norm.moments import Moments, merge, moments
 from fxopt.passes.norm.recognise import NormModule
 from fxopt.passes.norm.token_mask import TokenMask
 from fxopt.rewriter.progressive import Progressive
+from fxopt.rewriter.settings import check_number, check_switch, check_whole
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ class Statistics:
     recalibrate: int | None
 
     def __post_init__(self) -> None:
-        if self.recalibrate is not None and self.recalibrate < 1:
-            raise OptionError(f"recalibrate={self.recalibrate} is not possible; give a number of batches, or None")
+        if self.recalibrate is not None:
+            check_whole("recalibrate", self.recalibrate, "batches (None: all)", least=1)
+        for name in ("momentum", "eps"):
+            check_number(name, getattr(self, name))
+        check_switch("synchronize", self.synchronize)
         if not 0 < self.momentum <= 1:
             raise OptionError(f"momentum={self.momentum} is not possible; give a number above 0 and up to 1")
         if not self.eps >= 0:
@@ -71,6 +75,7 @@ class RunningNorm(Progressive):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training:
             y = self.train_forward(wide)
+            self.mask.keep(y)
         elif self._gathered is not None:
             y = self._gathering_forward(wide)
         else:
@@ -99,7 +104,9 @@ class RunningNorm(Progressive):
 
         Other processes are not asked, as they may not be converting.
         """
-        found = moments(x.double(), self.mask.over(x), synchronize=False)
+        mask = self.mask.over(x)
+        self.mask.check_values()
+        found = moments(x.double(), mask, synchronize=False)
         assert self._gathered is not None
         self._gathered = merge(self._gathered, found)
         narrow = Moments(*(value.to(x.dtype) for value in found))
@@ -108,6 +115,10 @@ class RunningNorm(Progressive):
     def batches(self) -> int | None:
         """See `Progressive.batches`."""
         return self.statistics.recalibrate
+
+    def is_finite(self) -> bool:
+        """See `Progressive.is_finite`."""
+        return self._gathered is None or bool((self._gathered.mean + self._gathered.variance).isfinite().all())
 
     def gather(self, active: bool) -> None:
         """See `Progressive.gather`."""

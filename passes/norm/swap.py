@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from fxopt.errors import OptionError
 from fxopt.ir.site import Site, Source
 from fxopt.passes.norm.recognise import NormModule, may_be_norm, recognise
-from fxopt.passes.norm.token_mask import MaskReader, TokenMask
+from fxopt.passes.norm.running import RunningNorm
+from fxopt.passes.norm.token_mask import MaskCloser, MaskReader, TokenMask
 from fxopt.rewriter.progressive import Call, Preparation, Progressive, Student, exchange, inlining
+from fxopt.rewriter.settings import check_texts
 
 #: The argument that a mask of tokens usually is.
 USUAL_MASK = "attention_mask"
+#: Why a norm is kept that did not run while the model was captured.
+_IDLE = (
+    "it does not run when the model is called with the example arguments in evaluation, so what it would become is "
+    "used nowhere; in training it runs as it is"
+)
 #: Makes the progressive module for an original, its meaning, the model's mask, and a tensor of the dtype and device
 #: that new parameters get.
 Build = Callable[[nn.Module, NormModule, TokenMask, Tensor], Progressive]
@@ -48,6 +55,7 @@ def swap_norms(student: Student, swap: Swap) -> Preparation:
         _leave_nested(student.model)
         if reader is not None:
             student.model.register_forward_pre_hook(reader, with_kwargs=True)
+            student.model.register_forward_hook(MaskCloser(mask), always_call=True)
     return Preparation(tuple(sites))
 
 
@@ -62,8 +70,10 @@ def _find(student: Student) -> dict[str, NormModule | str]:
     """The meaning of every module that holds a norm, or why it can't be exchanged, in the order of their calls."""
     found: dict[str, NormModule | str] = {}
     others: set[tuple[object, ...]] = set()
-    for name, calls in student.calls.items():
+    for name, calls in (*student.calls.items(), *_never_called(student)):
         module = student.model.get_submodule(name)
+        if isinstance(module, RunningNorm):
+            found[name] = f"it is exchanged already, for {module}"
         likeness = _likeness(module, calls)
         if likeness in others or isinstance(module, Progressive) or not may_be_norm(module, calls):
             continue
@@ -71,8 +81,21 @@ def _find(student: Student) -> dict[str, NormModule | str]:
         if meaning is None:
             others.add(likeness)
         else:
-            found[name] = meaning
+            found[name] = meaning if name in student.calls else _IDLE
     return found
+
+
+def _never_called(student: Student) -> Iterator[tuple[str, tuple[Call, ...]]]:
+    """Modules that did not run while the model was captured, with a call that they could have if they are norms."""
+    for name, module in student.model.named_modules():
+        parameters = list(module.parameters())
+        own = parameters[0].shape if parameters and all(p.dim() == 1 for p in parameters) else ()
+        sizes = getattr(module, "normalized_shape", own)
+        if name in student.calls or not sizes or inlining(student.model, name) is not None:
+            continue
+        like = next(iter(parameters), torch.empty(0))
+        if like.is_floating_point():
+            yield name, (Call((like.new_zeros(3, 3, *sizes),), {}),)
 
 
 def _likeness(module: nn.Module, calls: tuple[Call, ...]) -> tuple[object, ...]:
@@ -119,6 +142,19 @@ def _reader(student: Student, wanted: str | None, mask: TokenMask) -> MaskReader
         raise OptionError(f"mask={wanted!r} is no argument of the model's forward, which has: {has}")
     by_name_only = arguments[wanted].kind is inspect.Parameter.KEYWORD_ONLY
     return MaskReader(wanted, None if by_name_only else list(arguments).index(wanted), mask)
+
+
+def check_selection(select: object, mask: object) -> None:
+    """Which norms and which mask, as users give them.
+
+    Raises:
+        OptionError: they are not texts.
+    """
+    check_texts("select", select, "a name or pattern of names")
+    if mask is not None and not isinstance(mask, str):
+        raise OptionError(
+            f"mask={mask!r} is not possible; give the name of an argument of the model's forward, or None"
+        )
 
 
 def read_patterns(select: str | tuple[str, ...]) -> tuple[str, ...]:

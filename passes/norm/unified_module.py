@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from fxopt.passes.norm.moments import Moments, average, average_of, count_of
 from fxopt.passes.norm.recognise import NormModule
 from fxopt.passes.norm.running import RunningNorm, Statistics
-from fxopt.passes.norm.token_mask import TokenMask
+from fxopt.passes.norm.token_mask import TokenMask, is_backward
 
 #: Gradients are not scaled during the first steps, and never by more than this factor or its inverse.
 _UNSCALED_STEPS: Final = 1000
@@ -94,6 +94,10 @@ class UnifiedNormalisation(RunningNorm):
     def remaining(self) -> float:
         """Nothing of the original is left from the start."""
         return 0.0
+
+    def untouched(self) -> bool:
+        """See `Progressive.untouched`."""
+        return bool((self.running_second == 1).all())
 
     def advance(self) -> None:
         """See `Progressive.advance`."""
@@ -178,9 +182,10 @@ def _second(x: Tensor, mask: Tensor | None, state: _State, smoothing: Smoothing,
         smooth = smooth & ~outlier
         window = torch.where(_row(state, smoothing) & outlier, running, window)
     used = torch.where(smooth, geometric, own)
-    state.second_WC.copy_(window)
-    state.batch_second.copy_(used)
-    state.fresh.copy_(counts)
+    if not is_backward():
+        state.second_WC.copy_(window)
+        state.batch_second.copy_(used)
+        state.fresh.copy_(counts)
     return used
 
 

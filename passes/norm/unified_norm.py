@@ -7,15 +7,15 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fxopt.errors import OptionError
 from fxopt.ir.site import Tier
 from fxopt.passes.norm.recognise import NormModule
 from fxopt.passes.norm.running import Statistics
-from fxopt.passes.norm.swap import Swap, read_patterns, swap_norms
+from fxopt.passes.norm.swap import Swap, check_selection, read_patterns, swap_norms
 from fxopt.passes.norm.token_mask import TokenMask
 from fxopt.passes.norm.unified_module import Smoothing, UnifiedNormalisation
 from fxopt.rewriter.progressive import Preparation, Student, Trainable
 from fxopt.rewriter.registry import register_pass
+from fxopt.rewriter.settings import check_switch, check_whole
 
 
 @register_pass
@@ -41,7 +41,8 @@ class UnifiedNorm(Trainable):
     γ and β are the original's weight and bias under their names, made where it has none. New in the ``state_dict`` are
     the buffers ``running_second``, ``second_window``, ``gradient_window``, ``gradient_average`` and ``step``.
 
-    Trainable: `fxopt.prepare`, training as usual, `fxopt.convert`.
+    Trainable: `fxopt.prepare`, training as usual, `fxopt.convert`, after which ``γ / √(v + ε)`` and
+    ``β`` stand under the norm's name as ``weight`` and ``bias``.
 
     Args:
         warmup: optimiser steps before smoothing starts.
@@ -75,10 +76,10 @@ class UnifiedNorm(Trainable):
     synchronize: bool = True
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise OptionError(f"warmup={self.warmup} is not possible; give 0 or more optimiser steps")
-        if self.window < 1:
-            raise OptionError(f"window={self.window} is not possible; give 1 or more optimiser steps")
+        check_whole("warmup", self.warmup, "optimiser steps")
+        check_whole("window", self.window, "optimiser steps", least=1)
+        check_switch("filter_outliers", self.filter_outliers)
+        check_selection(self.select, self.mask)
         self._statistics()
 
     def prepare(self, student: Student) -> Preparation:

@@ -281,3 +281,41 @@ def test_modules_say_what_they_lack() -> None:
     for call in calls:
         with pytest.raises(NotImplementedError):
             call()
+
+
+def frozen(model: nn.Module, *names: str) -> nn.Module:
+    """With all parameters frozen whose names hold one of ``names``."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in names))
+    return model
+
+
+@both
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_norms_with_frozen_weights_follow_what_is_trained(chosen: fxopt.Pass, when: str) -> None:
+    student = student_of(chosen) if when == "after" else None
+    names = ("norm", "root", "last")
+    if student is None:
+        student = fxopt.prepare(frozen(encoder(), *names), (inputs(1)[0],), passes=[chosen]).train()
+    else:
+        frozen(student, *names)
+    for copied in (student, copy.deepcopy(student)):
+        optimizer = torch.optim.AdamW([p for p in copied.parameters() if p.requires_grad], lr=1e-2)
+        train(copied, optimizer, inputs(3))
+        assert steps(copied) == {3}
+    assert not any(module.untouched() for module in progressive_modules(student).values())
+
+
+def test_a_frozen_norm_counts_the_steps_of_one_optimiser_of_several() -> None:
+    student = frozen(student_of(SHORT["unified-norm"]), "norm", "root", "last")
+    trained_ones = [p for p in student.parameters() if p.requires_grad]
+    halves = [torch.optim.SGD(trained_ones[::2], lr=0.1), torch.optim.SGD(trained_ones[1::2], lr=0.1)]
+    for optimizer in halves:
+        optimizer.step()
+    assert steps(student) == {1}
+
+
+def test_a_student_without_anything_to_train_follows_an_optimiser_that_holds_it() -> None:
+    student = student_of(SHORT["unified-norm"]).requires_grad_(False)
+    torch.optim.SGD(student.parameters(), lr=0.1).step()
+    assert steps(student) == {1}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.errors import FxoptWarning, OptionError, PassError, PreparationError, VerificationError
+from fxopt.errors import FxoptWarning, PassError, PreparationError, VerificationError
 from fxopt.passes import RepBatchNorm, UnifiedNorm
 from fxopt.passes.norm.channel_affine import ChannelAffine
 from fxopt.passes.norm.rep_module import RepNorm
-from fxopt.passes.norm.unified_module import UnifiedNormalisation
 from fxopt.testing import assert_within_budget, oracle
 from tests.norm.models import CHANNELS, SHORT, encoder, inputs, optimizer_of, train, trained
 
@@ -131,85 +129,10 @@ def test_a_norm_that_is_transposed_says_why_it_stays() -> None:
 
 
 def test_norms_that_were_not_exchanged_keep_their_lines() -> None:
-    student = fxopt.prepare(Written(), (torch.randn(3, 8),), passes=[RepBatchNorm(steps=0)])
-    sites = [site for site in fxopt.convert(student).report.sites if site.kind == "norm"]
+    x = torch.randn(3, 8)
+    student = fxopt.prepare(Written(), (x,), passes=[RepBatchNorm(steps=0)])
+    sites = [site for site in fxopt.convert(student, [x]).report.sites if site.kind == "norm"]
     assert len({site.source.location for site in sites}) == 3
-
-
-def first_norm(student: nn.Module) -> nn.Module:
-    return student.get_submodule("blocks.0.norm")
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_recalibrated_statistics_are_those_of_all_tokens_together(masked: bool) -> None:
-    student = trained(SHORT["rep-batch-norm"]).double()
-    data = [x.double() for x in (*inputs(3, seed=8), *inputs(1, seed=9, batch=2, length=11))]
-    masks = [torch.rand(x.shape[:2]) > 0.3 for x in data]
-    calls: list[Any] = [{"x": x, "attention_mask": m} for x, m in zip(data, masks, strict=True)] if masked else data
-    _, statistics = recalibrated(student, calls)
-    tokens = torch.cat([x[m] if masked else x.flatten(0, 1) for x, m in zip(data, masks, strict=True)])
-    torch.testing.assert_close(statistics["running_mean"], tokens.mean(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(statistics["running_var"], tokens.var(0, correction=0), rtol=1e-12, atol=1e-12)
-
-
-def recalibrated(student: nn.Module, data: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The converted model, and the statistics that its first norm was made from."""
-    seen: dict[str, Tensor] = {}
-    keep = RepNorm.keep
-
-    def remember(norm: RepNorm, found: Any) -> None:
-        keep(norm, found)
-        if not seen:
-            seen.update({name: getattr(norm, name).clone() for name in ("running_mean", "running_var")})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RepNorm, "keep", remember)
-        fast = fxopt.convert(student, data)
-    return fast, seen
-
-
-def test_norms_behind_others_see_what_training_would_show_them() -> None:
-    student = trained(SHORT["rep-batch-norm"]).double()
-    x = inputs(1, seed=8)[0].double()
-    fast = fxopt.convert(student, [x])
-    for module in student.modules():
-        if isinstance(module, RepNorm):
-            module.step.fill_(10**6)
-    # With the schedule over, training normalises by the batch, which is all there is to gather from.
-    torch.testing.assert_close(fast(x), student.train()(x), rtol=1e-9, atol=1e-9)
-
-
-def test_unified_norms_gather_second_moments() -> None:
-    student = trained(SHORT["unified-norm"]).double()
-    x = inputs(1, seed=8)[0].double()
-    norm = first_norm(student)
-    assert isinstance(norm, UnifiedNormalisation)
-    fast = fxopt.convert(student, [x])
-    expected = norm.clock() / (x.square().mean((0, 1)) + 1e-5).sqrt()
-    torch.testing.assert_close(fast.state_dict()["blocks.0.norm.weight"], expected.detach(), rtol=1e-12, atol=0)
-
-
-def test_no_more_batches_are_taken_than_wanted() -> None:
-    taken = []
-
-    def batches() -> Iterator[Tensor]:
-        for x in inputs(10, seed=4):
-            taken.append(x)
-            yield x
-
-    fxopt.convert(trained(RepBatchNorm(steps=4, recalibrate=3)), batches())
-    assert len(taken) == 3
-
-
-def test_no_data_at_all_is_an_error() -> None:
-    with pytest.raises(PreparationError, match="data is empty"):
-        fxopt.convert(trained(SHORT["rep-batch-norm"]), [])
-
-
-@pytest.mark.parametrize("data", [inputs(1)[0], {"x": inputs(1)[0]}, "x"], ids=["tensor", "dict", "text"])
-def test_data_that_is_a_call_itself_is_an_error(data: Any) -> None:
-    with pytest.raises(OptionError, match=r"would be taken for calls; give data=\[…\]"):
-        fxopt.convert(trained(SHORT["rep-batch-norm"]), data)
 
 
 def test_what_was_not_prepared_can_not_be_converted() -> None:
@@ -266,7 +189,7 @@ def test_passes_may_be_named_and_fail_strictly() -> None:
 
 def hostile(case: str) -> nn.Module:
     student = trained(SHORT["rep-batch-norm"]).double()
-    norm = first_norm(student)
+    norm = student.get_submodule("blocks.0.norm")
     assert isinstance(norm, RepNorm)
     assert norm.alpha is not None
     with torch.no_grad():
@@ -377,3 +300,9 @@ def test_what_has_no_weight_is_converted_too() -> None:
     train(student, optimizer_of(student), inputs(3))
     x = inputs(1, seed=5)[0]
     torch.testing.assert_close(fxopt.convert(student)(x), student.eval()(x))
+
+
+def test_the_report_notes_that_names_mean_something_else() -> None:
+    fast = fxopt.convert(trained(SHORT["rep-batch-norm"]))
+    (note,) = [note for note in fast.report.notes if "state_dict" in note]
+    assert note.startswith("weight and bias of blocks.0.norm, blocks.0.root, blocks.1.norm, blocks.1.root, last are")

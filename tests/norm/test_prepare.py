@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.errors import CaptureError, OptionError, PreparationError
+from fxopt.errors import OptionError, PreparationError
 from fxopt.passes import RepBatchNorm, UnifiedNorm
 from fxopt.passes.norm.rep_module import RepNorm
 from fxopt.testing import assert_within_budget, oracle
@@ -311,39 +311,6 @@ def test_nothing_to_exchange_is_an_error_that_says_why(model: nn.Module) -> None
     reason = "prepare what holds it" if isinstance(model, nn.LayerNorm) else "it has no norm at all"
     with pytest.raises(PreparationError, match=reason):
         fxopt.prepare(model, (inputs(1)[0],), passes=[RepBatchNorm(steps=5)])
-
-
-WRONG = {
-    "steps": (lambda: RepBatchNorm(steps=-1), "steps=-1"),
-    "warmup": (lambda: RepBatchNorm(steps=1, warmup=-2), "warmup=-2"),
-    "warmup of a unified norm": (lambda: UnifiedNorm(warmup=-1), "warmup=-1"),
-    "run on a graph": (lambda: UnifiedNorm().run(fxopt.capture(encoder(), (inputs(1)[0],))), "give it to fxopt.pre"),
-    "momentum": (lambda: RepBatchNorm(steps=1, momentum=0.0), "momentum=0.0"),
-    "recalibrate": (lambda: UnifiedNorm(recalibrate=0), "recalibrate=0"),
-    "window": (lambda: UnifiedNorm(window=0), "window=0"),
-    "eps": (lambda: UnifiedNorm(eps=float("nan")), "eps=nan"),
-    "mask": (lambda: prepare_with(RepBatchNorm(steps=5, mask="pad")), "has: x, attention_mask"),
-    "no passes": (lambda: fxopt.prepare(encoder(), (inputs(1)[0],), passes=[]), "passes is empty"),
-    "an exact pass": (lambda: prepare_with(fxopt.passes.Gelu()), "gelu is not a trainable pass"),
-    "a name without its options": (lambda: fxopt.prepare(encoder(), (), passes=["rep-batch-norm"]), "needs steps"),
-    "a function": (lambda: fxopt.prepare(len, (), passes=[UnifiedNorm()]), "prepare takes an nn.Module"),  # type: ignore[arg-type]
-    "in rewrite": (lambda: fxopt.rewrite(encoder(), (inputs(1)[0],), passes=[UnifiedNorm()]), "give it to fxopt.pre"),
-}
-
-
-def prepare_with(chosen: fxopt.Pass) -> nn.Module:
-    return fxopt.prepare(encoder(), (inputs(1)[0],), passes=[chosen])
-
-
-@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_option_is_an_error_that_says_what_would_do(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        call()
-
-
-def test_arguments_must_be_a_tuple() -> None:
-    with pytest.raises(CaptureError, match="write \\(x,\\)"):
-        fxopt.prepare(encoder(), inputs(1)[0], passes=[UnifiedNorm()])  # type: ignore[arg-type]
 
 
 def test_llama_is_exchanged_altogether() -> None:

@@ -34,7 +34,7 @@ def check_positive(name: str, value: object) -> None:
     Raises:
         OptionError: it is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise OptionError(f"{name}={value!r} is not possible; give a number above 0")
 
 

@@ -9,6 +9,7 @@ code can't ask; it reads `TokenMask.value`, which the backward pass sets on its 
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -64,6 +65,19 @@ class _Before:
     held: _Held | None
 
 
+@dataclass(frozen=True)
+class _Again:
+    """What is being computed again: in which backward pass, for which node and by which thread, from which number of
+    nodes on, and with which mask. Backward passes inside of it are of the same call.
+    """
+
+    task: int
+    node: int
+    thread: int
+    first: int
+    held: _Held
+
+
 @dataclass
 class _Known:
     """What is known of calls outside of compiled code: those with masks, and those that run, the innermost last.
@@ -75,6 +89,7 @@ class _Known:
     before: list[_Before] = field(default_factory=list)
     task: int = -1
     held: _Held | None = None
+    again: _Again | None = None
 
 
 class TokenMask:
@@ -186,9 +201,14 @@ class TokenMask:
             return self.value
         node = torch._C._current_autograd_node()
         number = -1 if node is None else node._sequence_nr()
+        inside = self._inside(number)
+        if inside is not None:
+            return inside.mask
         call = next((call for call in reversed(known.calls) if call.made(number)), None)
         if call is None and not self.compiled:
-            return None  # another method of the model, which has no mask
+            if known.again is not None and known.again.task == torch._C._current_graph_task_id():
+                known.again = None
+            return None  # a call without a mask, or another method of the model
         held = None if call is None else call.held()
         if held is None:
             raise MaskError(
@@ -197,7 +217,30 @@ class TokenMask:
                 "give checkpoint use_reentrant=False, or compile the modules inside of it instead of the whole model; "
                 "mask=None counts all tokens"
             )
+        self._remember(number, held)
         return held.mask
+
+    def _inside(self, number: int) -> _Held | None:
+        """The mask of what is being computed again, if the node of this number was made by that: a reentrant checkpoint
+        inside of another has a backward pass of its own.
+        """
+        again = self._known.again
+        if again is None or again.task == torch._C._current_graph_task_id() or number < again.first:
+            return None
+        return again.held if again.thread == threading.get_ident() else None
+
+    def _remember(self, number: int, held: _Held) -> None:
+        task, before = torch._C._current_graph_task_id(), self._known.again
+        if before is not None and (before.task, before.node) == (task, number):
+            return
+        # A checkpoint makes its node just before it computes what reads this mask.
+        first = torch._C._autograd._get_sequence_nr() - 1
+        self._known.again = _Again(task, number, threading.get_ident(), first, held)
+        torch.autograd.Variable._execution_engine.queue_callback(self._forget)
+
+    def _forget(self) -> None:
+        """A backward pass that computed something again is over."""
+        self._known.again = None
 
     def _lead_in(self, leaf: Any, call: _Call, held: _Held) -> None:
         """A backward pass that comes through ``leaf``, a result of ``call``, finds its mask in ``value`` from there on.

@@ -59,6 +59,21 @@ def nested(block: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
+def nested_reentrant(block: nn.Module, x: Tensor) -> Tensor:
+    def both_halves(z: Tensor) -> Tensor:
+        inner = checkpoint(block, z, use_reentrant=True)
+        y: Tensor = checkpoint(block, inner, use_reentrant=True)
+        return y
+
+    y: Tensor = checkpoint(both_halves, x, use_reentrant=True)
+    return y
+
+
+def twice(block: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = block(block(x))
+    return y
+
+
 class Encoder(nn.Module):
     """Two blocks, run in some way in training; a method beside the forward, and a result of some kind."""
 
@@ -180,6 +195,12 @@ def close(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_two_calls_before_one_backward_have_their_own_masks(chosen: fxopt.Pass, run: Run, loop: Any) -> None:
     assert differing(student_of(chosen, run), student_of(chosen), loop) == []
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_checkpoints_inside_of_reentrant_ones(loop: Any) -> None:
+    chosen = PASSES["naive"]
+    assert differing(student_of(chosen, nested_reentrant), student_of(chosen, twice), loop) == []
 
 
 @both

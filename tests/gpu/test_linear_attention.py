@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import fxopt
@@ -105,3 +106,30 @@ def test_a_converted_student_runs_its_kernels() -> None:
             return out
 
     torch.testing.assert_close(evaluated(compiled), evaluated(student.eval()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["BertModel", "LlamaModel"])
+def test_schedules_train_models_in_bfloat16(name: str, padded: bool) -> None:
+    kind = getattr(transformers, name)
+    config = kind.config_class(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, use_cache=False
+    )
+    torch.manual_seed(0)
+    model = kind(config).cuda().to(torch.bfloat16)
+    ids = torch.randint(50, (4, 24), device="cuda")
+    kept = (torch.arange(24, device="cuda") < torch.tensor([[24], [17], [9], [24]], device="cuda")).long()
+    given = {"input_ids": ids, **({"attention_mask": kept} if padded else {})}
+    student = fxopt.prepare(model.eval(), (), given, passes=[LinearAttention(steps=2)]).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(student, backend="fxopt")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    losses = []
+    for forward in (student, compiled, student, compiled):
+        loss = forward(**given).last_hidden_state.float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert torch.tensor(losses).isfinite().all()
+    assert all(parameter.isfinite().all() for parameter in student.parameters())

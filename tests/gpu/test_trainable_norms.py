@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import fxopt
 from tests.norm.models import SHORT, encoder, inputs, optimizer_of, train
+from tests.norm.test_token_mask import MASKS, PASSES, Encoder, Run, plainly, reentrant, replayed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,3 +53,20 @@ def test_training_under_autocast_and_conversion_after_a_move(chosen: fxopt.Pass)
     with torch.no_grad():
         assert fast(x.cuda()).isfinite().all()
     assert {parameter.device.type for parameter in fast.parameters()} == {"cuda"}
+
+
+@pytest.mark.parametrize("run", [replayed, reentrant])
+@pytest.mark.parametrize("chosen", PASSES.values(), ids=PASSES)
+def test_calls_in_checkpoints_keep_their_masks_on_the_threads_of_a_device(chosen: fxopt.Pass, run: Run) -> None:
+    masks = [mask.cuda() for mask in MASKS]
+    batches = [x.cuda().double() for x in inputs(2)]
+    student = fxopt.prepare(Encoder().cuda().double().eval(), (batches[0], masks[0]), passes=[chosen]).train()
+    found = []
+    for how in (plainly, run):
+        twin = copy.deepcopy(student)
+        twin.run = how
+        leaves = [x.clone().requires_grad_() for x in batches]
+        losses = [twin(x, mask).square().mean() for x, mask in zip(leaves, masks, strict=True)]
+        torch.stack(losses).sum().backward()
+        found.append({name: parameter.grad for name, parameter in twin.named_parameters()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_calls_in_checkpoints_keep_their_masks_on_the_threads_of_a_device(chosen
     student = fxopt.prepare(Encoder().cuda().double().eval(), (batches[0], masks[0]), passes=[chosen]).train()
     found = []
     for how in (plainly, run):
-        twin = copy.deepcopy(student)
+        twin: Any = copy.deepcopy(student)
         twin.run = how
         leaves = [x.clone().requires_grad_() for x in batches]
         losses = [twin(x, mask).square().mean() for x, mask in zip(leaves, masks, strict=True)]

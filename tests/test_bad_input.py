@@ -114,6 +114,25 @@ def test_a_model_without_a_single_graph_is_named_with_its_line() -> None:
         fxopt.capture(Branches(), (torch.ones(3),))
 
 
+class Cache:
+    """Something that holds a tensor, and that torch.export does not know."""
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+
+class Cached(nn.Module):
+    """A model that returns one, as transformers' decoders do."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Cache]:
+        return x + 1, Cache(x)
+
+
+def test_a_result_of_an_unknown_type_is_refused_with_what_to_do() -> None:
+    with pytest.raises(CaptureError, match=r"Cached can't be captured(.|\n)*use_cache=False(.|\n)*Cache'> in output"):
+        fxopt.capture(Cached(), (torch.ones(3),))
+
+
 def test_a_graph_break_is_followed_by_the_backend() -> None:
     x = torch.ones(3)
     assert torch.equal(compiled(Branches())(x), Branches()(x))

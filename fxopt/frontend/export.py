@@ -24,6 +24,13 @@ _NOT_THE_USERS: Final = tuple(
     f"{os.path.dirname(path)}{os.sep}" for path in (torch.__file__, os.path.dirname(__file__))
 )
 _STANDARD_LIBRARY: Final = os.path.dirname(os.__file__) + os.sep
+#: What torch.export says of a result that it can't take apart.
+_UNKNOWN_RESULT: Final = "in output, which is not a known type"
+_REMEDY: Final = (
+    "what the model returns must be tensors in tuples, lists and dictionaries, or of a type that is registered with "
+    "torch.utils._pytree. A cache of keys and values is left out by use_cache=False (transformers), in the call or in "
+    "the model's config. "
+)
 
 
 class _Function(nn.Module):
@@ -63,7 +70,8 @@ def from_export(
         exported = torch.export.export(module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "the function")
-        raise CaptureError(f"{name} can't be captured as one graph: {_told(error)}") from error
+        remedy = _REMEDY if _UNKNOWN_RESULT in str(error) else ""
+        raise CaptureError(f"{name} can't be captured as one graph: {remedy}{_told(error)}") from error
     source = exported.graph_module
     placeholders = source.graph.find_nodes(op="placeholder")
     inputs = [node.meta["val"] for node in placeholders]

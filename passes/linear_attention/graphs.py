@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.ir.program import Program
-from fxopt.passes.linear_attention.absent import choices, optional, without
 from fxopt.passes.linear_attention.calling import Graphs
 from fxopt.passes.linear_attention.capture import Isolated, attentions, canonical, isolated
 from fxopt.passes.linear_attention.meaning import Kept, Proof, read_attention
+from fxopt.passes.linear_attention.missing_masks import choices, optional, without
 from fxopt.passes.linear_attention.replace import (
     SHARE,
     Captured,

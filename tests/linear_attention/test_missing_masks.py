@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import fxopt
 from fxopt.errors import CaptureError
 from fxopt.passes import LinearAttention, SimplifiedLinearAttention
-from fxopt.passes.linear_attention.absent import choices
+from fxopt.passes.linear_attention.missing_masks import choices
 from fxopt.passes.linear_attention.module import LinearisedModule
 from tests.linear_attention.models import CHANNELS, HEADS, TOKENS, Called, Heads, inputs, optimizer_of
 

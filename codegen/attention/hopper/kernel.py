@@ -41,6 +41,8 @@ _CONFIGS: Final[dict[int, tuple[Config, ...]]] = {
     128: (Config(128, 128, 2, 2, 0), Config(128, 128, 2, 2)),
     256: (Config(128, 64, 2, 1),),
 }
+#: The same where the score is linear in the key; wider heads have such scores in `_CONFIGS_BY_PLACE`.
+_CONFIGS_SLOPED: Final[dict[int, tuple[Config, ...]]] = dict.fromkeys((16, 32, 64), _NARROW_SLOPED)
 _NARROW_BY_KEY: Final = (Config(128, 128, 4, 2, 0), Config(128, 64, 4, 2, 0))
 #: The same where each key has a number of its own beside its product: fewer rows or keys at a time.
 _CONFIGS_BY_KEY: Final[dict[int, tuple[Config, ...]]] = {
@@ -111,8 +113,6 @@ def candidates(problem: Problem) -> tuple[str, ...]:
     """The printed configurations to measure."""
     spec, width = problem.spec, padded(problem.head_dim)
     found = _by_captures(spec, width)[width]
-    if found is _NARROW and spec.score.reads(J):
-        found = _NARROW_SLOPED
     if any(map(is_tile, spec.captures)):
         bare = width <= 64 and spec.mask is None and split_factor(_around_sums(spec, problem.dtype))[0] == S
         found = _PLAIN_TILED if bare else _CONFIGS_TILED[width]
@@ -126,10 +126,11 @@ def _by_captures(spec: AttentionSpec, width: int) -> dict[int, tuple[Config, ...
         return _CONFIGS_BY_KEY
     if width > 64:
         return _CONFIGS_BY_PLACE if spec.score.reads(J) or any(c.is_band for c in spec.captures) else _CONFIGS
+    if not spec.score.reads(J):
+        return _CONFIGS
     # A linear score takes few registers, and so does a lower bound; both are too much.
     lower = key_range(spec, further=True).side("lower")
-    placed = spec.score.reads(J) and bool(lower or not is_linear(spec.score, spec.captures))
-    return _CONFIGS_BY_PLACE if placed else _CONFIGS
+    return _CONFIGS_BY_PLACE if lower or not is_linear(spec.score, spec.captures) else _CONFIGS_SLOPED
 
 
 def _around_sums(spec: AttentionSpec, dtype: torch.dtype) -> Expr:

@@ -12,7 +12,7 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
-from fxopt.codegen.attention.hopper import baton, run, stream, stream_softmax, tile
+from fxopt.codegen.attention.hopper import baton, key_run, stream, stream_softmax, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
 from fxopt.codegen.attention.hopper.slopes import SLOPES, parts
 from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText, as_gluon, parameters
@@ -258,7 +258,7 @@ class StreamText(HopperText):
     @cached_property
     def _vectors(self) -> tuple[CapturedTensor, ...]:
         """The captured vectors that are read where the run of a tile's keys is not known."""
-        return run.vectors(self.spec, self.range, self.captures) if self._sure else ()
+        return key_run.vectors(self.spec, self.range, self.captures) if self._sure else ()
 
     @property
     def given(self) -> tuple[CapturedTensor, ...]:
@@ -270,7 +270,7 @@ class StreamText(HopperText):
         late = {name for c in self._vectors for name in c.attend_names}
         found = [name for name in super()._attend_names if name not in late]
         found += [name for c in self._vectors for name in (c.parameter, *c.strides, *c.period)]
-        found += [*run.indices(self._vectors), *(run.NAMES if self._sure else ())]
+        found += [*key_run.indices(self._vectors), *(key_run.NAMES if self._sure else ())]
         return tuple(dict.fromkeys(found))
 
     @property
@@ -280,7 +280,7 @@ class StreamText(HopperText):
         lines = ["if partial:", f"    words = before({above or 'Sk'}, start, s, BLOCK_N)"]
         lines += [f"    words &= ~before({below}, start, s, BLOCK_N)"] if below else []
         if self._sure:
-            masks = run.masks(self._vectors, row_terms(self.spec), tuple(self.range.rest), self.emit)
+            masks = key_run.masks(self._vectors, row_terms(self.spec), tuple(self.range.rest), self.emit)
             return "\n".join((*lines, indent(masks, "    ")))
         lines += ["    kept = chosen(words, s, BLOCK_N)", '    x = tl.where(kept, x, float("-inf"))']
         if rest is not None:
@@ -302,7 +302,7 @@ class StreamText(HopperText):
             "locate_parameters": parameters(self._locating),
             "own_range_arguments": listing(own),
             "located": listing(self._located),
-            "run_limits": run.limits(bool(row_terms(self.spec))) if self._sure else "",
+            "run_limits": key_run.limits(bool(row_terms(self.spec))) if self._sure else "",
             "early": f"{found}\n{stream.QUERY_AHEAD}" if ahead else f"{stream.QUERY}\n{self._scaled}",
             "late": "" if ahead else found,
             "partial": " | ".join(self._cuts),

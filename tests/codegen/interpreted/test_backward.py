@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import pytest
@@ -17,18 +17,12 @@ from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, 
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget, autograd
 from tests.codegen.interpreted.test_kernel import launch as forward
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 CONFIG = read_backward("16x32w4s2-32x16w4s2")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """``torch.empty`` gives NaN, so that an element which is not written shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def wanted_of(captures: Sequence[Tensor]) -> list[bool]:

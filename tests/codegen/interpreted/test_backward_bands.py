@@ -14,10 +14,13 @@ from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
 from tests.codegen.cases import Shape, operands
 from tests.codegen.gradients import assert_gradients_within_budget
-from tests.codegen.interpreted.test_backward import DTYPES, poisoned_outputs, wanted_of  # noqa: F401 - a fixture
+from tests.codegen.interpreted.test_backward import DTYPES, wanted_of
 from tests.codegen.interpreted.test_kernel import launch as forward
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 #: mask, and how its captured tensor is read.
 MASKS: dict[str, tuple[str | None, str | None]] = {
     "all": (None, None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -21,7 +21,10 @@ from fxopt.testing import assert_within_budget
 from tests.codegen.cases import SHAPES, WITHOUT_BANDS, Shape, captured, operands, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 CONFIG, BACKWARD = "32x32w4s2", "16x32w4s2-32x32w4s2"
 SEED = torch.tensor([0x1234_5678_9ABC_DEF1])
@@ -43,15 +46,6 @@ def draw(seed_ptr, words_ptr, rand_ptr, start, COUNT: tl.constexpr):
     tl.store(words_ptr + 3 * COUNT + n, w3.to(tl.int64))
     tl.store(rand_ptr + n, tl.rand(seed, offset))
 """
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """``torch.empty`` gives NaN, so that an element which is not written shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def dropping(spec: AttentionSpec, probability: float = 0.3) -> AttentionSpec:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
@@ -24,19 +23,11 @@ from tests.codegen.interpreted.test_hopper_hulls import launched
 from tests.codegen.interpreted.test_hopper_stream import exact, launch
 
 pytest.importorskip("triton.experimental.gluon")
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 HALF = torch.bfloat16
 LENGTH = 330
 BLOCK = 64
 CONFIGS = ("hopper:64x64s4q2a0", "hopper:64x64s3q3a1", "hopper:128x64s2q2", "hopper:64x64s2q1")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """``torch.empty`` gives NaN, or the largest integer, so that an element which is not written shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def wanted_order(filled: tuple[int, ...], rows: bool, length: int, block: int) -> list[tuple[int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -18,7 +17,10 @@ from tests.codegen.cases import Shape, operands
 from tests.codegen.interpreted.test_kernel import exact, launch
 from tests.codegen.vectors import VECTORS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 SIZES = {
     "square": Shape(16, 16, 70, 70, 1, batch=4, heads=1),
     "even": Shape(24, 40, 35, 80, 1, batch=4, heads=1),
@@ -32,15 +34,6 @@ CROSS = [
     for n, name in enumerate(VECTORS)
     for m, size in enumerate(SIZES)
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """``torch.empty`` gives NaN, or the largest integer, so that an element which is not written shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def hulls(name: str, sizes: Shape, captures: list[Tensor]) -> Tensor:

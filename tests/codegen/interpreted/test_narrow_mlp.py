@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,16 +14,11 @@ from fxopt.codegen.mlp.narrow_mlp.kernel import KIND, source
 from fxopt.testing import assert_within_budget
 from tests.codegen.narrow_mlp.cases import CASES, Case, Operands, wide
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 SMALL = "32x32w4s1"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """``torch.empty`` gives NaN, so that an element which is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def launcher(case: Case, operands: Operands, config: str = SMALL) -> Callable[..., Tensor]:

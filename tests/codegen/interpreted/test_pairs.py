@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from tests.codegen.tiles import TILES
 from tests.codegen.vectors import VECTORS
 
 pytest.importorskip("triton.experimental.gluon")
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 #: Sizes and configuration: more turns than programs, blocks that no turn and groups that no block divides evenly.
 CASES = {
     "197": (Shape(16, 16, 197, 197, 2, "group", "bshd", heads=4, batch=3), "pairs:256x128+64+16g2s2q4"),
@@ -35,15 +36,6 @@ CASES = {
 HALF = torch.bfloat16
 #: The others read several values for each row and key, or values of another type.
 SERVED = [name for name in WITHOUT_BANDS if name not in ("swin", "finite-fill")]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Any:
-    """``torch.empty`` gives NaN, so that an element which is not written shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def launch(

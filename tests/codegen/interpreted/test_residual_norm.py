@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,17 +15,12 @@ from fxopt.codegen.norm.residual_norm.kernel import KIND, backward_source, sourc
 from fxopt.testing import assert_within_budget
 from tests.codegen.residual_norm.cases import CASES, Case, gradients, wide
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 #: Sizes ``[..., C]``: powers of two, tails of a chunk, odd widths, several chunks, one row, one element.
 SIZES = [(5, 64), (3, 96), (2, 3, 768), (7, 700), (3, 1000), (1, 1), (9, 33), (1, 384), (2, 1111), (2, 4096)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """``torch.empty`` gives NaN, so that an element which is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def forward(case: Case, width: int, config: str = "") -> Callable[..., Any]:

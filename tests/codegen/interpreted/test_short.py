@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -18,7 +18,10 @@ from fxopt.ir.expression import parse
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import WITHOUT_BANDS, Shape, captured, operands, specification
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered.*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered.*:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 #: Sizes and configuration; five batch entries, which neither the steps nor the period of two divide.
 CASES = {
@@ -33,15 +36,6 @@ CASES = {
 CROSS = [
     (name, case, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(WITHOUT_BANDS) for m, case in enumerate(CASES)
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """``torch.empty`` gives NaN, so that an element which is not written shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def launch(

@@ -13,12 +13,24 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, Final
 
 _LOG = logging.getLogger(__name__)
-_PARSER = threading.Lock()
+_PARSER = threading.RLock()
 _only_compiled: ContextVar[bool] = ContextVar("fxopt_only_compiled", default=False)
+
+
+@dataclass
+class _Parsing:
+    """Triton's own way to parse a kernel, and how many blocks want kernels parsed one at a time."""
+
+    usual: Callable[[Any], Any] = field(default=lambda kernel: None)
+    blocks: int = 0
+
+
+_PARSING: Final = _Parsing()
 
 
 def only_compiles() -> bool:
@@ -65,17 +77,23 @@ def _parsing_alone() -> Iterator[None]:
     """
     from triton.runtime.jit import JITFunction
 
-    parse = JITFunction.parse
-
-    def alone(kernel: Any) -> Any:
-        with _PARSER:
-            return parse(kernel)
-
-    JITFunction.parse = alone
+    with _PARSER:
+        # Blocks of several threads overlap: the first puts it there, the last takes it away.
+        if not _PARSING.blocks:
+            _PARSING.usual, JITFunction.parse = JITFunction.parse, _parse_alone
+        _PARSING.blocks += 1
     try:
         yield
     finally:
-        JITFunction.parse = parse
+        with _PARSER:
+            _PARSING.blocks -= 1
+            if not _PARSING.blocks:
+                JITFunction.parse = _PARSING.usual
+
+
+def _parse_alone(kernel: Any) -> Any:
+    with _PARSER:
+        return _PARSING.usual(kernel)
 
 
 @contextmanager
@@ -93,12 +111,24 @@ class _Pool(ThreadPoolExecutor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         def told() -> Any:
             try:
-                return fn(*args, **kwargs)
+                compiled = fn(*args, **kwargs)
             except Exception:
                 _LOG.debug("a kernel was not compiled", exc_info=True)
                 raise
+            with _logged():
+                _build_launcher(compiled)
+            return compiled
 
         return super().submit(told)
+
+
+def _build_launcher(compiled: Any) -> None:
+    """Have the C compiler build what calls a kernel with arguments of these types: Triton does so at the first launch,
+    for as long as the assembler takes, and keeps the result on disk.
+    """
+    from triton.runtime import driver
+
+    driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 def _processors() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from torch import fx
 from fxopt import driver
 from fxopt.errors import FxoptError, FxoptWarning, OptionError, UnsupportedTorchError
 from fxopt.frontend.dynamo import from_dynamo, hand_over
-from fxopt.lowering.base import compile_base, start_base
+from fxopt.lowering.base import compile_base, start_base, times_kernels
 from fxopt.lowering.measure import MEASUREMENT_SECONDS
 from fxopt.lowering.options import Options, read_options
 
@@ -49,8 +49,7 @@ def compile(  # noqa: A001 - the name under which torch.compile's entry point fi
         OptionError: an unknown option or mode.
         UnknownPassError: a pass name that is not registered.
         FxoptError: with ``strict=True``, whatever made fxopt leave the graph alone. By default the graph then goes
-        to the
-            base compiler as it is, and a `FxoptWarning` says why.
+            to the base compiler as it is, and a `FxoptWarning` says why.
     """
     check_torch()
     chosen = read_options(options)
@@ -60,32 +59,65 @@ def compile(  # noqa: A001 - the name under which torch.compile's entry point fi
     start, measured = time.perf_counter(), MEASUREMENT_SECONDS["total"]
     mode = None if mode == "default" else mode
     start_base(inputs, chosen)
-    rewritten = _rewrite(module, inputs, chosen, mode)
-    before_base = time.perf_counter()
-    compiled = compile_base(rewritten, inputs, chosen, mode)
+    # A base that times kernels itself is left alone meanwhile, and needs the memory that garbage holds.
+    alone = chosen.base != "inductor" or times_kernels(chosen, mode)
+    with nullcontext() if alone else driver.garbage_waits():
+        compiled = _compile(module, inputs, chosen, mode, wait=not alone)
     COMPILE_SECONDS["measurement"] += MEASUREMENT_SECONDS["total"] - measured
-    COMPILE_SECONDS["inductor"] += time.perf_counter() - before_base
     COMPILE_SECONDS["total"] += time.perf_counter() - start
     return compiled
 
 
-def _rewrite(module: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: str | None) -> fx.GraphModule:
+def _compile(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: str | None, wait: bool
+) -> Callable[..., Any]:
+    outcome = _unless_it_fails(options, lambda: _rewrite(module, inputs, options, mode, wait))
+    if outcome is None:
+        return _base(module, inputs, options, mode)
+    compiled = _base(_in_place_of(module, outcome), inputs, options, mode)
+    settled = _unless_it_fails(options, lambda: driver.settle(outcome, options, mode))
+    if settled is None:
+        return _base(module, inputs, options, mode)
+    _collect(_outcomes, settled)
+    if settled.lowered is outcome.lowered:
+        return compiled
+    return _base(_in_place_of(module, settled), inputs, options, mode)
+
+
+def _rewrite(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: str | None, wait: bool
+) -> driver.Outcome:
     training = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
     start = time.perf_counter()
+    with driver.garbage_waits():
+        program = from_dynamo(module, inputs)
+    COMPILE_SECONDS["capture"] += time.perf_counter() - start
+    outcome = driver.run(program, options, training=training, mode=mode, wait=wait)
+    COMPILE_SECONDS["passes"] += sum(record.seconds for record in outcome.result.records)
+    return outcome
+
+
+def _in_place_of(module: fx.GraphModule, outcome: driver.Outcome) -> fx.GraphModule:
+    hand_over(outcome.lowered.module, module)
+    return outcome.lowered.module
+
+
+def _base(module: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+    start = time.perf_counter()
+    compiled = compile_base(module, inputs, options, mode)
+    COMPILE_SECONDS["inductor"] += time.perf_counter() - start
+    return compiled
+
+
+def _unless_it_fails(options: Options, attempt: Callable[[], driver.Outcome]) -> driver.Outcome | None:
+    """The outcome; ``None``, with a warning, where there is none and the graph is to stay as it is."""
     try:
-        with driver.garbage_waits():
-            program = from_dynamo(module, inputs)
-        COMPILE_SECONDS["capture"] += time.perf_counter() - start
-        outcome = driver.run(program, options, training=training, mode=mode)
+        return attempt()
     except Exception as error:
         if options.strict or isinstance(error, OptionError):
             raise
         _say_left_alone(error)
-        return module
-    COMPILE_SECONDS["passes"] += sum(record.seconds for record in outcome.result.records)
-    _collect(_outcomes, outcome)
-    hand_over(outcome.lowered.module, module)
-    return outcome.lowered.module
+        return None
 
 
 def _say_left_alone(error: Exception) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Final
 
@@ -14,6 +14,7 @@ from fxopt.ir.decision import Decision
 from fxopt.ir.program import Program
 from fxopt.lowering.lower import lower
 from fxopt.lowering.options import Options
+from fxopt.lowering.postponed import STAND_IN, Postponed
 from fxopt.lowering.probe import Base
 from fxopt.passes import exact_pipeline
 from fxopt.report.report import Report
@@ -32,6 +33,7 @@ class Outcome:
     lowered: Program
     decisions: tuple[Decision, ...]
     steps: list[tuple[PassRecord, Program]] = field(default_factory=list)
+    postponed: Postponed | None = None
 
     @property
     def report(self) -> Report:
@@ -109,12 +111,37 @@ def rewrite(program: Program, options: Options, observe: Observer | None = None)
         return run_pipeline(program, passes, strict=strict, observe=observe)
 
 
-def run(program: Program, options: Options, *, training: bool, mode: str | None = None) -> Outcome:
-    """Run the pipeline on ``program`` and lower the result; ``mode`` is torch.compile's."""
+def run(program: Program, options: Options, *, training: bool, mode: str | None = None, wait: bool = False) -> Outcome:
+    """Run the pipeline on ``program`` and lower the result; ``mode`` is torch.compile's.
+
+    With ``wait``, decisions that may come after the base compiler's work do: `settle` makes them.
+    """
     steps: list[tuple[PassRecord, Program]] = []
     result = rewrite(program, options, lambda before, after, record: steps.append((record, after)))
-    base = Base(options, mode)
+    postponed = Postponed(result.program) if wait and options.lower == "auto" and not training else None
+    outcome = Outcome(program, result, result.program, (), steps, postponed)
+    return _lowered(outcome, options, training, mode)
+
+
+def settle(outcome: Outcome, options: Options, mode: str | None = None) -> Outcome:
+    """``outcome`` with every decision made, and lowered anew where one did not turn out as the graph has it."""
+    if outcome.postponed is None:
+        return outcome
+    found = outcome.postponed.finish()
+    if None in found.values():
+        return _lowered(outcome, options, False, mode)
+    waiting = (decision.nodes[0] if decision.chosen == STAND_IN else "" for decision in outcome.decisions)
+    decisions = (found.get(name) or decision for name, decision in zip(waiting, outcome.decisions, strict=True))
+    return replace(outcome, decisions=tuple(decisions))
+
+
+def _lowered(outcome: Outcome, options: Options, training: bool, mode: str | None) -> Outcome:
     lowered, decisions = lower(
-        result.program, training=training, option=options.lower, strict=options.strict, base=base
+        outcome.result.program,
+        training=training,
+        option=options.lower,
+        strict=options.strict,
+        base=Base(options, mode),
+        postponed=outcome.postponed,
     )
-    return Outcome(program, result, lowered, decisions, steps)
+    return replace(outcome, lowered=lowered, decisions=decisions)

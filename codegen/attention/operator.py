@@ -73,7 +73,7 @@ def attention_forward(
 
 
 @attention_forward.register_kernel("cuda")
-def _cuda(
+def on_cuda(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -83,6 +83,7 @@ def _cuda(
     with_lse: bool,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """What `attention_forward` is on CUDA, without PyTorch's layers around it."""
     operands = (q, k, v, *captures) if seed is None else (q, k, v, *captures, seed)
     key = (spec, config, with_lse, precision(q.dtype), *layouts(operands))
     replay = None if only_compiles() else _REPLAYS.get(key)
@@ -199,4 +200,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
-bare("attention_forward", _cuda, _fake, attention_forward)
+bare("attention_forward", on_cuda, _fake, attention_forward)

@@ -130,7 +130,7 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
     if not _has_hints(site):
         guess = f"best guess: the sizes are not known{_left_out(site, training, found)}"
         return found[0], Decision((site.name,), found[0].name, guess)
-    key = _key(site, training, found)
+    key = key_of(site, training, found)
     seconds = read_seconds(key, found)
     source = "measured, from the cache"
     if seconds is None:
@@ -139,7 +139,8 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
         MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
         cache.write_json("decisions", key, {"seconds": seconds})
     by_name = {candidate.name: candidate for candidate in found}
-    best = min(seconds, key=lambda name: seconds[name])
+    # The better guess where times are the same, in whatever order the cache has them.
+    best = min((name for name in by_name if name in seconds), key=lambda name: seconds[name])
     return by_name[best], Decision((site.name,), best, f"{source}{_left_out(site, training, found)}", seconds)
 
 
@@ -162,12 +163,21 @@ def prepare(sites: Sequence[Node], training: bool, meanwhile: Sequence[Callable[
     for site in sites:
         found, _ = candidates(site, training)
         if len(found) > 1 and _has_hints(site):
-            asked.setdefault(_key(site, training, found), (site, found))
+            asked.setdefault(key_of(site, training, found), (site, found))
     undecided = [pair for key, pair in asked.items() if read_seconds(key, pair[1]) is None]
+    build_undecided(undecided, training, meanwhile)
+    MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
+
+
+def build_undecided(
+    undecided: Sequence[tuple[Node, list[Candidate]]], training: bool, meanwhile: Sequence[Callable[[], None]] = ()
+) -> None:
+    """Compile the kernels of all these sites and candidates at once; meanwhile run the others for the first time, and
+    make the calls ``meanwhile``.
+    """
     others = [(site, c) for site, found in undecided for c in found if c.family != "triton"]
     runs = [partial(_first_run, site, candidate, training) for site, candidate in others]
     build(undecided, training, [*runs, *meanwhile])
-    MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
 
 
 def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
@@ -196,7 +206,7 @@ def _first_run(site: Node, candidate: Candidate, training: bool) -> None:
 
 def _real(site: Node, found: Sequence[Candidate]) -> dict[Node, Tensor]:
     """Operands of the sizes, strides and dtypes that the candidates of a site read, of random contents."""
-    nodes = [node for candidate in found for node in _tensor_nodes(candidate.arguments)] + _tensor_nodes(site.args)
+    nodes = [node for candidate in found for node in tensor_nodes(candidate.arguments)] + tensor_nodes(site.args)
     values = {node: node.meta["val"] for node in nodes}
     return {node: materialise(x, *layout(x), seed) for seed, (node, x) in enumerate(values.items())}
 
@@ -210,7 +220,7 @@ def _timed_call(candidate: Candidate, site: Node, real: dict[Node, Tensor], trai
 
     if not training:
         return lambda: forward(real)
-    floating = [node for node in _tensor_nodes(given) if real[node].is_floating_point()]
+    floating = [node for node in tensor_nodes(given) if real[node].is_floating_point()]
     leaves = [node for node in floating if node in given or may_need_gradient(node)]
     cotangent = torch.randn_like(forward({node: x.detach() for node, x in real.items()}))
 
@@ -240,17 +250,17 @@ def _has_hints(site: Node) -> bool:
 
 
 def _flat(site: Node) -> list[Tensor]:
-    return [node.meta["val"] for node in _tensor_nodes(site.args)]
+    return [node.meta["val"] for node in tensor_nodes(site.args)]
 
 
-def _tensor_nodes(arguments: Any) -> list[Node]:
+def tensor_nodes(arguments: Any) -> list[Node]:
     """The nodes among ``arguments``, those in lists too, in order."""
     nodes: list[Node] = []
     map_arg(arguments, nodes.append)
     return nodes
 
 
-def _key(site: Node, training: bool, found: list[Candidate]) -> str:
+def key_of(site: Node, training: bool, found: list[Candidate]) -> str:
     operands = [
         f"{x.dtype}{[bucket(n) for n in x.shape]}{[hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
         for x in _flat(site)

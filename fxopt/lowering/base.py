@@ -88,6 +88,20 @@ def start_base(inputs: Sequence[Any], options: Options) -> None:
             maybe_warm_pool()
 
 
+#: Settings of Inductor under which it times kernels while it compiles.
+_TIMING: Final = ("max_autotune", "max_autotune_gemm", "benchmark_fusion", "benchmark_combo_kernel")
+
+
+def times_kernels(options: Options, mode: str | None) -> bool:
+    """Whether Inductor will time kernels on the device while it compiles; ``mode`` is torch.compile's."""
+    if options.base != "inductor":
+        return False
+    from torch._inductor import config, list_mode_options
+
+    patches = {**(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
+    return any(patches.get(name, getattr(config, name, False)) for name in _TIMING)
+
+
 class _Table(dict[Any, Callable[..., Any]]):
     """Decompositions that are pickled by name, since some of their functions can't be: Inductor's cache asks for it.
 

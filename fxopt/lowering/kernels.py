@@ -12,6 +12,7 @@ from torch.fx import Node
 from fxopt.analysis.gradients import may_need_gradient
 from fxopt.codegen.attention.backward.config import RECOMPUTE, split_config
 from fxopt.codegen.attention.backward.operator import source_of as backward_source_of
+from fxopt.codegen.attention.decided import config_of
 from fxopt.codegen.attention.operator import source_of
 from fxopt.codegen.attention.weights import operator as weights
 from fxopt.codegen.linear_attention import operator as linear_attention
@@ -45,6 +46,14 @@ def _attention(node: Node) -> Iterator[tuple[str, str]]:
         assert isinstance(captures, list | tuple)
         wanted = [isinstance(c, Node) and may_need_gradient(c) for c in captures]
         yield f"{node.name}_backward", backward_source_of(*sizes, backward, wanted)
+
+
+def _decided(node: Node) -> Iterator[tuple[str, str]]:
+    q, _, v, _, spec, key = node.args
+    config = config_of(str(key))
+    if config is not None:
+        sizes = (int(tensor(q).shape[3]), int(tensor(v).shape[3]), tensor(q).dtype)
+        yield node.name, source_of(str(spec), *sizes, config)
 
 
 def _weights(node: Node) -> Iterator[tuple[str, str]]:
@@ -85,6 +94,7 @@ def _mlp(node: Node) -> Iterator[tuple[str, str]]:
 #: How the operators that launch generated kernels are called, and what that generates.
 _GENERATED: Final[Mapping[str, Callable[[Node], Iterator[tuple[str, str]]]]] = {
     "attention_forward": _attention,
+    "attention_decided": _decided,
     "attention_weights_forward": _weights,
     "linear_attention_forward": _linear_attention,
     "residual_norm_forward": _residual_norm,

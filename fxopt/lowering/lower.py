@@ -18,6 +18,7 @@ from fxopt.lowering import mlp, residual_norm
 from fxopt.lowering.attention import choose, prepare
 from fxopt.lowering.base import get_ready
 from fxopt.lowering.candidate import DRAW_SEED, SEED_RANGE, Candidate, seed_options
+from fxopt.lowering.postponed import Postponed
 from fxopt.lowering.probe import Base
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
@@ -28,13 +29,19 @@ _CONTESTED: Final = (residual_norm, mlp)
 
 
 def lower(
-    program: Program, *, training: bool, option: str = "auto", strict: bool = False, base: Base | None = None
+    program: Program,
+    *,
+    training: bool,
+    option: str = "auto",
+    strict: bool = False,
+    base: Base | None = None,
+    postponed: Postponed | None = None,
 ) -> tuple[Program, tuple[Decision, ...]]:
     """A copy of ``program`` in which every site runs as decided, and the decisions.
 
     Canonical operators other than attention, its weights, linear attention, residual norms and feed-forward blocks
     decompose into their reference, which the base compiler fuses; ``base`` says how it will compile the rest of the
-    graph.
+    graph. What ``postponed`` puts off is decided on when that is finished; until then its candidates are built.
     """
     lowered = program.copy()
     # Outputs first: one may be computed from weights that another node computes anyway.
@@ -43,13 +50,18 @@ def lower(
     devices = {tensor(site.args[0]).device for site in (*sites, *(site for _, site in pieces))}
     # Candidates that draw random numbers do so when they are measured; the program's own must not depend on that.
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        later = {site: postponed and postponed.put_off(site.name) for site in sites}
         if option == "auto":
-            prepare(sites, training, [partial(get_ready, (base or Base()).options)])
-        decisions = [_lower_site(lowered, site, choose(site, training, option, strict)) for site in sites]
+            now = [site for site in sites if later[site] is None]
+            prepare(now, training, [partial(get_ready, (base or Base()).options)])
+        choices = [(site, later[site] or choose(site, training, option, strict)) for site in sites]
+        decisions = [_lower_site(lowered, *choice) for choice in choices]
         for kind, site in pieces:
             decisions.append(_lower_site(lowered, site, kind.choose(site, training, option, strict, base)))
     lowered.graph.lint()
     lowered.module.recompile()
+    if postponed is not None:
+        postponed.start()
     return lowered, tuple(decisions)
 
 

@@ -23,7 +23,7 @@ from fxopt.codegen.norm.residual_norm import operator as norm
 
 #: The operators that launch kernels, and what does.
 LAUNCHING = (
-    (forward.attention_forward, forward._cuda),
+    (forward.attention_forward, forward.on_cuda),
     (backward.attention_backward, backward._cuda),
     (weights.attention_weights_forward, weights._cuda),
     (linear.linear_attention_forward, linear._cuda),

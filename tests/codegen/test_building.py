@@ -172,3 +172,42 @@ def test_kernels_are_parsed_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(compiled) == len(configs)
     assert most == [1]
     assert JITFunction.parse is watched
+
+
+def test_what_calls_a_kernel_is_built_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import driver
+
+    built: list[tuple[str, int]] = []
+
+    def launcher_class(src: Any, metadata: Any) -> None:
+        built.append((src.name, threading.get_ident()))
+
+    with compiler(tmp_path) as compiled:
+        monkeypatch.setattr(driver.active, "launcher_cls", launcher_class, raising=False)
+        compile_together([call("16x64w4s3"), call("32x64w4s3")])
+    assert len(compiled) == len(built) == 2
+    assert threading.get_ident() not in {thread for _, thread in built}
+
+
+def test_blocks_of_several_threads_overlap_and_triton_parses_as_before_in_the_end(tmp_path: Path) -> None:
+    """The first to begin is the first to end: what it found must not come back while the other one goes on."""
+    from triton.runtime.jit import JITFunction
+
+    usual = JITFunction.parse
+    begun, ended = threading.Event(), threading.Event()
+
+    def first() -> None:
+        compile_together([call("16x128w4s2"), lambda: begun.wait(60)])
+        ended.set()
+
+    def second() -> None:
+        begun.set()
+        ended.wait(60)
+        assert JITFunction.parse is not usual
+
+    with compiler(tmp_path) as compiled:
+        thread = threading.Thread(target=first)
+        thread.start()
+        compile_together([second, call("32x128w4s2")])
+        thread.join()
+    assert len(compiled) == 2 and JITFunction.parse is usual

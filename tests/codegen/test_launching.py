@@ -100,7 +100,7 @@ def test_a_call_only_looks_up_what_it_asked_before(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(operator, "module", module)
     operands = [torch.zeros(1, 2, 16, 64, dtype=HALF) for _ in range(3)]
     for _ in range(3):
-        operator._cuda(*operands, [], spec, "64x64w4s3", False)
+        operator.on_cuda(*operands, [], spec, "64x64w4s3", False)
     assert len(asked) == 1
 
 
@@ -130,7 +130,7 @@ def test_launches_that_copy_no_tile_are_remembered(config: str, tmp_path: Path) 
     with compiler(tmp_path, launches=True) as compiled:
         for tile, remembered in ((whole[..., 1:209], 0), (whole[..., :208], 1)):
             for _ in range(2):
-                out, lse = operator._cuda(q, k, k, [tile], str(TILED), config, False)
+                out, lse = operator.on_cuda(q, k, k, [tile], str(TILED), config, False)
             assert out.shape == q.shape and lse.numel() == 0
             assert len(operator._REPLAYS) == remembered
     assert {kernel.name for kernel in compiled} == {"attention_kernel"}

@@ -111,7 +111,7 @@ def test_sites_alike_are_compiled_once_and_all_before_any_is_measured(compiled: 
 
 def test_what_is_decided_is_not_compiled(compiled: list[Compiled]) -> None:
     _, sites = rewritten(layers, operands(width=16))
-    key = attention._key(sites[0], False, candidates(sites[0], False)[0])
+    key = attention.key_of(sites[0], False, candidates(sites[0], False)[0])
     cache.write_json("decisions", key, {"seconds": {"aten": 1.0}})
     prepare(sites, training=False)
     assert len(compiled) == len(generated(sites[2]))
@@ -215,7 +215,8 @@ def test_the_base_gets_ready_while_others_compile(compiled: list[Compiled]) -> N
     _, sites = rewritten(layers, operands(width=16))
     for site in (sites[0], sites[2]):
         prepare(sites, training=False, meanwhile=[lambda: calls.append(len(compiled))])
-        cache.write_json("decisions", attention._key(site, False, candidates(site, False)[0]), {"seconds": {"aten": 1}})
+        key = attention.key_of(site, False, candidates(site, False)[0])
+        cache.write_json("decisions", key, {"seconds": {"aten": 1}})
     prepare(sites, training=False, meanwhile=[lambda: pytest.fail("there is nothing to compile")])
     assert len(calls) == 2
     get_ready(Options())

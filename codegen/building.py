@@ -7,7 +7,6 @@ kernel takes is Python.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +16,12 @@ from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
+from fxopt.codegen.compile_client import compile_there, processors
+
 _LOG = logging.getLogger(__name__)
 _PARSER = threading.RLock()
 _only_compiled: ContextVar[bool] = ContextVar("fxopt_only_compiled", default=False)
+_elsewhere: ContextVar[bool] = ContextVar("fxopt_elsewhere", default=False)
 
 
 @dataclass
@@ -46,23 +48,25 @@ def launcher(module: ModuleType, name: str = "launch") -> Callable[..., Any]:
     return _compiling(module, name) if only_compiles() else launch
 
 
-def compile_together(calls: Iterable[Callable[[], object]]) -> None:
+def compile_together(calls: Iterable[Callable[[], object]], beside: bool = False) -> None:
     """Make ``calls``, whose launchers only compile, and compile what they ask for in as many threads as there are
-    processors. Compilation goes on while later calls run.
+    processors. Compilation goes on while later calls run. ``beside`` tells that other threads have Python to run
+    meanwhile: kernels are then compiled in another process where there can be one.
 
     Nothing is raised: a kernel that can't be compiled is compiled again by whoever launches it, who learns why. What
     went wrong here is logged (DEBUG).
     """
     # In a context of its own, Triton's mode ends with it, even when interrupted.
     with _logged():
-        copy_context().run(_compile_together, calls)
+        copy_context().run(_compile_together, calls, beside)
 
 
-def _compile_together(calls: Iterable[Callable[[], object]]) -> None:
+def _compile_together(calls: Iterable[Callable[[], object]], beside: bool) -> None:
     import triton
 
     _only_compiled.set(True)
-    with _parsing_alone(), _Pool(_processors()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    _elsewhere.set(beside)
+    with _parsing_alone(), _Pool(processors()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for call in calls:
             with _logged():
                 call()
@@ -109,9 +113,11 @@ class _Pool(ThreadPoolExecutor):
     """Threads that log what is raised in them; Triton looks at it no more."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        asked = copy_context()
+
         def told() -> Any:
             try:
-                compiled = fn(*args, **kwargs)
+                compiled = asked.run(fn, *args, **kwargs)
             except Exception:
                 _LOG.debug("a kernel was not compiled", exc_info=True)
                 raise
@@ -129,12 +135,6 @@ def _build_launcher(compiled: Any) -> None:
     from triton.runtime import driver
 
     driver.active.launcher_cls(compiled.src, compiled.metadata)
-
-
-def _processors() -> int:
-    """Those that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _compiling(module: ModuleType, wanted: str) -> Callable[..., Any]:
@@ -159,4 +159,22 @@ class _Compiled:
         self._kernel = kernel
 
     def __getitem__(self, grid: object) -> Callable[..., object]:
+        from triton.runtime import driver
+
+        # Triton gives a kernel its compiler when it first meets a device.
+        _ = self._kernel.device_caches[driver.active.get_current_device()]
+        if not isinstance(self._kernel.compile, _Compiler):
+            self._kernel.compile = _Compiler(self._kernel.compile)
         return lambda *arguments, **options: self._kernel.warmup(*arguments, grid=grid, **options)
+
+
+class _Compiler:
+    """Triton's compiler, which finds in its cache what another process has compiled, where that is wanted."""
+
+    def __init__(self, usual: Callable[..., Any]) -> None:
+        self._usual = usual
+
+    def __call__(self, source: Any, *, target: Any, options: dict[str, Any], **others: Any) -> Any:
+        if _elsewhere.get():
+            compile_there(source, target, options)
+        return self._usual(source, target=target, options=options, **others)

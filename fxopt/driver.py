@@ -129,10 +129,10 @@ def settle(outcome: Outcome, options: Options, mode: str | None = None) -> Outco
         return outcome
     found = outcome.postponed.finish()
     if None in found.values():
-        return _lowered(outcome, options, False, mode)
+        return replace(_lowered(outcome, options, False, mode), postponed=None)
     waiting = (decision.nodes[0] if decision.chosen == STAND_IN else "" for decision in outcome.decisions)
     decisions = (found.get(name) or decision for name, decision in zip(waiting, outcome.decisions, strict=True))
-    return replace(outcome, decisions=tuple(decisions))
+    return replace(outcome, decisions=tuple(decisions), postponed=None)
 
 
 def _lowered(outcome: Outcome, options: Options, training: bool, mode: str | None) -> Outcome:

@@ -170,14 +170,17 @@ def prepare(sites: Sequence[Node], training: bool, meanwhile: Sequence[Callable[
 
 
 def build_undecided(
-    undecided: Sequence[tuple[Node, list[Candidate]]], training: bool, meanwhile: Sequence[Callable[[], None]] = ()
+    undecided: Sequence[tuple[Node, list[Candidate]]],
+    training: bool,
+    meanwhile: Sequence[Callable[[], None]] = (),
+    beside: bool = False,
 ) -> None:
     """Compile the kernels of all these sites and candidates at once; meanwhile run the others for the first time, and
-    make the calls ``meanwhile``.
+    make the calls ``meanwhile``. ``beside`` tells that other threads run Python.
     """
     others = [(site, c) for site, found in undecided for c in found if c.family != "triton"]
     runs = [partial(_first_run, site, candidate, training) for site, candidate in others]
-    build(undecided, training, [*runs, *meanwhile])
+    build(undecided, training, [*runs, *meanwhile], beside)
 
 
 def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:

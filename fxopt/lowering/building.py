@@ -19,17 +19,20 @@ from fxopt.lowering.measure import extent, layout
 
 
 def build(
-    sites: Sequence[tuple[Node, Sequence[Candidate]]], training: bool, meanwhile: Sequence[Callable[[], None]] = ()
+    sites: Sequence[tuple[Node, Sequence[Candidate]]],
+    training: bool,
+    meanwhile: Sequence[Callable[[], None]] = (),
+    beside: bool = False,
 ) -> None:
     """Compile the generated kernels among the candidates of each site, for operands as it has them; none is run.
 
-    Where there are any, calls to make ``meanwhile`` are made. What fails here fails again when it is measured, and is
-    refused there with its reason.
+    Where there are any, calls to make ``meanwhile`` are made. ``beside`` tells that other threads run Python. What
+    fails here fails again when it is measured, and is refused there with its reason.
     """
     generated = [(site, candidate) for site, found in sites for candidate in found if candidate.family == "triton"]
     if generated:
         compilations = [partial(_compile, site, candidate, training) for site, candidate in generated]
-        compile_together([*compilations, *meanwhile])
+        compile_together([*compilations, *meanwhile], beside)
 
 
 def _compile(site: Node, candidate: Candidate, training: bool) -> None:

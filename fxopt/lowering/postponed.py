@@ -126,4 +126,4 @@ def _give_fakes_of_their_own(asked: Sequence[tuple[Node, list[Candidate]]]) -> N
 
 def _build(asked: Sequence[tuple[Node, list[Candidate]]], device: int) -> None:
     with torch.cuda.device(device):
-        build_undecided(asked, training=False)
+        build_undecided(asked, training=False, beside=True)

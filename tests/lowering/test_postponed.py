@@ -114,7 +114,7 @@ def test_fake_tensors_that_seem_to_lie_elsewhere_meanwhile_are_not_read(
     devices: set[torch.device] = set()
     computing = threading.Event()
 
-    def build(asked: Any, training: bool) -> None:
+    def build(asked: Any, training: bool, beside: bool) -> None:
         computing.wait(60)
         for site, found in asked:
             nodes = attention.tensor_nodes([site.args, *(candidate.arguments for candidate in found)])

@@ -60,8 +60,8 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: dict[str,
 def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Two sites alike and one that isn't."""
     for _ in range(2):
-        q = (q @ k.mT * 0.12501).softmax(-1) @ v
-    return (torch.tanh(q @ k.mT) * 0.12501).softmax(-1) @ v
+        q = (q @ k.mT * 0.125013737).softmax(-1) @ v
+    return (torch.tanh(q @ k.mT) * 0.125013737).softmax(-1) @ v
 
 
 def operands(width: int = 32, gradients: bool = False) -> tuple[Tensor, ...]:

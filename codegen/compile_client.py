@@ -29,7 +29,7 @@ class _Server:
     """A process that compiles, and who waits for it."""
 
     def __init__(self) -> None:
-        # A file, not a module of the package, which would import more than it needs. Its folder need not be looked into.
+        # A file, not a module of the package, which would import more than it needs. Its folder is not looked into.
         options = ["-P"] if sys.version_info >= (3, 11) else []
         command = [sys.executable, *options, compile_server.__file__, str(processors())]
         places = os.pathsep.join(place for place in sys.path if place)

@@ -38,7 +38,8 @@ def operands(rows: int, dtype: torch.dtype = torch.bfloat16, width: int = 64) ->
 
 def site_of(*inputs: Tensor) -> Node:
     program = driver.rewrite(from_export(plain, inputs), Options(strict=True)).program
-    (site,) = program.graph.find_nodes(op="call_function", target=overload("attention"))
+    sites: list[Node] = list(program.graph.find_nodes(op="call_function", target=overload("attention")))
+    (site,) = sites
     return site
 
 

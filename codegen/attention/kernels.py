@@ -29,7 +29,8 @@ class Family:
     """One kind of kernel.
 
     Attributes:
-        objection: why it can't serve a problem, as a sentence, or ``None`` when it can.
+        objection: why it can't serve a problem, as a sentence, or ``None`` when it can; what the machine lacks last
+            (`fxopt.codegen.attention.machine`).
         candidates: the configurations worth measuring for a problem that it can serve, best guess first.
         seconds: how long a configuration should take on a problem (`fxopt.codegen.attention.cost`).
         source: the source of the module for a specification, head dimensions ``D`` and ``E``, dtype and configuration.
@@ -118,7 +119,7 @@ def ranking(problem: Problem) -> Ranking:
     refused: dict[str, str] = {}
     expected: dict[str, dict[str, float]] = {}
     for prefix, kind in FAMILIES.items():
-        reason = kind.objection(problem) or _ability_objection(kind, problem.spec)
+        reason = _ability_objection(kind, problem.spec) or kind.objection(problem)
         if reason is not None:
             refused[prefix] = reason
         else:

@@ -11,17 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
 from fxopt.analysis.domain import Domain
 from fxopt.analysis.elements import element_of
 from fxopt.analysis.logic import Logic
+from fxopt.analysis.masks import one_plane, prove_structure
 from fxopt.analysis.values import is_two_valued
 from fxopt.analysis.views import Index, Unreadable, Views
 from fxopt.analysis.width import may_overflow
 from fxopt.ir.attention import NAME_OF
-from fxopt.ir.expression import Expr, Kind, capture, const, symbol
+from fxopt.ir.expression import Expr, I, J, Kind, call, capture, const, symbol
 from fxopt.ir.nodes import same_size, shape, tensor
 
 _INDICES: Final = tuple(symbol(name) for name in "bhij")
@@ -81,6 +83,11 @@ class IndexLifter:
             return Unreadable("positions beyond 32 bits", node)
         return Lifted(expr, tuple(walk.readings))
 
+    def origin(self, node: Node) -> str:
+        """Why a tensor that can't be followed is read, as a sentence."""
+        constant = self._constants.is_constant(node)
+        return "it depends on no input, but has no structure that is known" if constant else "it is run-time data"
+
     def _walk(self, domain: Domain) -> _Walk:
         if domain.key not in self._walks:
             self._walks[domain.key] = _Walk(domain, self._constants)
@@ -129,6 +136,9 @@ class _Walk:
             return self._leaf(node, index, reason)
         finally:
             self._depth -= 1
+        proved = self._proved(node, index) if self._reads_planes(expr) else None
+        if proved is not None:
+            return proved
         if self._explains(expr, index):
             return expr
         try:
@@ -149,6 +159,22 @@ class _Walk:
         if read is None:
             raise Unreadable(f"{node.target if node.op == 'call_function' else node.op} is run-time data", node)
         return read(self, node, index)
+
+    def _reads_planes(self, expr: Expr) -> bool:
+        return any({"i", "j"} <= r.letters for r in self._captured(expr))
+
+    def _proved(self, node: Node, index: Index) -> Expr | None:
+        """The structure of a plane of truth values, such as ``buffer == 0``, that depends on no input."""
+        sizes = shape(node)[-2:]
+        whole = all(same_size(size, self.domain.extent(name)) for size, name in zip(sizes, "ij", strict=False))
+        if tensor(node).dtype is not torch.bool or index[-2:] != (I, J) or not whole:
+            return None
+        values = self.constants.value(node)
+        plane = one_plane(values) if isinstance(values, torch.Tensor) and values.numel() else None
+        if plane is None:
+            return None
+        kept, hidden = prove_structure(plane), prove_structure(~plane)
+        return kept if kept is not None else hidden and self.settled(call("not", hidden))
 
     def _explains(self, expr: Expr, index: Index) -> bool:
         """Whether an expression is better than the tensor itself: it captures less, or has structure to prove."""

@@ -32,6 +32,14 @@ def prove_structure(keep: torch.Tensor) -> Expr | None:
     return conjunction(tuple(terms)) if terms and torch.equal(keep, upper & lower) else None
 
 
+def one_plane(values: torch.Tensor) -> torch.Tensor | None:
+    """The ``[S, T]`` plane that all leading indices share, or ``None`` when they differ."""
+    while values.dim() < 2:
+        values = values[None]
+    flat = values.reshape(-1, *values.shape[-2:])
+    return flat[0] if bool((flat == flat[:1]).all()) else None
+
+
 def every_row_keeps_a_key(keep: torch.Tensor) -> bool:
     """Whether no query row of ``keep [S, T]`` is fully masked."""
     return bool(keep.any(dim=-1).all())

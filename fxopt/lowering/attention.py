@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxopt import cache
 from fxopt.analysis.gradients import may_need_gradient
 from fxopt.codegen.attention import kernels, operator, sdpa
 from fxopt.codegen.attention.backward import families as backward
@@ -25,7 +24,7 @@ from fxopt.ir.operators import overload
 from fxopt.lowering import linear_attention, weights
 from fxopt.lowering.building import build
 from fxopt.lowering.candidate import Candidate, triton_objection
-from fxopt.lowering.decisions import bucket, forced, has_hint, read_seconds
+from fxopt.lowering.decisions import Times, bucket, error_line, failures, forced, has_hint, keep, recalled, shortfalls
 from fxopt.lowering.measure import MEASUREMENT_SECONDS, hint, layout, materialise, median_seconds
 from fxopt.lowering.versions import fingerprint
 
@@ -83,9 +82,9 @@ def _generated(
         return []
     problem = _problem(spec, q, k, v, training)
     configs, reasons = kernels.candidates(problem)
-    configs = _with_backward(problem, configs, refused, wanted) if training else configs
     for prefix, reason in reasons.items():
         refused[f"triton-{prefix}" if prefix else "triton"] = reason
+    configs = _with_backward(problem, configs, refused, wanted) if training else configs
     target = torch.ops.fxopt.attention_forward.default
     seeded = spec.dropout > 0
     return [Candidate(f"triton-{c}", "triton", target, (c, training), first=True, seeded=seeded) for c in configs]
@@ -119,7 +118,8 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
     """The candidate to run ``site``: forced by ``lower``, or the fastest on operands of the site's sizes and strides.
 
     Measured decisions are kept in the cache by specification, sizes (dynamic ones rounded up to a power of two),
-    strides, dtypes, device and versions.
+    strides, dtypes, device and versions; where a candidate failed, in this process alone. The decision names what
+    failed, with the error, and kernels that serve such problems where the machine has what they need.
     """
     found, refused = candidates(site, training)
     if lower != "auto":
@@ -127,21 +127,26 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
     if len(found) == 1:
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         return found[0], Decision((site.name,), found[0].name, f"the only one that can serve ({why})")
+    others = shortfalls(refused) + _left_out(site, training, found)
     if not _has_hints(site):
-        guess = f"best guess: the sizes are not known{_left_out(site, training, found)}"
-        return found[0], Decision((site.name,), found[0].name, guess)
-    key = key_of(site, training, found)
-    seconds = read_seconds(key, found)
-    source = "measured, from the cache"
-    if seconds is None:
-        start = time.perf_counter()
-        seconds, source = _measure(site, training, found, refused), "measured"
-        MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
-        cache.write_json("decisions", key, {"seconds": seconds})
+        return found[0], Decision((site.name,), found[0].name, f"best guess: the sizes are not known{others}")
+    times = _times(site, training, found)
     by_name = {candidate.name: candidate for candidate in found}
     # The better guess where times are the same, in whatever order the cache has them.
-    best = min((name for name in by_name if name in seconds), key=lambda name: seconds[name])
-    return by_name[best], Decision((site.name,), best, f"{source}{_left_out(site, training, found)}", seconds)
+    best = min((name for name in by_name if name in times.seconds), key=lambda name: times.seconds[name])
+    reason = f"{times.source}{failures(times.failed)}{others}"
+    return by_name[best], Decision((site.name,), best, reason, times.seconds)
+
+
+def _times(site: Node, training: bool, found: list[Candidate]) -> Times:
+    key = key_of(site, training, found)
+    times = recalled(key, found)
+    if times is None:
+        start, failed = time.perf_counter(), dict[str, str]()
+        times = Times(_measure(site, training, found, failed), failed)
+        MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
+        keep(key, times)
+    return times
 
 
 def _left_out(site: Node, training: bool, found: list[Candidate]) -> str:
@@ -155,7 +160,7 @@ def _left_out(site: Node, training: bool, found: list[Candidate]) -> str:
 
 def prepare(sites: Sequence[Node], training: bool, meanwhile: Sequence[Callable[[], None]] = ()) -> None:
     """Compile, all at once, the kernels that `choose` will measure for ``sites``: those of sites alike once, and none
-    for a site whose decision is in the cache. Meanwhile the other candidates run for the first time: some of PyTorch's
+    for a site whose times are known. Meanwhile the other candidates run for the first time: some of PyTorch's
     kernels are built then as well. Calls to make ``meanwhile`` are made after that, if there is anything to compile.
     """
     start = time.perf_counter()
@@ -164,7 +169,7 @@ def prepare(sites: Sequence[Node], training: bool, meanwhile: Sequence[Callable[
         found, _ = candidates(site, training)
         if len(found) > 1 and _has_hints(site):
             asked.setdefault(key_of(site, training, found), (site, found))
-    undecided = [pair for key, pair in asked.items() if read_seconds(key, pair[1]) is None]
+    undecided = [pair for key, pair in asked.items() if recalled(key, pair[1]) is None]
     build_undecided(undecided, training, meanwhile)
     MEASUREMENT_SECONDS["total"] += time.perf_counter() - start
 
@@ -183,8 +188,8 @@ def build_undecided(
     build(undecided, training, [*runs, *meanwhile], beside)
 
 
-def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[str, str]) -> dict[str, float]:
-    """Median seconds of each candidate (forward, and backward in training); one that fails is refused and left out."""
+def _measure(site: Node, training: bool, found: list[Candidate], failed: dict[str, str]) -> dict[str, float]:
+    """Median seconds of each candidate (forward, and backward in training); what fails has its error in ``failed``."""
     real = _real(site, found)
     device = _flat(site)[0].device
     seconds: dict[str, float] = {}
@@ -198,7 +203,7 @@ def _measure(site: Node, training: bool, found: list[Candidate], refused: dict[s
             # The original itself may fail where its weights don't fit the memory.
             if not seconds and candidate is found[-1]:
                 raise
-            refused[candidate.name] = f"failed when it was measured: {error}"
+            failed[candidate.name] = error_line(error)
     return seconds
 
 

@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fxopt.codegen.attention.machine import Shortfall
+
 #: The operator that draws a seed, and its positional arguments: one of 63 bits.
 DRAW_SEED: Final = torch.ops.aten.randint.low
 SEED_RANGE: Final = (0, 2**63 - 1, [1])
@@ -55,7 +57,7 @@ def triton_objection(operands: tuple[Tensor, ...], widths: tuple[object, ...]) -
     if device != "cuda":
         return f"Triton kernels run on CUDA devices, not on {device}"
     if find_spec("triton") is None:
-        return "triton is not installed"
+        return Shortfall("triton is not installed")
     if not all(isinstance(width, int) for width in widths):
         return "the head dimension is dynamic"
     if len({x.dtype for x in operands}) > 1:

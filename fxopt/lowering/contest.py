@@ -18,7 +18,7 @@ import torch
 from fxopt import cache
 from fxopt.ir.decision import Decision
 from fxopt.lowering.candidate import Candidate
-from fxopt.lowering.decisions import read_seconds
+from fxopt.lowering.decisions import error_line, failures, read_seconds
 from fxopt.lowering.measure import MEASUREMENT_SECONDS, median_seconds
 from fxopt.lowering.probe import PLAIN
 
@@ -69,9 +69,8 @@ def decide(
     if not failed:
         cache.write_json("decisions", key, {"seconds": seconds})
     chosen, remark = best(seconds, terms)
-    why = "".join(f"; {other} failed when it was measured: {error}" for other, error in failed.items())
     by_name = {candidate.name: candidate for candidate in found}
-    return by_name[chosen], Decision((name,), chosen, how + remark + why, seconds)
+    return by_name[chosen], Decision((name,), chosen, how + remark + failures(failed), seconds)
 
 
 def _timed(
@@ -130,5 +129,5 @@ def _seconds(
     try:
         return sum(median_seconds(call, device) for call in calls())
     except Exception as error:  # noqa: BLE001 - what can't be measured is not chosen
-        failed.setdefault(name, str(error))
+        failed.setdefault(name, error_line(error))
         return math.inf

@@ -24,7 +24,7 @@ from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.lowering.attention import build_undecided, candidates, choose, key_of, tensor_nodes
 from fxopt.lowering.candidate import Candidate
-from fxopt.lowering.decisions import read_seconds
+from fxopt.lowering.decisions import recalled
 from fxopt.lowering.measure import MEASUREMENT_SECONDS, layout
 
 #: What a site that is put off runs as until it is decided on.
@@ -51,7 +51,7 @@ class Postponed:
     def put_off(self, name: str) -> tuple[Candidate, Decision] | None:
         """What stands in place of the site of this ``name``; ``None`` where it has to be decided on at once.
 
-        Where the cache knows what is fastest, that is decided here. The graph is the same in the end, which is how the
+        Where it is known what is fastest, that is decided here. The graph is the same in the end, which is how the
         base compiler finds it in its own caches.
         """
         site = self._sites.get(name)
@@ -63,7 +63,7 @@ class Postponed:
         text = key_of(site, False, found)
         key = hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
         stand_in = Candidate(STAND_IN, "decided", torch.ops.fxopt.attention_decided.default, (key,))
-        if name not in self._settled and read_seconds(text, found) is None:
+        if name not in self._settled and recalled(text, found) is None:
             self._open.setdefault(key, []).append(site)
             return stand_in, Decision((name,), STAND_IN, "to be measured")
         decision = self._settled[name] if name in self._settled else _settled(site, key)

@@ -15,7 +15,7 @@ from fxopt.analysis.constants import Constants
 from fxopt.analysis.fills import FILLS, may_hold_fill
 from fxopt.analysis.index import IndexLifter
 from fxopt.analysis.logic import Logic
-from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, prove_structure
+from fxopt.analysis.masks import as_additive, every_row_keeps_a_key, one_plane, prove_structure
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.expression import Expr, call, const
 from fxopt.ir.nodes import same_size, shape
@@ -192,7 +192,7 @@ def _spans_rows_and_keys(operand: Captured) -> bool:
 
 def _prove(operand: Captured, rows: int, columns: int, constants: Constants) -> _Proof | None:
     values = constants.value(operand.node)
-    plane = _one_plane(values) if isinstance(values, torch.Tensor) else None
+    plane = one_plane(values) if isinstance(values, torch.Tensor) else None
     if plane is None or plane.numel() == 0:
         return None
     additive, finite, inverted = plane.dtype.is_floating_point, False, False
@@ -217,14 +217,6 @@ def _fill_of(plane: torch.Tensor, keep: torch.Tensor) -> float:
     """What an additive mask holds where it does not keep; NaN for several numbers."""
     values = plane[~keep].unique()
     return float(values[0]) if values.numel() == 1 else math.nan
-
-
-def _one_plane(values: torch.Tensor) -> torch.Tensor | None:
-    """The ``[S, T]`` plane that all leading indices share, or ``None`` when they differ."""
-    while values.dim() < 2:
-        values = values[None]
-    flat = values.reshape(-1, *values.shape[-2:])
-    return flat[0] if bool((flat == flat[:1]).all()) else None
 
 
 def _substitute(proofs: dict[int, _Proof]) -> Callable[[Expr], Expr]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -22,6 +23,7 @@ from fxopt.rewriter.builder import Builder
 aten = torch.ops.aten
 
 _LETTERS: Final = "bhij"
+_UNITS: Final = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
 class Captured(Protocol):
@@ -88,22 +90,45 @@ def domain_of(space: Space) -> Domain:
 
 @dataclass(frozen=True)
 class Explained:
-    """An expression whose operands were read as positions as far as that goes; ``notes`` say why some were not."""
+    """An expression whose operands were read as positions as far as that goes; ``notes`` say why no further."""
 
     expression: Expr
     operands: tuple[Captured, ...]
     notes: Mapping[int, str]
 
     def loaded(self, operands: Sequence[Captured], read: Iterable[int]) -> tuple[str, ...]:
-        """A sentence for each operand that is ``read``, still in ``operands``, and has a value for each row and key."""
-        left = (n for n in sorted(read) if n in self.notes and operands[n] is self.operands[n])
-        planes = (n for n in left if _is_plane(self.operands[n].node))
-        return tuple(f"{self.operands[n].node} is loaded for each row and key: {self.notes[n]}" for n in planes)
+        """A sentence for each of the ``operands`` that is ``read`` and has a value for each row and key: its number
+        among those that are read, its size, and why it is loaded where that is known.
+        """
+        told = []
+        for number, n in enumerate(sorted(read)):
+            sizes = plane_of(operands[n])
+            if sizes is not None:
+                node = operands[n].node
+                text = f"c{number} = {node} {list(sizes)}{_bytes(sizes, node)} is loaded for each row and key"
+                told.append(f"{text}: {self.notes[n]}" if self.notes.get(n) else text)
+        return tuple(told)
 
 
-def _is_plane(node: Node) -> bool:
-    sizes = shape(node)[-2:]
-    return len(sizes) == 2 and not any(same_size(size, 1) for size in sizes)
+def plane_of(operand: Captured) -> tuple[Size, ...] | None:
+    """The sizes of what is loaded of ``operand``, where that has a value for each row and key."""
+    known = shape(operand.node)
+    if isinstance(operand, ReadTensor):
+        sizes = tuple(size for size, part in zip(known, operand.reading.index, strict=True) if part.op == "symbol")
+        return sizes if {"i", "j"} <= operand.reading.letters else None
+    if not isinstance(operand, Operand):
+        return None
+    strides = tensor(operand.node).stride()
+    sizes = tuple(1 if same_size(stride, 0) else size for size, stride in zip(known, strides, strict=True))
+    return sizes if len(sizes) > 1 and not any(same_size(size, 1) for size in sizes[-2:]) else None
+
+
+def _bytes(sizes: tuple[Size, ...], node: Node) -> str:
+    if not all(isinstance(size, int) for size in sizes):
+        return ""
+    count = math.prod(map(int, sizes)) * tensor(node).dtype.itemsize
+    size, unit = next(known for known in _UNITS if count >= known[0] or known[0] == 1)
+    return f" ({count / size:.3g} {unit})"
 
 
 def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter: IndexLifter) -> Explained:
@@ -120,6 +145,7 @@ def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter:
         offset = len(found)
         dtypes = [tensor(reading.node).dtype for reading in lifted.readings]
         found.extend(ReadTensor(r, is_counted(lifted.expr, n, dtypes)) for n, r in enumerate(lifted.readings))
+        notes |= {offset + n: lifter.origin(reading.node) for n, reading in enumerate(lifted.readings)}
         terms[number] = _shifted(lifted.expr, offset)
 
     def change(expr: Expr) -> Expr:
@@ -148,7 +174,7 @@ def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter) -
         return str(lifted)
     lifted = renumbered(lifted)
     if lifted.expr == capture(0) and lifted.readings[0].letters == _letters(at):
-        return "it is run-time data"
+        return lifter.origin(node)
     return lifted
 
 

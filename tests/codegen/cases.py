@@ -36,6 +36,7 @@ EXPRESSIONS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "prefix": ("s * 0.125", "(j <= i) | (j < 3)", ()),
     "chunked": ("s * 0.125", "(j <= i) & ((i // 5) == (j // 5))", ()),
     "block-diagonal": ("s * 0.125", "(i // 24) == (j // 24)", ()),
+    "dilated": ("s * 0.125", "(j <= i) & (((i - j) % 3) == 0)", ()),
 }
 #: Those without captured tensors that are read by the distance of key and row, for kernels that refuse these.
 WITHOUT_BANDS = {name: parts for name, parts in EXPRESSIONS.items() if "band" not in name}

@@ -57,6 +57,7 @@ BY_HAND: dict[str, Callable[[Scores], tuple[Tensor, Tensor | bool]]] = {
     "prefix": lambda t: (t.x, (t.j <= t.i) | (t.j < 3)),
     "chunked": lambda t: (t.x, (t.j <= t.i) & (t.j >= t.i - t.i % 5) & (t.j < t.i - t.i % 5 + 5)),
     "block-diagonal": lambda t: (t.x, (t.j >= t.i - t.i % 24) & (t.j < t.i - t.i % 24 + 24)),
+    "dilated": lambda t: (t.x, (t.j <= t.i) & (t.j % 3 == t.i % 3)),
 }
 
 

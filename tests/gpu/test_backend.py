@@ -65,6 +65,48 @@ def test_training_within_budget(dtype: torch.dtype) -> None:
     assert_within_budget(*results, floor=1.0)
 
 
+class Windowed(nn.Module):
+    """Self-attention of any length: causal, within a window, with capped scores."""
+
+    def __init__(self, width: int = 256, heads: int = 4, window: int = 100) -> None:
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        places = torch.arange(length, device=x.device)
+        distance = places[:, None] - places
+        scores = 5.0 * torch.tanh(q @ k.transpose(-2, -1) * 0.025)
+        scores = scores.masked_fill((distance < 0) | (distance >= self.window), float("-inf"))
+        result: Tensor = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1)
+        return result
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("lower", ["auto", "triton"])
+def test_one_graph_serves_lengths_that_change(lower: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = Windowed().to("cuda", torch.bfloat16)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="fxopt", dynamic=True, options={"lower": lower, "strict": True})
+    with backend.collecting() as (outcomes, failures):
+        for length in (192, 65, 700):
+            x = torch.randn(2, length, 256, device="cuda", dtype=torch.bfloat16)
+            if training:
+                results = evaluate(compiled, x), evaluate(model, x), oracle_gradients(model, x)
+                assert_within_budget(*results, floor=1.0)
+                continue
+            with torch.no_grad():
+                assert_within_budget(compiled(x), model(x), oracle(model, x))
+    assert not failures
+    assert len(outcomes) == 1, "lengths must not be compiled for one by one"
+    (decision,) = outcomes[0].decisions
+    assert lower == "auto" or decision.chosen.startswith("triton")
+    assert outcomes[0].report.sites[0].reason.endswith("mask: 0 <= i - j < 100")
+
+
 def test_explain_names_the_kernel() -> None:
     model, x = build(torch.bfloat16)
     with torch.no_grad():

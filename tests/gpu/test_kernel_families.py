@@ -66,6 +66,31 @@ def test_kernel_is_within_the_budget_of_eager(prefix: str, name: str, shape: str
     torch.testing.assert_close(found.double(), lse, rtol=2e-2, atol=2e-2)
 
 
+#: Captured by key, by distance and by row and key; a mask, which bounds blocks of keys, or none.
+WIDTHS_OF = ("plain", "causal", "softcap", "alibi", "causal-padding", "causal-band", "tile-bias")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("width", [40, 72, 80, 96, 192])
+@pytest.mark.parametrize("name", WIDTHS_OF)
+def test_head_widths_of_the_hopper_kernel(name: str, width: int, dtype: str) -> None:
+    """Widths that are no powers of two are padded in shared memory; what lies beyond them must count nowhere."""
+    sizes = Shape(width, width, 300, 328, 1, "group", "bshd", heads=2)
+    spec = specification(name, sizes, DTYPES[dtype])
+    (q, k, v), captures = on_gpu(name, sizes, spec, DTYPES[dtype])
+    asked = problem(spec, q, k, v)
+    reason = FAMILIES["hopper"].objection(asked)
+    if reason is not None:
+        pytest.skip(reason)
+    wide = [c.double() if c.is_floating_point() else c for c in captures]
+    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
+    exact = reference.attention(q.double(), k.double(), v.double(), wide, wide_spec)
+    eager = reference.attention(q, k, v, captures, str(spec))
+    for config in FAMILIES["hopper"].candidates(asked):
+        out, _ = attention_forward(q, k, v, captures, str(spec), config, True)
+        assert_within_budget(out, eager, exact)
+
+
 @pytest.mark.parametrize("width", [32, 64, 128])
 @pytest.mark.parametrize("empty_rows", get_args(EmptyRows))
 @pytest.mark.parametrize("name", VECTORS)

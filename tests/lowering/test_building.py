@@ -27,7 +27,7 @@ from fxopt.ir.attention import read_spec
 from fxopt.ir.nodes import REQUIRES_GRAD
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
-from fxopt.lowering import attention
+from fxopt.lowering import attention, decisions
 from fxopt.lowering.attention import candidates, choose, prepare
 from fxopt.lowering.base import get_ready
 from fxopt.lowering.building import build
@@ -44,6 +44,7 @@ HALF = torch.bfloat16
 def launching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compiled]]:
     """The same, where launches do nothing."""
     monkeypatch.setattr(attention, "triton_objection", lambda *_: None)
+    monkeypatch.setattr(decisions, "_OF_THIS_PROCESS", {})
     cache.clear()
     with compiler(tmp_path, launches=True) as found:
         yield found
@@ -53,6 +54,7 @@ def launching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compiled]]:
     """A GPU to compile for, which CPU tensors pass for lying on."""
     monkeypatch.setattr(attention, "triton_objection", lambda *_: None)
+    monkeypatch.setattr(decisions, "_OF_THIS_PROCESS", {})
     cache.clear()
     with compiler(tmp_path) as found:
         yield found
@@ -238,16 +240,14 @@ def test_a_first_run_is_that_of_the_measurement(training: bool) -> None:
     assert calls == ([False, True] if training else [False])
 
 
-def test_a_candidate_that_fails_is_refused_with_its_reason_when_it_is_measured(compiled: list[Compiled]) -> None:
+def test_candidates_that_fail_are_named_with_their_errors(compiled: list[Compiled]) -> None:
     """Here all of them do: there is no GPU to launch on."""
     _, sites = rewritten(layers, operands())
     prepare(sites[:1], training=False)
-    found, refused = candidates(sites[0], False)
-    seconds = attention._measure(sites[0], False, found, refused)
-    assert "aten" in seconds and not any(name.startswith("triton") for name in seconds)
-    for name in generated(sites[0]):
-        assert "failed when it was measured" in refused[name]
     decided, decision = choose(sites[0], False, "auto")
-    assert decided.family != "triton"
+    assert decided.family != "triton" and "aten" in decision.seconds
+    assert not any(name.startswith("triton") for name in decision.seconds)
+    for name in generated(sites[0]):
+        assert f"; {name} failed when it was measured: " in decision.reason
     left_out = len(ranking(problem_of(sites[0])).left_out)
-    assert left_out and decision.reason == f"measured; {left_out} more configurations left out by the cost model"
+    assert left_out and decision.reason.endswith(f"; {left_out} more configurations left out by the cost model")

@@ -20,7 +20,7 @@ from fxopt.driver import Outcome
 from fxopt.errors import FxoptWarning
 from fxopt.frontend.export import from_export
 from fxopt.ir.operators import overload
-from fxopt.lowering import attention, postponed
+from fxopt.lowering import attention, decisions, postponed
 from fxopt.lowering.base import times_kernels
 from fxopt.lowering.kernels import kernel_sources
 from fxopt.lowering.options import Options
@@ -52,6 +52,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: dict[str,
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(decided, "_DECIDED", {})
+    monkeypatch.setattr(decisions, "_OF_THIS_PROCESS", {})
     cache.clear()
     with compiler(tmp_path) as found:
         yield found
@@ -60,8 +61,8 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: dict[str,
 def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Two sites alike and one that isn't."""
     for _ in range(2):
-        q = (q @ k.mT * 0.125013737).softmax(-1) @ v
-    return (torch.tanh(q @ k.mT) * 0.125013737).softmax(-1) @ v
+        q = (q @ k.mT * 0.12512).softmax(-1) @ v
+    return (torch.tanh(q @ k.mT) * 0.12512).softmax(-1) @ v
 
 
 def operands(width: int = 32, gradients: bool = False) -> tuple[Tensor, ...]:
@@ -154,6 +155,27 @@ def test_where_nothing_of_its_own_is_fastest_the_program_is_lowered_again(
     assert len(calls(settled, overload("attention"))) == 3
     assert {decision.chosen for decision in settled.decisions} == {"aten"}
     assert text(begun()) == text(settled)
+
+
+def test_sites_alike_of_which_a_candidate_failed_are_measured_once(
+    compiled: list[Compiled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept on disk then, and the process remembers."""
+    measured: list[str] = []
+
+    def fails(site: Any, training: bool, found: list[Any], failed: dict[str, str]) -> dict[str, float]:
+        measured.append(site.name)
+        failed["aten"] = "MemoryError: no room"
+        return {c.name: 1.0 for c in found if c.name != "aten"}
+
+    monkeypatch.setattr(attention, "_measure", fails)
+    for turn in ("cold", "warm"):
+        settled = driver.settle(begun(), Options(strict=True))
+        assert all("; aten failed when it was measured: MemoryError: no room" in d.reason for d in settled.decisions)
+        assert len(calls(settled)) == 3 and len(measured) == 2, turn
+    decisions._OF_THIS_PROCESS.clear()
+    driver.settle(begun(), Options(strict=True))
+    assert len(measured) == 4
 
 
 def test_an_operator_of_pytorch_s_can_be_decided_on(compiled: list[Compiled], seconds: dict[str, float]) -> None:

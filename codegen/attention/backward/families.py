@@ -34,7 +34,7 @@ def candidates(
     """
     sizes = (spec, head_dim, value_dim, dtype)
     refused: dict[str, str] = {}
-    reason = hopper.objection(*sizes, capability) or hopper.flow_objection(spec, wanted)
+    reason = hopper.flow_objection(spec, wanted) or hopper.objection(*sizes, capability)
     if reason is not None:
         refused["hopper"] = reason
     found = [] if reason else [str(config) for config in hopper.candidates(*sizes, capability)]

@@ -6,7 +6,6 @@ another.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Final
 
 import torch
@@ -19,6 +18,7 @@ from fxopt.codegen.attention.hopper.source import HopperText
 from fxopt.codegen.attention.hopper.stream_source import StreamText
 from fxopt.codegen.attention.hopper.tile import is_tile
 from fxopt.codegen.attention.interval import key_range
+from fxopt.codegen.attention.machine import hopper_objection
 from fxopt.codegen.attention.portable import kernel as portable
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
@@ -84,15 +84,12 @@ _START, _START_STREAM = 6000, 2500
 
 def objection(problem: Problem) -> str | None:
     """Why the kernel can't serve, as a sentence, or ``None`` when it can."""
-    if problem.capability != (9, 0):
-        return f"it needs compute capability 9.0, not {problem.capability[0]}.{problem.capability[1]}"
-    if find_spec("triton.experimental.gluon") is None:
-        return "this Triton has no Gluon"
     if problem.rows is not None and problem.rows < _FEWEST_ROWS:
         return f"it is for {_FEWEST_ROWS} rows and more, and there are {problem.rows}"
     if problem.keys is not None and problem.keys % 8 and any(map(is_tile, problem.spec.captures)):
         return f"a captured tensor that varies with both row and key needs a multiple of 8 keys, not {problem.keys}"
-    return _objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
+    reason = _objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
+    return reason if reason is not None else hopper_objection(problem.capability)
 
 
 def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:

@@ -6,13 +6,13 @@ it ends. Here a program goes on from pair to pair; keys, queries and values of t
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Final
 
 import torch
 
 from fxopt.codegen.attention import cost
 from fxopt.codegen.attention.hopper.tile import form_objection, is_tile
+from fxopt.codegen.attention.machine import hopper_objection
 from fxopt.codegen.attention.pairs.config import BLOCK, LONGEST, Config, read_config
 from fxopt.codegen.attention.pairs.source import PairsText
 from fxopt.codegen.attention.pairs.tile import SHARED, shared_bytes, tile_stages
@@ -42,10 +42,10 @@ _FLIGHTS: Final = ((3, 2, 3), (2, 2, 4), (2, 2, 2), (2, 1, 2))
 
 def objection(problem: Problem) -> str | None:
     """Why the kernel can't serve, as a sentence, or ``None`` when it can."""
-    if problem.capability != (9, 0):
-        return f"it needs compute capability 9.0, not {problem.capability[0]}.{problem.capability[1]}"
-    if find_spec("triton.experimental.gluon") is None:
-        return "this Triton has no Gluon"
+    return _problem_objection(problem) or hopper_objection(problem.capability)
+
+
+def _problem_objection(problem: Problem) -> str | None:
     reason = _objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
     if reason is not None:
         return reason

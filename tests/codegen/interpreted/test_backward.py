@@ -15,6 +15,7 @@ from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget, autograd
+from tests.codegen.interpreted.test_kernel import WIDE
 from tests.codegen.interpreted.test_kernel import launch as forward
 
 pytestmark = [
@@ -63,6 +64,14 @@ def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: 
     # Empty rows of bfloat16 are zero: torch's bfloat16 product on the CPU spreads a row of NaN to the next one.
     spec = specification(name, sizes, DTYPES[dtype], empty_rows="zero" if dtype != "f32" else "nan")
     check(spec, operands(sizes, DTYPES[dtype]), captured(name, sizes, spec))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("shape", WIDE)
+def test_head_widths_between_powers_of_two(shape: str, dtype: str) -> None:
+    sizes = WIDE[shape]
+    spec = specification("causal", sizes, DTYPES[dtype], empty_rows="zero")
+    check(spec, operands(sizes, DTYPES[dtype]), [])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])

@@ -75,6 +75,17 @@ def test_streams_are_within_the_budget_of_eager(
     torch.testing.assert_close(lse.double(), wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["causal", "additive-mask"])
+@pytest.mark.parametrize("width", [40, 72, 80, 96, 192])
+def test_head_widths_between_powers_of_two(width: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Shape(width, width, 150, 200, 1, "group", "bshd", heads=2, batch=1)
+    spec = specification(name, sizes, HALF, "zero")
+    q, k, v = operands(sizes, HALF)
+    captures = captured(name, sizes, spec)
+    out, _ = launch(spec, q, k, v, captures, "hopper:128x64s2q2a0", monkeypatch)
+    assert_within_budget(out, reference.attention(q, k, v, captures, str(spec)), exact(spec, q, k, v, captures))
+
+
 @pytest.mark.parametrize("number", range(len(VECTORS)))
 def test_vectors_limit_the_blocks_of_streams(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     name = list(VECTORS)[number]

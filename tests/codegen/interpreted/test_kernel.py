@@ -67,6 +67,25 @@ def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str)
     assert_within_budget(out, eager, exact(spec, q, k, v, captures), floor=floor)
 
 
+#: Head widths between powers of two, whose tiles are wider: what lies beyond the width must count nowhere.
+WIDE = {"D96": Shape(96, 96, 19, 35, 1, heads=2), "D192": Shape(192, 192, 18, 21), "D192 to 96": Shape(192, 96, 17, 20)}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("shape", WIDE)
+@pytest.mark.parametrize("name", ["plain", "window", "tile-bias"])
+def test_head_widths_between_powers_of_two(name: str, shape: str, dtype: str) -> None:
+    sizes = WIDE[shape]
+    spec = specification(name, sizes, DTYPES[dtype], "zero")
+    q, k, v = operands(sizes, DTYPES[dtype])
+    captures = captured(name, sizes, spec)
+    out, _ = launch(spec, q, k, v, captures)
+    floor = math.sqrt(sizes.head_dim) if dtype == "f32" else 0.0
+    assert_within_budget(
+        out, reference.attention(q, k, v, captures, str(spec)), exact(spec, q, k, v, captures), floor=floor
+    )
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("keys", [64, 37])
 @pytest.mark.parametrize("name", ["plain", "window", "alibi", "tile-bias"])

@@ -7,7 +7,6 @@ registers, rows passing by, five products for each pair of blocks, dq added to i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Final
 
 import torch
@@ -16,6 +15,7 @@ from fxopt.codegen.attention.backward import kernel as portable
 from fxopt.codegen.attention.backward import plan
 from fxopt.codegen.attention.backward.hopper.config import Config, read_config
 from fxopt.codegen.attention.backward.hopper.source import hopper_text
+from fxopt.codegen.attention.machine import Shortfall, hopper_objection
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
@@ -36,17 +36,13 @@ def objection(
     spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> str | None:
     """Why the kernels can't serve, as a sentence, or ``None`` when they can."""
-    if capability != (9, 0):
-        return f"it needs compute capability 9.0, not {capability[0]}.{capability[1]}"
-    if find_spec("triton.experimental.gluon") is None:
-        return "this Triton has no Gluon"
-    return order_objection() or _objection(spec, head_dim, value_dim, dtype)
+    return _objection(spec, head_dim, value_dim, dtype) or order_objection() or hopper_objection(capability)
 
 
-def order_objection() -> str | None:
+def order_objection() -> Shortfall | None:
     """Why the kernels can't run now, as a sentence: sums in any order differ in their last bits."""
     if torch.are_deterministic_algorithms_enabled():
-        return "torch.use_deterministic_algorithms is on, and its programs add to dq in any order"
+        return Shortfall("torch.use_deterministic_algorithms is on, and its programs add to dq in any order")
     return None
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch.fx import Node
 
+from fxopt.analysis.linear import Bounds
 from fxopt.analysis.values import apply as compute
 from fxopt.analysis.values import choose, compared, converted, known_here, rounded
 from fxopt.analysis.views import ZERO, Index, Unreadable, Views
@@ -22,9 +23,10 @@ aten = torch.ops.aten
 
 
 class Walk(Protocol):
-    """What an operator asks of the walk that reads it."""
+    """What an operator asks of the walk that reads it; ``reach`` bounds what dtypes must hold."""
 
     views: Views
+    reach: Bounds
 
     def element(self, node: Node, index: Index) -> Expr:
         """The value of ``node`` at ``index``; raises `Unreadable`."""
@@ -51,7 +53,7 @@ def operand(walk: Walk, value: Any, node: Node, index: Index, dtype: torch.dtype
         expr, before = _literal(walk, value, node)
     if dtype is None:
         return expr
-    result = converted(expr, before, dtype)
+    result = converted(expr, before, dtype, walk.reach)
     if result is None:
         raise Unreadable(f"{before} can't be followed into {dtype}", node)
     return result
@@ -147,7 +149,7 @@ def _comparison(op: str) -> Element:
         values = [given["self"], given["other"]]
         dtype = _common(values)
         left, right = (operand(walk, v, node, index, dtype) for v in values)
-        result = compared(op, left, right, dtype)
+        result = compared(op, left, right, dtype, walk.reach)
         if result is None:
             raise Unreadable(f"a comparison in {dtype} depends on rounding", node)
         return walk.settled(result)
@@ -202,7 +204,7 @@ def _arange(walk: Walk, node: Node, index: Index) -> Expr:
         raise Unreadable("positions that are not whole are not followed", node)
     first, pace = (operand(walk, x, node, index) for x in (start, step))
     place = walk.views.tidy(call("add", first, call("mul", index[0], pace)))
-    result = converted(place, torch.int64, dtype)
+    result = converted(place, torch.int64, dtype, walk.reach)
     if result is None:
         raise Unreadable(f"positions in {dtype} are not followed", node)
     return result
@@ -247,7 +249,7 @@ def _running_sum(walk: Walk, node: Node, index: Index) -> Expr:
     others = (*index[:axis], *index[axis + 1 :])
     if place != ZERO and (place.op != "symbol" or place in others or walk.depends(value, place)):
         raise Unreadable("a running sum of what is not constant", node)
-    count = converted(walk.views.tidy(call("add", place, const(1))), torch.int64, dtype)
+    count = converted(walk.views.tidy(call("add", place, const(1))), torch.int64, dtype, walk.reach)
     if count is None:
         raise Unreadable(f"counts in {dtype} are not followed", node)
     return compute("mul", (count, value), dtype)

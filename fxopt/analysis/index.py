@@ -16,8 +16,9 @@ from torch.fx import Node
 from fxopt.analysis.constants import Constants
 from fxopt.analysis.domain import Domain
 from fxopt.analysis.elements import element_of
+from fxopt.analysis.linear import LONGEST, Bounds
 from fxopt.analysis.logic import Logic
-from fxopt.analysis.values import is_two_valued
+from fxopt.analysis.values import holds, is_two_valued
 from fxopt.analysis.views import Index, Unreadable, Views
 from fxopt.analysis.width import may_overflow
 from fxopt.ir.attention import NAME_OF
@@ -94,6 +95,7 @@ class _Walk:
         self.domain = domain
         self.constants = constants
         self.views = Views(domain)
+        self.reach = Bounds(domain, LONGEST)
         self.logic = Logic(domain)
         self.readings: list[Reading] = []
         self._known: dict[tuple[Node, Index], Expr | Unreadable] = {}
@@ -148,7 +150,10 @@ class _Walk:
         read = element_of(node)
         if read is None:
             raise Unreadable(f"{node.target if node.op == 'call_function' else node.op} is run-time data", node)
-        return read(self, node, index)
+        expr = read(self, node, index)
+        if not holds(tensor(node).dtype, expr, self.reach):
+            raise Unreadable(f"{tensor(node).dtype} may not hold its numbers", node)
+        return expr
 
     def _explains(self, expr: Expr, index: Index) -> bool:
         """Whether an expression is better than the tensor itself: it captures less, or has structure to prove."""

@@ -73,6 +73,19 @@ def holds(dtype: torch.dtype, expr: Expr, bounds: Bounds) -> bool:
     return (math.isinf(low) or low >= kept.min) and (math.isinf(high) or high <= kept.max)
 
 
+def is_unrounded(expr: Expr) -> bool:
+    """Whether a real is what its leaves are: nothing was computed that a dtype could round."""
+    if expr.op in ("const", "capture", "float"):
+        return True
+    operands = {"where": expr.args[1:], "minimum": expr.args, "maximum": expr.args, "neg": expr.args, "abs": expr.args}
+    return expr.op in operands and all(is_unrounded(a) for a in operands[expr.op])
+
+
+def is_coarser(dtype: torch.dtype, than: torch.dtype) -> bool:
+    """Whether reals of ``dtype`` have fewer digits."""
+    return dtype.is_floating_point and EXACT.get(dtype, 0) < EXACT.get(than, 0)
+
+
 def _is_exact(expr: Expr, dtype: torch.dtype, bounds: Bounds, margin: int = 0) -> bool:
     """Whether the floating ``dtype`` holds every value of an integer expression, and the ``margin`` next to it."""
     low, high = bounds.between(expr)
@@ -132,7 +145,7 @@ def _converted(expr: Expr, before: torch.dtype, after: torch.dtype, bounds: Boun
         value = expr.value
         assert isinstance(value, bool | int | float)
         whole = after.is_floating_point or after is torch.bool or abs(value) < 2**53
-        return rounded(value, after) if whole else None
+        return rounded(value, after) if whole and (before is after or not _is_ambiguous(value, after)) else None
     if is_two_valued(expr):
         kept, otherwise = (converted(a, before, after, bounds) for a in expr.args[1:])
         return None if kept is None or otherwise is None else choose(expr.args[0], kept, otherwise)
@@ -148,22 +161,21 @@ def _converted(expr: Expr, before: torch.dtype, after: torch.dtype, bounds: Boun
     return expr if after in (torch.int32, torch.int64) and not narrowed else None
 
 
+def _is_ambiguous(value: Scalar, dtype: torch.dtype) -> bool:
+    """Whether a number among the whole ones of half precision would be rounded: some devices and operators compute with
+    it as it is.
+    """
+    limit = 2 * EXACT.get(dtype, 0) if dtype.itemsize <= 2 else 0
+    return float(value).is_integer() and abs(value) <= limit and rounded(value, dtype) != const(value)
+
+
 def _as_real(expr: Expr, before: torch.dtype, after: torch.dtype) -> Expr | None:
     """A real in another precision: a captured number loses digits where it is narrowed, and what was computed in fewer
     digits than the rest is, was rounded.
     """
-    kept, wanted = EXACT.get(before, 0), EXACT.get(after, 0)
-    if wanted < kept:
+    if is_coarser(after, before):
         return None if expr.op == "capture" else expr
-    return expr if wanted == kept or _is_unrounded(expr) else None
-
-
-def _is_unrounded(expr: Expr) -> bool:
-    """Whether a real is what its leaves are: nothing was computed that a dtype could round."""
-    if expr.op in ("const", "capture", "float"):
-        return True
-    operands = {"where": expr.args[1:], "minimum": expr.args, "maximum": expr.args, "neg": expr.args, "abs": expr.args}
-    return expr.op in operands and all(_is_unrounded(a) for a in operands[expr.op])
+    return None if is_coarser(before, after) and not is_unrounded(expr) else expr
 
 
 def _truth(expr: Expr, dtype: torch.dtype) -> Expr | None:
@@ -198,7 +210,7 @@ def compared(op: str, left: Expr, right: Expr, dtype: torch.dtype, bounds: Bound
     if {left.op, right.op} <= {"capture", "const"}:
         return result
     first, second = (_whole(a) for a in (left, right))
-    if dtype not in (torch.float32, torch.float64) or first is None or second is None:
+    if first is None or second is None:
         return None
     return call(op, first, second) if any(_is_exact(a, dtype, bounds, 1) for a in (first, second)) else None
 

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from fxopt.analysis.domain import Domain
 from fxopt.analysis.index import IndexLifter, Lifted, Reading, renumbered
+from fxopt.analysis.values import is_coarser, is_unrounded
 from fxopt.analysis.views import ZERO, Index, Unreadable
 from fxopt.analysis.width import is_counted
 from fxopt.ir.attention import Capture
@@ -106,14 +107,18 @@ def _is_plane(node: Node) -> bool:
     return len(sizes) == 2 and not any(same_size(size, 1) for size in sizes)
 
 
-def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter: IndexLifter) -> Explained:
-    """Replace operands of ``expression`` by expressions over positions where those capture less."""
+def explain(
+    expression: Expr, operands: Sequence[Operand], space: Space, lifter: IndexLifter, precision: torch.dtype
+) -> Explained:
+    """Replace operands of ``expression`` by expressions over positions where those capture less, and where they are not
+    rounded more than scores of the dtype ``precision`` are.
+    """
     domain = domain_of(space)
     found: list[Captured] = list(operands)
     terms: dict[int, Expr] = {}
     notes: dict[int, str] = {}
     for number, operand in enumerate(operands):
-        lifted = _lift(operand, space, domain, lifter)
+        lifted = _lift(operand, space, domain, lifter, precision)
         if isinstance(lifted, str):
             notes[number] = lifted
             continue
@@ -137,7 +142,7 @@ def _shifted(expr: Expr, by: int) -> Expr:
     return expr.replace(change)
 
 
-def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter) -> Lifted | str:
+def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter, precision: torch.dtype) -> Lifted | str:
     """The operand as an expression, or why it stays as it is (empty when it is as small as can be)."""
     found = read_at(operand, space)
     if found is None:
@@ -147,6 +152,9 @@ def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter) -
     if isinstance(lifted, Unreadable):
         return str(lifted)
     lifted = renumbered(lifted)
+    dtype = tensor(node).dtype
+    if is_coarser(dtype, precision) and not is_unrounded(lifted.expr):
+        return f"it is computed in {dtype}"
     if lifted.expr == capture(0) and lifted.readings[0].letters == _letters(at):
         return "it is run-time data"
     return lifted

@@ -20,7 +20,6 @@ from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
 from fxopt.analysis.domain import SK, SQ, Domain
-from fxopt.analysis.elements import pointwise_operands
 from fxopt.analysis.index import IndexLifter
 from fxopt.analysis.linear import Bounds, Sum, as_expr, as_sum, tidy
 from fxopt.analysis.values import is_coarser, is_unrounded
@@ -34,6 +33,14 @@ _LEADING: Final = (symbol("b"), symbol("h"))
 #: What an expression over distances may read.
 _LINE: Final = frozenset({J, SQ, SK})
 _DEEPEST: Final = 60
+#: Operators that act on each element alone, and may be applied to other elements than those they stand for.
+_POINTWISE: Final = frozenset({
+    "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "log", "log2", "sqrt", "rsqrt", "pow", "tanh", "sigmoid",
+    "floor", "ceil", "round", "trunc", "floor_divide", "remainder", "clamp", "clamp_min", "clamp_max", "minimum",
+    "maximum", "sign", "relu", "where", "masked_fill", "lt", "le", "gt", "ge", "eq", "ne", "__and__", "__or__",
+    "bitwise_and", "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "to", "_to_copy",
+    "log1p", "square", "reciprocal", "min.other", "max.other",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ class _Plan:
         looked_up = _LOOKUPS.get(node.target) if node.op == "call_function" else None
         if looked_up is not None:
             return looked_up(self, node, index)
-        operands = pointwise_operands(node)
+        operands = _pointwise_operands(node)
         if operands is not None and _reads_positions(index):
             return Applied(node, tuple((n, self._operand(x, node, index)) for n, x in operands))
         return self._leaf(node, index)
@@ -188,6 +195,18 @@ def table(node: Node, index: tuple[Expr | None, ...], place: Step | None = None)
 
 def _reads_positions(index: Index) -> bool:
     return any(part.reads(I) or part.reads(J) for part in index)
+
+
+def _pointwise_operands(node: Node) -> tuple[tuple[int, Node], ...] | None:
+    """The tensor operands of a pointwise ``node`` by argument position, or ``None`` when it is no such operator."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    overload = str(target).removeprefix("aten.")
+    known = overload in _POINTWISE or overload.partition(".")[0] in _POINTWISE
+    if not known or overload == "to.other" or any(is_tensor(value) for value in node.kwargs.values()):
+        return None
+    return tuple((n, value) for n, value in enumerate(node.args) if isinstance(value, Node) and is_tensor(value))
 
 
 def over_distance(expr: Expr) -> Expr | None:

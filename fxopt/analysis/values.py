@@ -202,7 +202,7 @@ def known_here(expr: Expr, condition: Expr, holds: bool) -> Expr:
 def compared(op: str, left: Expr, right: Expr, dtype: torch.dtype, bounds: Bounds) -> Expr | None:
     """A comparison of two values of ``dtype``; ``None`` where rounding could decide it.
 
-    Rounding keeps order, so it is enough that one side, and the numbers next to it, are exact.
+    Rounding keeps order, so it is enough that one side, and the numbers next to it, are exact; or that both sides are.
     """
     result = apply(op, (left, right), dtype)
     if result.args != (left, right) or not dtype.is_floating_point:
@@ -212,7 +212,8 @@ def compared(op: str, left: Expr, right: Expr, dtype: torch.dtype, bounds: Bound
     first, second = (_whole(a) for a in (left, right))
     if first is None or second is None:
         return None
-    return call(op, first, second) if any(_is_exact(a, dtype, bounds, 1) for a in (first, second)) else None
+    one = any(_is_exact(a, dtype, bounds, 1) for a in (first, second))
+    return call(op, first, second) if one or all(_is_exact(a, dtype, bounds) for a in (first, second)) else None
 
 
 def _whole(expr: Expr) -> Expr | None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.export import Dim
 
 import fxopt
+from tests.analysis.mask_families import Build
 from tests.attention.case import FunctionModule
 from tests.attention.check import compiled
-from tests.attention.test_masks_by_proof import Attention, Build, eager, rewritten
+from tests.attention.test_masks_by_proof import Attention, eager, rewritten
 
 BF16, F16 = torch.bfloat16, torch.float16
 TOLERANCE = {torch.float32: 1e-5, F16: 4e-3, BF16: 3e-2}

@@ -351,28 +351,6 @@ def test_fold_channel_affine_leaves_alone(name: str) -> None:
     assert not fold(make().double(), args, PASSES).replacements
 
 
-class _Counted(nn.Module):
-    """Arithmetic on sizes among what could be scales and shifts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.bn = linear(), nn.BatchNorm1d(C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        length = x.shape[1]
-        place = torch.arange(length) + length
-        y = over_channels(self.bn, self.a(x + length * x) - length)
-        return y / length + (place * place)[:, None]
-
-
-def test_symbolic_sizes_are_no_channels() -> None:
-    net, lengths = _Counted().double().eval(), torch.export.Dim("length", min=2, max=64)
-    rewritten: Any = fxopt.rewrite(net, TOKENS, dynamic_shapes=({1: lengths},), passes=PASSES, strict=True)
-    for length in (9, 23):
-        x = draw(2, length, C)
-        torch.testing.assert_close(rewritten(x), net(x), rtol=EXACT, atol=EXACT)
-
-
 def test_a_batch_norm_in_training_is_kept() -> None:
     net = FIRES["conv and batch norm"][2]().double()
     rewritten: Any = fxopt.rewrite(net.train(), IMAGES, passes=PASSES)

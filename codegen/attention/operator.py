@@ -156,6 +156,7 @@ def _checked(
     if not q.dtype == k.dtype == v.dtype or len(devices) > 1:
         shown = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise LoweringError(f"attention operands must share dtype and device, found {shown}; lower it to ATen instead")
+    reference.check_captures(meaning, captures, (*q.shape[:3], k.shape[2]))
     reason = _objection(spec, q.shape[3], v.shape[3], q.dtype)
     # Elsewhere than on CUDA no kernel is generated, and float64 serves as an oracle.
     if reason is not None and q.is_cuda:

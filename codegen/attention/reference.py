@@ -21,8 +21,10 @@ from torch.nn import functional as F
 
 from fxopt.codegen.attention.philox import factors
 from fxopt.codegen.expression import evaluate
+from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, KvMap, read_spec
 from fxopt.ir.expression import Expr
+from fxopt.ir.nodes import Size, may_be_same_size
 from fxopt.ir.operators import define_meaning
 
 _AXIS_OF: Final[dict[str, int]] = {"b": 0, "h": 1, "i": 2, "j": 3}
@@ -142,6 +144,7 @@ def read_captures(spec: AttentionSpec, captures: Sequence[Tensor], s_BHST: Tenso
     """The captures so that they broadcast with the scores: real ones in the dtype of the scores, periodic ones
     repeated along the batch, bands spread along their diagonals.
     """
+    check_captures(spec, captures, tuple(s_BHST.shape))
     readings = []
     for tensor, how in zip(captures, spec.captures, strict=True):
         value = tensor.to(s_BHST.dtype) if how.kind == "float" else tensor
@@ -152,6 +155,18 @@ def read_captures(spec: AttentionSpec, captures: Sequence[Tensor], s_BHST: Tenso
             value = value[:, :, 0, band_index(s_BHST)]
         readings.append(value)
     return tuple(readings)
+
+
+def check_captures(spec: AttentionSpec, captures: Sequence[Tensor], sizes: tuple[Size, ...]) -> None:
+    """Raises `LoweringError` where a capture isn't as large as scores of ``sizes``, ``(B, H, S, T)``, read it: kernels
+    would read beyond it.
+    """
+    batch, heads, rows, keys = sizes
+    extents = {"-": 1, "b": batch, "h": heads, "i": rows, "j": keys, "d": rows + keys - 1}
+    for number, (tensor, how) in enumerate(zip(captures, spec.captures, strict=True)):
+        for size, letter in zip(tensor.shape, how.dims, strict=True):
+            if letter in extents and not may_be_same_size(size, extents[letter]):
+                raise LoweringError(f"c{number} of shape {tuple(tensor.shape)} can't be read as {how} ({spec})")
 
 
 def band_index(s_BHST: Tensor) -> Tensor:

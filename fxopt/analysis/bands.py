@@ -4,7 +4,8 @@
 
 The walk follows one element ``[…, i, j]`` to where it comes from. Integers made of positions must read ``i`` and ``j``
 as ``j - i``, pointwise operators are kept to be applied to a row of distances instead of to a plane, tables are read
-where the distances say. What reads ``i`` or ``j`` in any other way ends the proof.
+where the distances say. What reads ``i`` or ``j`` in any other way ends the proof. A step may read no distance at all
+(``exp`` of one number for each head): it `varies` over none, and what it computes has one element along them.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
-from fxopt.analysis.domain import Domain
-from fxopt.analysis.elements import pointwise_operands
+from fxopt.analysis.domain import SK, SQ, Domain
 from fxopt.analysis.index import IndexLifter
 from fxopt.analysis.linear import Bounds, Sum, as_expr, as_sum, tidy
+from fxopt.analysis.values import is_coarser, is_unrounded
 from fxopt.analysis.views import Index, Unreadable, Views
 from fxopt.ir.expression import Expr, I, J, call, const, symbol
 from fxopt.ir.nodes import arguments, is_tensor, same_size, shape, tensor
@@ -29,7 +30,17 @@ from fxopt.ir.nodes import arguments, is_tensor, same_size, shape, tensor
 aten = torch.ops.aten
 
 _LEADING: Final = (symbol("b"), symbol("h"))
+#: What an expression over distances may read.
+_LINE: Final = frozenset({J, SQ, SK})
 _DEEPEST: Final = 60
+#: Operators that act on each element alone, and may be applied to other elements than those they stand for.
+_POINTWISE: Final = frozenset({
+    "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "log", "log2", "sqrt", "rsqrt", "pow", "tanh", "sigmoid",
+    "floor", "ceil", "round", "trunc", "floor_divide", "remainder", "clamp", "clamp_min", "clamp_max", "minimum",
+    "maximum", "sign", "relu", "where", "masked_fill", "lt", "le", "gt", "ge", "eq", "ne", "__and__", "__or__",
+    "bitwise_and", "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "to", "_to_copy",
+    "log1p", "square", "reciprocal", "min.other", "max.other",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,25 @@ class Diagonals:
 
 
 Step = Positions | Applied | Table | Diagonals
+
+
+def varies(step: Step) -> bool:
+    """Whether what a step computes has an element for each distance; otherwise it has one for all."""
+    if isinstance(step, Positions):
+        return step.expr.reads(J)
+    if isinstance(step, Applied):
+        return any(varies(operand) for _, operand in step.operands)
+    return isinstance(step, Diagonals) or (step.place is not None and varies(step.place))
+
+
+def _is_line(step: Step) -> bool:
+    """Whether a step computes the same for every ``b`` and ``h``."""
+    if isinstance(step, Positions):
+        return True
+    if isinstance(step, Applied):
+        return all(_is_line(operand) for _, operand in step.operands)
+    line = not any(part in _LEADING for part in step.index)
+    return line and (isinstance(step, Diagonals) or step.place is None or _is_line(step.place))
 
 
 class BandPlanner:
@@ -107,7 +137,11 @@ class _Plan:
         if isinstance(lifted, Unreadable) or any(e.op == "capture" for e in lifted.expr.walk()):
             return None
         found = over_distance(lifted.expr)
-        return None if found is None else Positions(found, tensor(node).dtype)
+        if found is None or not found.leaves <= _LINE:
+            return None
+        dtype = tensor(node).dtype
+        # What half precision rounds on the way is computed as it was written.
+        return Positions(found, dtype) if not is_coarser(dtype, torch.float32) or is_unrounded(found) else None
 
     def _moved(self, node: Node, index: Index) -> Step | None:
         source = self.views.source(node, index)
@@ -117,8 +151,8 @@ class _Plan:
         looked_up = _LOOKUPS.get(node.target) if node.op == "call_function" else None
         if looked_up is not None:
             return looked_up(self, node, index)
-        operands = pointwise_operands(node)
-        if operands is not None and _varies(index):
+        operands = _pointwise_operands(node)
+        if operands is not None and _reads_positions(index):
             return Applied(node, tuple((n, self._operand(x, node, index)) for n, x in operands))
         return self._leaf(node, index)
 
@@ -126,7 +160,7 @@ class _Plan:
         return self.step(value, self.views.broadcast(value, index, node))
 
     def _leaf(self, node: Node, index: Index) -> Step:
-        if not _varies(index):
+        if not _reads_positions(index):
             return table(node, index)
         if self._same_along_diagonals(node, index):
             return Diagonals(node, index)
@@ -154,13 +188,25 @@ def table(node: Node, index: tuple[Expr | None, ...], place: Step | None = None)
     """A tensor read at ``b``, ``h`` and fixed places."""
     named = [part for part in index if part is not None and part.op == "symbol"]
     fits = all(part is None or part in _LEADING or part.op == "const" for part in index)
-    if not fits or len(set(named)) != len(named):
+    if not fits or len(set(named)) != len(named) or (place is not None and not _is_line(place)):
         raise Unreadable("a table that is not read at b, h and fixed places", node)
     return Table(node, index, place)
 
 
-def _varies(index: Index) -> bool:
+def _reads_positions(index: Index) -> bool:
     return any(part.reads(I) or part.reads(J) for part in index)
+
+
+def _pointwise_operands(node: Node) -> tuple[tuple[int, Node], ...] | None:
+    """The tensor operands of a pointwise ``node`` by argument position, or ``None`` when it is no such operator."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    overload = str(target).removeprefix("aten.")
+    known = overload in _POINTWISE or overload.partition(".")[0] in _POINTWISE
+    if not known or overload == "to.other" or any(is_tensor(value) for value in node.kwargs.values()):
+        return None
+    return tuple((n, value) for n, value in enumerate(node.args) if isinstance(value, Node) and is_tensor(value))
 
 
 def over_distance(expr: Expr) -> Expr | None:

@@ -12,8 +12,9 @@ from typing import Any, Final, Protocol
 import torch
 from torch.fx import Node
 
+from fxopt.analysis.linear import Bounds
 from fxopt.analysis.values import apply as compute
-from fxopt.analysis.values import choose, compared, converted, known_here, rounded
+from fxopt.analysis.values import choose, compared, converted, is_coarser, known_here, rounded
 from fxopt.analysis.views import ZERO, Index, Unreadable, Views
 from fxopt.ir.expression import Expr, call, const
 from fxopt.ir.nodes import arguments, is_tensor, same_size, scalar, shape, tensor
@@ -22,9 +23,10 @@ aten = torch.ops.aten
 
 
 class Walk(Protocol):
-    """What an operator asks of the walk that reads it."""
+    """What an operator asks of the walk that reads it; ``reach`` bounds what dtypes must hold."""
 
     views: Views
+    reach: Bounds
 
     def element(self, node: Node, index: Index) -> Expr:
         """The value of ``node`` at ``index``; raises `Unreadable`."""
@@ -51,7 +53,7 @@ def operand(walk: Walk, value: Any, node: Node, index: Index, dtype: torch.dtype
         expr, before = _literal(walk, value, node)
     if dtype is None:
         return expr
-    result = converted(expr, before, dtype)
+    result = converted(expr, before, dtype, walk.reach)
     if result is None:
         raise Unreadable(f"{before} can't be followed into {dtype}", node)
     return result
@@ -84,9 +86,16 @@ def _arithmetic(op: str, *names: str) -> Element:
             )
         if dtype is torch.bool or dtype in (torch.uint8, torch.int8, torch.int16):
             raise Unreadable(f"arithmetic in {dtype} is not followed", node)
-        return compute(op, tuple(operand(walk, given[name], node, index, dtype) for name in names), dtype)
+        terms = (operand(walk, given[name], node, index, _precision(op, given[name], dtype)) for name in names)
+        return compute(op, tuple(terms), dtype)
 
     return read
+
+
+def _precision(op: str, value: Any, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an operand enters a computation: products of half precision take numbers as they are."""
+    scales = op in ("mul", "div") and not is_tensor(value)
+    return torch.float32 if scales and is_coarser(dtype, torch.float32) else dtype
 
 
 def _scaled(op: str, first: str = "self", second: str = "other") -> Element:
@@ -147,7 +156,7 @@ def _comparison(op: str) -> Element:
         values = [given["self"], given["other"]]
         dtype = _common(values)
         left, right = (operand(walk, v, node, index, dtype) for v in values)
-        result = compared(op, left, right, dtype)
+        result = compared(op, left, right, dtype, walk.reach)
         if result is None:
             raise Unreadable(f"a comparison in {dtype} depends on rounding", node)
         return walk.settled(result)
@@ -202,7 +211,7 @@ def _arange(walk: Walk, node: Node, index: Index) -> Expr:
         raise Unreadable("positions that are not whole are not followed", node)
     first, pace = (operand(walk, x, node, index) for x in (start, step))
     place = walk.views.tidy(call("add", first, call("mul", index[0], pace)))
-    result = converted(place, torch.int64, dtype)
+    result = converted(place, torch.int64, dtype, walk.reach)
     if result is None:
         raise Unreadable(f"positions in {dtype} are not followed", node)
     return result
@@ -247,7 +256,7 @@ def _running_sum(walk: Walk, node: Node, index: Index) -> Expr:
     others = (*index[:axis], *index[axis + 1 :])
     if place != ZERO and (place.op != "symbol" or place in others or walk.depends(value, place)):
         raise Unreadable("a running sum of what is not constant", node)
-    count = converted(walk.views.tidy(call("add", place, const(1))), torch.int64, dtype)
+    count = converted(walk.views.tidy(call("add", place, const(1))), torch.int64, dtype, walk.reach)
     if count is None:
         raise Unreadable(f"counts in {dtype} are not followed", node)
     return compute("mul", (count, value), dtype)
@@ -373,25 +382,3 @@ def element_of(node: Node) -> Element | None:
     overload = str(target).removeprefix("aten.")
     name, _, form = overload.partition(".")
     return _BY_FORM.get(overload) or (_BY_FORM.get(name) if form in _FORMS else None)
-
-
-#: Operators that act on each element alone, and may be applied to other elements than those they stand for.
-_POINTWISE: Final = frozenset({
-    "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "log", "log2", "sqrt", "rsqrt", "pow", "tanh", "sigmoid",
-    "floor", "ceil", "round", "trunc", "floor_divide", "remainder", "clamp", "clamp_min", "clamp_max", "minimum",
-    "maximum", "sign", "relu", "where", "masked_fill", "lt", "le", "gt", "ge", "eq", "ne", "__and__", "__or__",
-    "bitwise_and", "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "to", "_to_copy",
-    "log1p", "square", "reciprocal", "min.other", "max.other",
-})  # fmt: skip
-
-
-def pointwise_operands(node: Node) -> tuple[tuple[int, Node], ...] | None:
-    """The tensor operands of a pointwise ``node`` by argument position, or ``None`` when it is no such operator."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return None
-    overload = str(target).removeprefix("aten.")
-    known = overload in _POINTWISE or overload.partition(".")[0] in _POINTWISE
-    if not known or overload == "to.other" or any(is_tensor(value) for value in node.kwargs.values()):
-        return None
-    return tuple((n, value) for n, value in enumerate(node.args) if isinstance(value, Node) and is_tensor(value))

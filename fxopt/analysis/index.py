@@ -17,9 +17,10 @@ from torch.fx import Node
 from fxopt.analysis.constants import Constants
 from fxopt.analysis.domain import Domain
 from fxopt.analysis.elements import element_of
+from fxopt.analysis.linear import LONGEST, Bounds
 from fxopt.analysis.logic import Logic
 from fxopt.analysis.masks import one_plane, prove_structure
-from fxopt.analysis.values import is_two_valued
+from fxopt.analysis.values import holds, is_two_valued
 from fxopt.analysis.views import Index, Unreadable, Views
 from fxopt.analysis.width import may_overflow
 from fxopt.ir.attention import NAME_OF
@@ -101,6 +102,7 @@ class _Walk:
         self.domain = domain
         self.constants = constants
         self.views = Views(domain)
+        self.reach = Bounds(domain, LONGEST)
         self.logic = Logic(domain)
         self.readings: list[Reading] = []
         self._known: dict[tuple[Node, Index], Expr | Unreadable] = {}
@@ -158,7 +160,10 @@ class _Walk:
         read = element_of(node)
         if read is None:
             raise Unreadable(f"{node.target if node.op == 'call_function' else node.op} is run-time data", node)
-        return read(self, node, index)
+        expr = read(self, node, index)
+        if not holds(tensor(node).dtype, expr, self.reach):
+            raise Unreadable(f"{tensor(node).dtype} may not hold its numbers", node)
+        return expr
 
     def _reads_planes(self, expr: Expr) -> bool:
         return any({"i", "j"} <= r.letters for r in self._captured(expr))
@@ -174,7 +179,9 @@ class _Walk:
         if plane is None:
             return None
         kept, hidden = prove_structure(plane), prove_structure(~plane)
-        return kept if kept is not None else hidden and self.settled(call("not", hidden))
+        if kept is not None:
+            return kept
+        return None if hidden is None else self.settled(call("not", hidden))
 
     def _explains(self, expr: Expr, index: Index) -> bool:
         """Whether an expression is better than the tensor itself: it captures less, or has structure to prove."""

@@ -17,6 +17,8 @@ from fxopt.ir.expression import Expr, I, J, call, const, symbol
 
 #: Constants beyond this would not fit the 32 bits in which kernels compute with integers.
 LARGEST: Final = 2**31 - 1
+#: No sequence is longer than this: what a symbolic length is taken to be at most where it is asked what a dtype holds.
+LONGEST: Final = 2**24
 _B: Final = symbol("b")
 _H: Final = symbol("h")
 
@@ -96,10 +98,11 @@ def _term(atom: Expr, factor: int) -> Expr:
 
 
 class Bounds:
-    """Bounds of integer expressions over one domain."""
+    """Bounds of integer expressions over one domain, where no symbolic size is larger than ``longest``."""
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: Domain, longest: float = math.inf) -> None:
         self.domain = domain
+        self.longest = longest
         self._ranges: dict[str, tuple[float, float]] = {}
 
     def lower(self, total: Sum) -> float:
@@ -130,9 +133,11 @@ class Bounds:
     def _range(self, atom: Expr) -> tuple[float, float]:
         if atom in (_B, _H):
             size = self.domain.batch if atom == _B else self.domain.heads
-            return 0, (size - 1 if isinstance(size, int) else math.inf)
+            return 0, (size - 1 if isinstance(size, int) else self.longest)
         if atom.op in ("mod", "floordiv"):
             return self._division(atom)
+        if atom.op == "mul":
+            return _product(*(self.between(a) for a in atom.args))
         if atom.op in ("minimum", "maximum"):
             first, second = (self.between(a) for a in atom.args)
             pick = min if atom.op == "minimum" else max
@@ -146,13 +151,13 @@ class Bounds:
         return -math.inf, math.inf
 
     def _division(self, atom: Expr) -> tuple[float, float]:
-        divisor = atom.args[1].value
-        if atom.args[1].op != "const" or not isinstance(divisor, int) or divisor <= 0:
+        low, high = self.between(atom.args[0])
+        least, largest = self.between(atom.args[1])
+        if least <= 0:
             return -math.inf, math.inf
         if atom.op == "mod":
-            return 0, divisor - 1
-        low, high = self.between(atom.args[0])
-        return _floor(low, divisor), _floor(high, divisor)
+            return 0, largest - 1
+        return min(_floor(low, least), _floor(low, largest)), max(_floor(high, least), _floor(high, largest))
 
     @staticmethod
     def _at_end(total: Sum, index: Expr, last: Expr) -> Sum:
@@ -165,20 +170,31 @@ class Bounds:
 
     def _sizes(self, row: int, column: int) -> float:
         """The least of ``row·Sq + column·Sk``, by their own ranges or by that of their difference."""
-        rows, columns, difference = self.domain.ranges
+        rows, columns, difference = (self._limited(reach) for reach in self.domain.ranges)
         return max(
             _least(row, rows) + _least(column, columns),
             _least(row + column, rows) + _least(column, difference),
             _least(row + column, columns) + _least(-row, difference),
         )
 
+    def _limited(self, reach: tuple[float, float]) -> tuple[float, float]:
+        return max(reach[0], -self.longest), min(reach[1], self.longest)
+
+
+def _product(left: tuple[float, float], right: tuple[float, float]) -> tuple[float, float]:
+    """What the product of two numbers lies between; 0 times what knows no bound is 0."""
+    ends = [a * b if a and b else 0.0 for a in left for b in right]
+    return min(ends), max(ends)
+
 
 def _least(factor: int, reach: tuple[float, float]) -> float:
     return 0.0 if not factor else factor * (reach[0] if factor > 0 else reach[1])
 
 
-def _floor(value: float, divisor: int) -> float:
-    return value if math.isinf(value) else value // divisor
+def _floor(value: float, divisor: float) -> float:
+    if math.isinf(value):
+        return value
+    return value // divisor if math.isfinite(divisor) else (-1.0 if value < 0 else 0.0)
 
 
 def tidy(expr: Expr, bounds: Bounds) -> Expr:

@@ -3,17 +3,22 @@
     float(m) -> where(m, 1.0, 0.0)         f(where(m, a, b), c) -> where(m, f(a, c), f(b, c))
 
 so that masks written as arithmetic, ``(1 - mask) * lowest``, are seen to be masks.
+
+An expression stands for integers without bounds and whole reals without rounding; dtypes have both. `holds` tells where
+that makes no difference. What it does not hold for is no expression: a value that wraps around or is rounded on the
+way proves nothing.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 
-from fxopt.analysis.linear import as_expr, as_sum
+from fxopt.analysis.linear import Bounds, as_expr, as_sum
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.expression import Expr, Scalar, call, const
 
@@ -45,11 +50,50 @@ def apply(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr:
     whole = _on_positions(op, args) if dtype.is_floating_point else None
     if whole is not None:
         return whole
-    return simplify(call(op, *args)) if op not in COMPARISONS else call(op, *args)
+    result = simplify(call(op, *args)) if op not in COMPARISONS else call(op, *args)
+    # ``x / 7 * 7`` is rounded twice: its factors cancel, but it isn't whole.
+    return call(op, *args) if result.op == "float" and result not in args else result
+
+
+def holds(dtype: torch.dtype, expr: Expr, bounds: Bounds) -> bool:
+    """Whether a tensor of ``dtype`` holds what ``expr`` says: integers that don't wrap around, whole reals unrounded.
+
+    Integers that may be as large as their dtype holds because captured ones are, wrap around in kernels as they do in
+    the graph; a real made of them must be known to be exact only where half precision rounds small numbers too.
+    """
+    if expr.op == "where":
+        return all(holds(dtype, branch, bounds) for branch in expr.args[1:])
+    if expr.op in ("const", "capture") or dtype is torch.bool:
+        return True
+    if dtype.is_floating_point:
+        captured = any(leaf.op == "capture" for leaf in expr.leaves)
+        return expr.op != "float" or (captured and dtype.itemsize > 2) or _is_exact(expr.args[0], dtype, bounds)
+    low, high = bounds.between(expr)
+    kept = torch.iinfo(dtype)
+    return (math.isinf(low) or low >= kept.min) and (math.isinf(high) or high <= kept.max)
+
+
+def is_unrounded(expr: Expr) -> bool:
+    """Whether a real is what its leaves are: nothing was computed that a dtype could round."""
+    if expr.op in ("const", "capture", "float"):
+        return True
+    operands = {"where": expr.args[1:], "minimum": expr.args, "maximum": expr.args, "neg": expr.args, "abs": expr.args}
+    return expr.op in operands and all(is_unrounded(a) for a in operands[expr.op])
+
+
+def is_coarser(dtype: torch.dtype, than: torch.dtype) -> bool:
+    """Whether reals of ``dtype`` have fewer digits."""
+    return dtype.is_floating_point and EXACT.get(dtype, 0) < EXACT.get(than, 0)
+
+
+def _is_exact(expr: Expr, dtype: torch.dtype, bounds: Bounds, margin: int = 0) -> bool:
+    """Whether the floating ``dtype`` holds every value of an integer expression, and the ``margin`` next to it."""
+    low, high = bounds.between(expr)
+    return max(-low, high) + margin <= EXACT.get(dtype, 0)
 
 
 def _on_positions(op: str, args: tuple[Expr, ...]) -> Expr | None:
-    """``float(x) ± float(y) -> float(x ± y)`` for positions, which are far from where reals stop being whole."""
+    """``float(x) ± float(y) -> float(x ± y)`` for positions, where the dtype `holds` the result."""
     if op not in ("add", "sub", "mul", "neg"):
         return None
     whole = [_whole(a) for a in args]
@@ -90,25 +134,48 @@ def rounded(value: Scalar, dtype: torch.dtype) -> Expr:
     return const(float(torch.tensor(value, dtype=torch.float64).to(dtype)) + 0.0)
 
 
-def converted(expr: Expr, before: torch.dtype, after: torch.dtype) -> Expr | None:
+def converted(expr: Expr, before: torch.dtype, after: torch.dtype, bounds: Bounds) -> Expr | None:
     """A value of dtype ``before`` in dtype ``after``; ``None`` where the result can't be said exactly."""
+    found = _converted(expr, before, after, bounds)
+    return found if found is not None and holds(after, found, bounds) else None
+
+
+def _converted(expr: Expr, before: torch.dtype, after: torch.dtype, bounds: Bounds) -> Expr | None:
     if expr.op == "const":
         value = expr.value
         assert isinstance(value, bool | int | float)
         whole = after.is_floating_point or after is torch.bool or abs(value) < 2**53
-        return rounded(value, after) if whole else None
+        return rounded(value, after) if whole and (before is after or not _is_ambiguous(value, after)) else None
     if is_two_valued(expr):
-        kept, otherwise = (converted(a, before, after) for a in expr.args[1:])
+        kept, otherwise = (converted(a, before, after, bounds) for a in expr.args[1:])
         return None if kept is None or otherwise is None else choose(expr.args[0], kept, otherwise)
     if after is torch.bool:
         return expr if before is torch.bool else _truth(expr, before)
     if before is torch.bool:
         return call("where", expr, rounded(1, after), rounded(0, after))
     if after.is_floating_point:
-        return expr if before.is_floating_point else call("float", expr)
+        return _as_real(expr, before, after) if before.is_floating_point else call("float", expr)
     if before.is_floating_point:
-        return expr.args[0] if expr.op == "float" and before in (torch.float32, torch.float64) else None
-    return expr if after in (torch.int32, torch.int64) else None
+        return expr.args[0] if expr.op == "float" and _is_exact(expr.args[0], before, bounds) else None
+    narrowed = after.itemsize < before.itemsize and any(leaf.op == "capture" for leaf in expr.leaves)
+    return expr if after in (torch.int32, torch.int64) and not narrowed else None
+
+
+def _is_ambiguous(value: Scalar, dtype: torch.dtype) -> bool:
+    """Whether a number among the whole ones of half precision would be rounded: some devices and operators compute with
+    it as it is.
+    """
+    limit = 2 * EXACT.get(dtype, 0) if dtype.itemsize <= 2 else 0
+    return float(value).is_integer() and abs(value) <= limit and rounded(value, dtype) != const(value)
+
+
+def _as_real(expr: Expr, before: torch.dtype, after: torch.dtype) -> Expr | None:
+    """A real in another precision: a captured number loses digits where it is narrowed, and what was computed in fewer
+    digits than the rest is, was rounded.
+    """
+    if is_coarser(after, before):
+        return None if expr.op == "capture" else expr
+    return None if is_coarser(before, after) and not is_unrounded(expr) else expr
 
 
 def _truth(expr: Expr, dtype: torch.dtype) -> Expr | None:
@@ -132,17 +199,21 @@ def known_here(expr: Expr, condition: Expr, holds: bool) -> Expr:
     return simplify(expr.replace(lambda e: number if e == unknown else e))
 
 
-def compared(op: str, left: Expr, right: Expr, dtype: torch.dtype) -> Expr | None:
-    """A comparison of two values of ``dtype``; ``None`` where rounding could decide it."""
+def compared(op: str, left: Expr, right: Expr, dtype: torch.dtype, bounds: Bounds) -> Expr | None:
+    """A comparison of two values of ``dtype``; ``None`` where rounding could decide it.
+
+    Rounding keeps order, so it is enough that one side, and the numbers next to it, are exact; or that both sides are.
+    """
     result = apply(op, (left, right), dtype)
     if result.args != (left, right) or not dtype.is_floating_point:
         return result
     if {left.op, right.op} <= {"capture", "const"}:
         return result
-    whole = [_whole(a) for a in (left, right)]
-    if dtype not in (torch.float32, torch.float64) or whole[0] is None or whole[1] is None:
+    first, second = (_whole(a) for a in (left, right))
+    if first is None or second is None:
         return None
-    return call(op, whole[0], whole[1])
+    one = any(_is_exact(a, dtype, bounds, 1) for a in (first, second))
+    return call(op, first, second) if one or all(_is_exact(a, dtype, bounds) for a in (first, second)) else None
 
 
 def _whole(expr: Expr) -> Expr | None:

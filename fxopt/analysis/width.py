@@ -9,11 +9,9 @@ from typing import Final
 import torch
 
 from fxopt.analysis.domain import Domain
-from fxopt.analysis.linear import LARGEST
+from fxopt.analysis.linear import LARGEST, LONGEST
 from fxopt.ir.expression import ARITY, Expr, Kind, kind
 
-#: No sequence is as long as this: what a symbolic length is taken to stay below here.
-_LONGEST: Final = 2**24
 _FREE: Final = (-math.inf, math.inf)
 _COUNTS: Final = frozenset({"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "floordiv", "mod"})
 _COMPARES: Final = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
@@ -106,4 +104,4 @@ class _Width:
             return 0, 1
         name = str(expr.value)
         size = self.domain.extent(name) if name in "bhij" else {"Sq": self.domain.rows, "Sk": self.domain.columns}[name]
-        return 0, size if isinstance(size, int) else _LONGEST
+        return 0, size if isinstance(size, int) else LONGEST

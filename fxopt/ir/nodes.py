@@ -53,6 +53,11 @@ def same_size(a: Size, b: Size) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def may_be_same_size(a: Size, b: Size) -> bool:
+    """Whether two sizes are not provably different; never adds a guard."""
+    return not statically_known_true(a != b)
+
+
 def same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
     """Whether two shapes have the same rank and provably equal sizes."""
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))

@@ -10,11 +10,12 @@ from typing import Any, Final
 import torch
 from torch.fx import Node
 
-from fxopt.analysis.bands import Applied, BandPlanner, Diagonals, Positions, Step, Table
+from fxopt.analysis.bands import Applied, BandPlanner, Diagonals, Positions, Step, Table, varies
 from fxopt.analysis.views import ZERO, Unreadable, Views
+from fxopt.errors import VerificationError
 from fxopt.ir.attention import Capture
 from fxopt.ir.expression import Expr, I, J, symbol
-from fxopt.ir.nodes import is_call, same_size, shape, tensor
+from fxopt.ir.nodes import is_call, may_be_same_size, same_size, shape, tensor
 from fxopt.passes.attention.masking import Masked
 from fxopt.passes.attention.positions import Captured, domain_of, read_at
 from fxopt.passes.attention.proofs import captures_of
@@ -96,7 +97,9 @@ def with_bands(
 
 @dataclass(frozen=True)
 class Band:
-    """A captured tensor ``[B|1, H|1, 1, S + T - 1]`` in place of the plane ``node``."""
+    """A captured tensor ``[B|1, H|1, 1, S + T - 1]`` in place of the plane ``node``; where that is the same for all
+    distances, ``[B|1, H|1, 1, 1]``.
+    """
 
     node: Node
     step: Step
@@ -107,11 +110,20 @@ class Band:
         return ""
 
     def capture(self, builder: Builder, space: Space) -> tuple[Node, Capture]:
-        """Build the band."""
+        """Build the band.
+
+        Raises:
+            VerificationError: it is not as long as it is read.
+        """
         built = _Building(builder, self.lengths, tensor(self.node).device).node(self.step)
         batch, heads = ("-" if same_size(size, 1) else letter for size, letter in zip(shape(built), "bh", strict=False))
         band = with_adjacent_keys(builder, builder.call(aten.unsqueeze.default, built, 2))
-        return band, Capture(f"{batch}{heads}-d", tensor(band).dtype)
+        line = varies(self.step)
+        length = shape(band)[3]
+        expected = space.rows + space.columns - 1 if line else 1
+        if not may_be_same_size(length, expected):
+            raise VerificationError(f"the band of {self.node} is {length} long, but read as if it were {expected}")
+        return band, Capture(f"{batch}{heads}-{'d' if line else '-'}", tensor(band).dtype)
 
 
 @dataclass

@@ -73,7 +73,8 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     for operand in region.operands:
         if obstacle := operand.obstacle(space):
             return Rejection(obstacle, (operand.node,))
-    explained = explain(region.expression, region.operands, space, prover.lifter)
+    contracted = tensor(region.scores).dtype
+    explained = explain(region.expression, region.operands, space, prover.lifter, contracted)
     logits_of = Logits(region.dtypes, any(map(may_need_gradient, (region.scores, *(o.node for o in region.operands)))))
     masked = separate_mask(explained.expression, explained.operands, space, prover, logits_of)
     heads = read_heads(queries, keys, match["values"], space)
@@ -85,7 +86,6 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     lengths = length_of(queries, -2, space), length_of(keys, -1, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
     loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
-    contracted = tensor(region.scores).dtype
     return Site(match.root, contracted, operands, weights, space, masked, heads, loaded)
 
 

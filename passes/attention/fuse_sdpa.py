@@ -69,7 +69,7 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
         for operand in lifted.operands:
             if obstacle := operand.obstacle(space):
                 return Rejection(obstacle, (operand.node,))
-        explained = explain(lifted.expression, lifted.operands, space, prover.lifter)
+        explained = explain(lifted.expression, lifted.operands, space, prover.lifter, tensor(queries).dtype)
         dtypes |= lifted.dtypes
         term, boolean = explained.expression, tensor(bias).dtype is torch.bool
         expression = call("where", term, expression, NEG_INF) if boolean else call("add", expression, term)

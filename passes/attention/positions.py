@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from fxopt.analysis.domain import Domain
 from fxopt.analysis.index import IndexLifter, Lifted, Reading, renumbered
+from fxopt.analysis.values import is_coarser, is_unrounded
 from fxopt.analysis.views import ZERO, Index, Unreadable
 from fxopt.analysis.width import is_counted
 from fxopt.ir.attention import Capture
@@ -131,14 +132,18 @@ def _bytes(sizes: tuple[Size, ...], node: Node) -> str:
     return f" ({count / size:.3g} {unit})"
 
 
-def explain(expression: Expr, operands: Sequence[Operand], space: Space, lifter: IndexLifter) -> Explained:
-    """Replace operands of ``expression`` by expressions over positions where those capture less."""
+def explain(
+    expression: Expr, operands: Sequence[Operand], space: Space, lifter: IndexLifter, precision: torch.dtype
+) -> Explained:
+    """Replace operands of ``expression`` by expressions over positions where those capture less, and where they are not
+    rounded more than scores of the dtype ``precision`` are.
+    """
     domain = domain_of(space)
     found: list[Captured] = list(operands)
     terms: dict[int, Expr] = {}
     notes: dict[int, str] = {}
     for number, operand in enumerate(operands):
-        lifted = _lift(operand, space, domain, lifter)
+        lifted = _lift(operand, space, domain, lifter, precision)
         if isinstance(lifted, str):
             notes[number] = lifted
             continue
@@ -163,7 +168,7 @@ def _shifted(expr: Expr, by: int) -> Expr:
     return expr.replace(change)
 
 
-def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter) -> Lifted | str:
+def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter, precision: torch.dtype) -> Lifted | str:
     """The operand as an expression, or why it stays as it is (empty when it is as small as can be)."""
     found = read_at(operand, space)
     if found is None:
@@ -173,6 +178,9 @@ def _lift(operand: Operand, space: Space, domain: Domain, lifter: IndexLifter) -
     if isinstance(lifted, Unreadable):
         return str(lifted)
     lifted = renumbered(lifted)
+    dtype = tensor(node).dtype
+    if is_coarser(dtype, precision) and not is_unrounded(lifted.expr):
+        return f"it is computed in {dtype}"
     if lifted.expr == capture(0) and lifted.readings[0].letters == _letters(at):
         return lifter.origin(node)
     return lifted

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
+from fxopt.analysis.values import is_coarser
 from fxopt.ir.expression import Expr, S, call, capture, const
 from fxopt.ir.nodes import Size, is_call, is_tensor, same_size, scalar, shape, tensor
 from fxopt.passes.attention.axes import round_trip
@@ -46,6 +47,7 @@ class _Lift:
         self.dtypes: set[torch.dtype] = set()
         self._carries: dict[Node, bool] = {}
         self.stage: tuple[Size, ...] | None = None
+        self.precision: torch.dtype | None = None
 
     def carries(self, value: object) -> bool:
         """Whether ``value`` is computed from a contraction by pointwise operations and views alone."""
@@ -83,7 +85,7 @@ class _Lift:
 
     def operand(self, value: Any, stage: Node) -> Expr:
         """The expression of one operand of the pointwise node ``stage``."""
-        if self.carries(value) and self.contraction in (None, self._root_of(value)):
+        if self.carries(value) and self.contraction in (None, self.root_of(value)):
             return self.lift(value)
         number = scalar(value) if not is_tensor(value) else self.constants.number(value)
         if number is not None:
@@ -107,11 +109,13 @@ class _Lift:
         """Whether an operand is better lifted than captured: it spreads smaller tensors, or one part of it is constant.
 
         A padding vector combined with a causal mask is then read as a vector and proved as a mask, not built as a
-        plane.
+        plane. What was rounded more than the scores are is captured.
         """
         if not is_call(value, *LIFTED) or self.constants.is_constant(value):
             return False
         dtype = tensor(value).dtype
+        if self.precision is not None and is_coarser(dtype, self.precision) and value.target not in CHOICES:
+            return False
         if not dtype.is_floating_point and value.target not in (OF_TRUTH if dtype is torch.bool else CHOICES):
             return False
         parts = [node for node in value.all_input_nodes if is_tensor(node) and not self.constants.is_constant(node)]
@@ -128,7 +132,7 @@ class _Lift:
         finally:
             self.stage = outer
 
-    def _root_of(self, node: Node) -> Node:
+    def root_of(self, node: Node) -> Node:
         """The contraction that a carrying node is computed from (the first one, where there are several)."""
         while not is_call(node, CONTRACTION):
             last = (node, *round_trip(node))[-1]
@@ -186,6 +190,7 @@ def lift_region(logits: Node, constants: Constants) -> Region | Rejection:
         return Rejection(
             f"no contraction reaches the softmax through pointwise operations; it stops at {_blame(logits)}", (logits,)
         )
+    lift.precision = tensor(lift.root_of(logits)).dtype
     try:
         expression = lift.lift(logits)
     except Obstacle as obstacle:

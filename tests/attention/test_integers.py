@@ -43,6 +43,13 @@ def hashed(dtype: torch.dtype) -> Callable[..., Tensor]:
     return bias
 
 
+def wrapped(change: Callable[[Tensor], Tensor], compare: Callable[..., Tensor]) -> Tensor:
+    """Causal, as long as ``change`` of positions stays within 32 bits."""
+    i, j = positions(torch.int64)
+    result: Tensor = compare(change(j), change(i))
+    return result
+
+
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "sum of widened": (lambda s, x: s.masked_fill(rows(x.long()) + keys(x.long()) > 130, -5.0), (SMALL,)),
     "product of widened": (lambda s, x: s + (rows(x.long()) * keys(x.long())) * 1e-3, (SMALL,)),
@@ -53,6 +60,19 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "product of ids that wraps": (lambda s, x: s.masked_fill(rows(x) * keys(x) * 2 > 100, -5.0), (IDS,)),
     "hash of positions": (hashed(torch.int64), ()),
     "hash of positions that wraps": (hashed(torch.int32), ()),
+    "positions that wrap": (lambda s: s.masked_fill(wrapped(lambda x: x.int() * 700000000, operator.gt), -5.0), ()),
+    "positions that wrap when narrowed": (
+        lambda s: s.masked_fill(wrapped(lambda x: (x * 700000000).int(), operator.gt), -5.0),
+        (),
+    ),
+    "negative positions that wrap": (
+        lambda s: s.masked_fill(wrapped(lambda x: -x.int() * 700000000, operator.lt), -5.0),
+        (),
+    ),
+    "positions that nearly wrap": (
+        lambda s: s.masked_fill(wrapped(lambda x: x.int() * 500000000, operator.gt), -5.0),
+        (),
+    ),
     "constant that wraps": (lambda s: s.masked_fill(torch.full((5, 5), 300).to(torch.uint8) > 100, -5.0), ()),
     "minus one as a byte": (lambda s: s + (torch.ones(5, 5).tril() - 1).long().to(torch.uint8), ()),
     "truth times truth": (lambda s, x: s.masked_fill(rows(x.bool()) * keys(x.bool()), -5.0), (BYTES,)),

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import IO, Any, Final
 
@@ -23,6 +23,27 @@ from fxopt.codegen.compile_server import LENGTH, Job
 _LOG = logging.getLogger(__name__)
 _LOCK: Final = threading.Lock()
 _NUMBERS: Final = count()
+#: The variable that tells Triton where its assembler is.
+_ASSEMBLER: Final = "TRITON_PTXAS_PATH"
+
+
+@cache
+def note_assembler() -> str | None:
+    """Have Triton ask its assembler for its version, once for the process; where the user says that it is.
+
+    The version stands in the keys of Triton's cache. Inductor puts PyTorch's assembler in its place when it compiles
+    before its own processes are there, which is in time for the first launch where all else is in caches: kernels would
+    be compiled again, by another assembler than when they were measured.
+    """
+    from triton.compiler import make_backend
+    from triton.runtime import driver
+
+    place = os.environ.get(_ASSEMBLER)
+    try:
+        make_backend(driver.active.get_current_target()).hash()
+    except Exception:  # noqa: BLE001 - whoever compiles a kernel meets it again
+        _LOG.debug("Triton has no assembler", exc_info=True)
+    return place
 
 
 class _Server:
@@ -33,12 +54,14 @@ class _Server:
         options = ["-P"] if sys.version_info >= (3, 11) else []
         command = [sys.executable, *options, compile_server.__file__, str(processors())]
         places = os.pathsep.join(place for place in sys.path if place)
+        assembler = note_assembler()
+        others = {name: value for name, value in os.environ.items() if name != _ASSEMBLER}
         self._process = subprocess.Popen(  # noqa: S603 - Python itself, and a file of fxopt's
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": places},
+            env={**others, **({_ASSEMBLER: assembler} if assembler else {}), "PYTHONPATH": places},
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._jobs = self._process.stdin

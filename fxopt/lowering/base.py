@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from importlib import import_module
+from importlib.util import find_spec
 from threading import RLock
 from typing import Any, Final
 
 import torch
 from torch import fx
 
+from fxopt.codegen.compile_client import note_assembler
 from fxopt.codegen.launching import DECOMPOSITIONS
 from fxopt.codegen.mlp import gelu
 from fxopt.errors import OptionError
@@ -75,7 +77,8 @@ def _check_settings(options: Options) -> None:
 def start_base(inputs: Sequence[Any], options: Options) -> None:
     """Start Inductor's processes that compile kernels for a GPU, as its own backend does when it is entered.
 
-    They take seconds to come up, and until then Inductor compiles one kernel after the other.
+    They take seconds to come up, and until then Inductor compiles one kernel after the other. Before it does, Triton
+    notes the version of its assembler.
 
     Raises:
         OptionError: among ``options.inductor`` is no setting of Inductor.
@@ -86,6 +89,8 @@ def start_base(inputs: Sequence[Any], options: Options) -> None:
         _check_settings(options)
         with torch._inductor.config.patch(dict(options.inductor)):
             maybe_warm_pool()
+        if find_spec("triton") is not None:
+            note_assembler()
 
 
 #: Settings of Inductor under which it times kernels while it compiles.

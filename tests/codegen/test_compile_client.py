@@ -150,3 +150,42 @@ def test_it_starts_without_pytorch() -> None:
     code = f"import runpy, sys; runpy.run_path({compile_server.__file__!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_another_assembler_put_in_place_later_changes_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Inductor does in a process whose graphs are all in its caches."""
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    other = tmp_path / "ptxas"
+    real = knobs.nvidia.ptxas.path
+    other.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release 99.9" || exec {real} "$@"\n'
+    )
+    other.chmod(0o755)
+    get_ptxas_version.cache_clear()
+    compile_client.note_assembler.cache_clear()
+    with compiler(tmp_path / "cache") as compiled:
+        compile_client.note_assembler()
+        monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
+        assert "99.9" in subprocess.check_output([knobs.nvidia.ptxas.path, "--version"], text=True)
+        compile_together([filled("assembled")], beside=True)
+        assert [found.cached for found in compiled] == [True]
+        assert "99.9" not in get_ptxas_version(90)
+
+
+@pytest.mark.parametrize("place", [None, "the user's"])
+def test_the_process_has_the_assembler_that_was_noted(
+    place: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, str]] = []
+
+    def popen(command: list[str], env: dict[str, str], **_: Any) -> None:
+        started.append(env)
+        raise OSError("enough")
+
+    monkeypatch.setattr(compile_client, "note_assembler", lambda: place)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "Inductor's")
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    assert not compile_client.start()
+    assert [env.get("TRITON_PTXAS_PATH") for env in started] == [place]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from threading import RLock
+from threading import RLock, Thread
 from typing import Any, Final
 
 import torch
@@ -44,6 +44,9 @@ def compile_base(
     from fxopt.lowering.first_pass import FirstPass
 
     _check_settings(options)
+    if _on_cuda(inputs) and find_spec("triton") is not None:
+        # Before Inductor can put another one in its place.
+        note_assembler()
     unpadded = {"comprehensive_padding": False} if pads_what_is_merged(module.graph) else {}
     patches = {**unpadded, **(list_mode_options(mode) if mode else {}), **dict(options.inductor)}
     place = "joint_custom_pre_pass"
@@ -77,20 +80,24 @@ def _check_settings(options: Options) -> None:
 def start_base(inputs: Sequence[Any], options: Options) -> None:
     """Start Inductor's processes that compile kernels for a GPU, as its own backend does when it is entered.
 
-    They take seconds to come up, and until then Inductor compiles one kernel after the other. Before it does, Triton
-    notes the version of its assembler.
+    They take seconds to come up, and until then Inductor compiles one kernel after the other. Meanwhile Triton notes
+    the version of its assembler, for which it may have to wait for a C compiler.
 
     Raises:
         OptionError: among ``options.inductor`` is no setting of Inductor.
     """
-    if options.base == "inductor" and any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+    if options.base == "inductor" and _on_cuda(inputs):
         from torch._inductor.async_compile import maybe_warm_pool
 
         _check_settings(options)
         with torch._inductor.config.patch(dict(options.inductor)):
             maybe_warm_pool()
         if find_spec("triton") is not None:
-            note_assembler()
+            Thread(target=note_assembler, name="fxopt-assembler", daemon=True).start()
+
+
+def _on_cuda(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs)
 
 
 #: Settings of Inductor under which it times kernels while it compiles.

@@ -35,14 +35,14 @@ def note_assembler() -> str | None:
     before its own processes are there, which is in time for the first launch where all else is in caches: kernels would
     be compiled again, by another assembler than when they were measured.
     """
-    from triton.compiler import make_backend
-    from triton.runtime import driver
-
     place = os.environ.get(_ASSEMBLER)
     try:
+        from triton.compiler import make_backend
+        from triton.runtime import driver
+
         make_backend(driver.active.get_current_target()).hash()
     except Exception:  # noqa: BLE001 - whoever compiles a kernel meets it again
-        _LOG.debug("Triton has no assembler", exc_info=True)
+        _LOG.debug("there is no assembler of Triton's", exc_info=True)
     return place
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from importlib import import_module
-from importlib.util import find_spec
 from threading import RLock, Thread
 from typing import Any, Final
 
@@ -44,7 +43,7 @@ def compile_base(
     from fxopt.lowering.first_pass import FirstPass
 
     _check_settings(options)
-    if _on_cuda(inputs) and find_spec("triton") is not None:
+    if _on_cuda(inputs):
         # Before Inductor can put another one in its place.
         note_assembler()
     unpadded = {"comprehensive_padding": False} if pads_what_is_merged(module.graph) else {}
@@ -92,8 +91,7 @@ def start_base(inputs: Sequence[Any], options: Options) -> None:
         _check_settings(options)
         with torch._inductor.config.patch(dict(options.inductor)):
             maybe_warm_pool()
-        if find_spec("triton") is not None:
-            Thread(target=note_assembler, name="fxopt-assembler", daemon=True).start()
+        Thread(target=note_assembler, name="fxopt-assembler", daemon=True).start()
 
 
 def _on_cuda(inputs: Sequence[Any]) -> bool:

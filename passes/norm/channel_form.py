@@ -162,7 +162,7 @@ def _read_add(state: State, node: Node) -> ChannelForm | None:
         vector = _vector(state, node, term)
         if vector is not None and is_tensor(x) and same_shape(shape(x), shape(node)) and not state.holds(x):
             return _operand(state, x, vector[1]).plus(vector[0]).over(node, vector[1])  # type: ignore[arg-type]
-    left, right = (_operand(state, x) if is_tensor(x) else None for x in node.args[:2])  # type: ignore[arg-type]
+    left, right = (_operand(state, x) if isinstance(x, Node) and is_tensor(x) else None for x in node.args[:2])
     return None if left is None or right is None else _added(left, right, node)
 
 

@@ -33,6 +33,7 @@ from fxopt.lowering.base import get_ready
 from fxopt.lowering.building import build
 from fxopt.lowering.options import Options
 from tests.codegen.offline import Compiled, compiler
+from tests.lowering.sites import sites_at
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -60,11 +61,8 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[C
         yield found
 
 
-def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Two sites alike and one that isn't."""
-    for _ in range(2):
-        q = (q @ k.mT * 0.12501).softmax(-1) @ v
-    return (torch.tanh(q @ k.mT) * 0.12501).softmax(-1) @ v
+#: At a scale that no other test has: kernels once compiled stay in their module.
+layers = sites_at(0.12501)
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:

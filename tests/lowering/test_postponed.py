@@ -25,6 +25,7 @@ from fxopt.lowering.base import times_kernels
 from fxopt.lowering.kernels import kernel_sources
 from fxopt.lowering.options import Options
 from tests.codegen.offline import Compiled, compiler
+from tests.lowering.sites import sites_at
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -58,11 +59,8 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: dict[str,
         yield found
 
 
-def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Two sites alike and one that isn't."""
-    for _ in range(2):
-        q = (q @ k.mT * 0.12512).softmax(-1) @ v
-    return (torch.tanh(q @ k.mT) * 0.12512).softmax(-1) @ v
+#: At a scale that no other test has: kernels once compiled stay in their module.
+layers = sites_at(0.12512)
 
 
 def operands(width: int = 32, gradients: bool = False) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ import select
 import struct
 import sys
 import time
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -114,9 +115,10 @@ def _answer(children: dict[int, int], answers: int) -> None:
 
 def serve(jobs: BinaryIO, answers: int, at_once: int) -> None:
     """Compile what comes from ``jobs``, at most ``at_once`` kernels at the same time, and answer to ``answers``."""
-    import triton
     import triton.compiler.code_generator
-    import triton.experimental.gluon  # noqa: F401 - for the children
+
+    with suppress(ImportError):  # an older Triton has no Gluon
+        import triton.experimental.gluon  # noqa: F401 - for the children
 
     children: dict[int, int] = {}
     last = time.monotonic()

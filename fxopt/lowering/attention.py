@@ -26,6 +26,7 @@ from fxopt.lowering.building import build
 from fxopt.lowering.candidate import Candidate, triton_objection
 from fxopt.lowering.decisions import Times, bucket, error_line, failures, forced, has_hint, keep, recalled, shortfalls
 from fxopt.lowering.measure import MEASUREMENT_SECONDS, hint, layout, materialise, median_seconds
+from fxopt.lowering.packed import PACKED, as_one
 from fxopt.lowering.versions import fingerprint
 
 __all__ = ["MEASUREMENT_SECONDS", "Candidate", "candidates", "choose", "operator"]
@@ -45,6 +46,7 @@ def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, s
     if any(isinstance(size, int) and size == 0 for x in (q, k, v) for size in x.shape):
         return [plain], {"triton": "an operand is empty", "sdpa": "an operand is empty"}
     found = _generated(spec, q, k, v, training, refused, wanted)
+    found = as_one(site, found) if training else found
     for backend, device in sdpa.BACKENDS.items():
         if device != q.device.type:
             continue
@@ -273,7 +275,7 @@ def key_of(site: Node, training: bool, found: list[Candidate]) -> str:
         f"{x.dtype}{[bucket(n) for n in x.shape]}{[hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
         for x in _flat(site)
     ]
-    mode = "training" if training else "inference"
+    mode = ("training, as one" if any(c.target is PACKED for c in found) else "training") if training else "inference"
     names = [candidate.name for candidate in found]
     constants = [str(value) for value in site.args if isinstance(value, str)]
     return "\n".join([str(site.target), *constants, *operands, mode, *names, fingerprint(_flat(site)[0].device)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fxopt.codegen.building import compile_together
 from fxopt.ir.nodes import tensor
 from fxopt.lowering.candidate import Candidate
 from fxopt.lowering.measure import extent, layout
+from fxopt.lowering.packed import PACKED
 
 
 def build(
@@ -36,8 +38,9 @@ def build(
 
 
 def _compile(site: Node, candidate: Candidate, training: bool) -> None:
-    stand_ins = _stand_ins(site)
-    arguments = map_arg(site.args, lambda node: stand_ins[node])
+    given = site.args if candidate.arguments is None else candidate.arguments
+    stand_ins = _stand_ins(given)
+    arguments = map_arg(given, lambda node: stand_ins[node])
     with torch.no_grad():
         seeds = candidate.seeds(tensor(site.args[0]).device)
         result = candidate.target(*arguments, *candidate.extra, *seeds)
@@ -50,23 +53,27 @@ def _compile(site: Node, candidate: Candidate, training: bool) -> None:
         if not config:
             return
         # Autograd would call it in a thread of its own, where kernels are launched.
-        (q, k, v, captures, spec), (out, lse), wanted = arguments, result, _wanted(site)
-        grad_out = torch.empty_like(out)
-        torch.ops.fxopt.attention_backward(q, k, v, captures, out, lse, grad_out, None, wanted, spec, config, *seeds)
+        (out, lse), wanted = result, _wanted(site)
+        rest = (out, lse, torch.empty_like(out), None, wanted, site.args[4], config, *seeds)
+        if candidate.target is PACKED:
+            packed, captures, _, places = arguments
+            torch.ops.fxopt.attention_packed_backward(packed, captures, places, *rest)
+        else:
+            torch.ops.fxopt.attention_backward(*arguments[:4], *rest)
 
 
 def _backward_config(candidate: Candidate) -> str:
     """The configuration of the generated backward; nothing where there is none."""
-    if candidate.target is not torch.ops.fxopt.attention_forward.default:
+    if candidate.target not in (torch.ops.fxopt.attention_forward.default, PACKED):
         return ""
     config = split_config(candidate.extra[0])[1]
     return "" if config == RECOMPUTE else config
 
 
-def _stand_ins(site: Node) -> dict[Node, Tensor]:
-    """Tensors like the operands of a site that share one piece of memory, as nobody reads them."""
+def _stand_ins(arguments: tuple[Any, ...]) -> dict[Node, Tensor]:
+    """Tensors like those among the ``arguments`` that share one piece of memory, as nobody reads them."""
     nodes: list[Node] = []
-    map_arg(site.args, nodes.append)
+    map_arg(arguments, nodes.append)
     layouts = {node: (tensor(node).dtype, *layout(tensor(node))) for node in nodes}
     size = max(extent(sizes, strides) * dtype.itemsize for dtype, sizes, strides in layouts.values())
     # A multiple of every element's size.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from fxopt.analysis.gradients import may_need_gradient
@@ -14,6 +15,7 @@ from fxopt.codegen.attention.backward.config import RECOMPUTE, split_config
 from fxopt.codegen.attention.backward.operator import source_of as backward_source_of
 from fxopt.codegen.attention.decided import config_of
 from fxopt.codegen.attention.operator import source_of
+from fxopt.codegen.attention.packed import read_places, unpacked
 from fxopt.codegen.attention.weights import operator as weights
 from fxopt.codegen.linear_attention import operator as linear_attention
 from fxopt.codegen.mlp.narrow_mlp import kernel as narrow_mlp
@@ -39,9 +41,22 @@ def kernel_sources(program: Program) -> dict[str, str]:
 
 def _attention(node: Node) -> Iterator[tuple[str, str]]:
     q, _, v, captures, spec, config = node.args[:6]
-    sizes = (str(spec), int(tensor(q).shape[3]), int(tensor(v).shape[3]), tensor(q).dtype)
-    yield node.name, source_of(*sizes, str(config))
-    backward = split_config(str(config))[1]
+    yield from _with_backward(node, tensor(q), tensor(v).shape[3], captures, str(spec), str(config))
+
+
+def _packed(node: Node) -> Iterator[tuple[str, str]]:
+    packed, captures, spec, places, config = node.args[:5]
+    assert isinstance(places, list | tuple)
+    q, _, v = unpacked(tensor(packed), read_places([int(str(number)) for number in places]))
+    yield from _with_backward(node, q, v.shape[3], captures, str(spec), str(config))
+
+
+def _with_backward(
+    node: Node, q: Tensor, value_dim: int, captures: object, spec: str, config: str
+) -> Iterator[tuple[str, str]]:
+    sizes = (spec, int(q.shape[3]), int(value_dim), q.dtype)
+    yield node.name, source_of(*sizes, config)
+    backward = split_config(config)[1]
     if backward and backward != RECOMPUTE:
         assert isinstance(captures, list | tuple)
         wanted = [isinstance(c, Node) and may_need_gradient(c) for c in captures]
@@ -94,6 +109,7 @@ def _mlp(node: Node) -> Iterator[tuple[str, str]]:
 #: How the operators that launch generated kernels are called, and what that generates.
 _GENERATED: Final[Mapping[str, Callable[[Node], Iterator[tuple[str, str]]]]] = {
     "attention_forward": _attention,
+    "attention_packed": _packed,
     "attention_decided": _decided,
     "attention_weights_forward": _weights,
     "linear_attention_forward": _linear_attention,

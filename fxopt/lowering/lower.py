@@ -18,6 +18,7 @@ from fxopt.lowering import mlp, residual_norm
 from fxopt.lowering.attention import choose, prepare
 from fxopt.lowering.base import get_ready
 from fxopt.lowering.candidate import DRAW_SEED, SEED_RANGE, Candidate, seed_options
+from fxopt.lowering.packed import forget
 from fxopt.lowering.postponed import Postponed
 from fxopt.lowering.probe import Base
 from fxopt.rewriter.builder import Builder
@@ -77,9 +78,11 @@ def _lower_site(program: Program, site: Node, choice: tuple[Candidate, Decision]
     flaw = difference(site, new)
     if flaw:
         return Decision((site.name,), "aten", f"{candidate.name} would give {flaw} at {source(site)}")
-    name = site.name
+    name, operands = site.name, site.all_input_nodes
     site.replace_all_uses_with(new)
     program.graph.erase_node(site)
+    for operand in operands:
+        forget(operand)
     return Decision((name,), decision.chosen, decision.reason, decision.seconds)
 
 

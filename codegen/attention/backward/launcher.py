@@ -27,18 +27,23 @@ def launch(
     lse: torch.Tensor,
     dout: torch.Tensor,
     dlse: torch.Tensor | None = None,
+    into: Sequence[torch.Tensor] = (),
     $seed_parameter
 ) -> list[torch.Tensor]:
     """The gradients of q, k, v$returned, from the forward's out and lse and the gradients of those.
 
     q, dq [B, H, Sq, $head_dim]; k, dk [B, G, Sk, $head_dim]; v, dv [B, G, Sk, $value_dim];
     out, dout [B, H, Sq, $value_dim]; lse, dlse [B, H, Sq] in float32.
+    into: where dq, dk and dv are written, if not to memory of their own; their last axis is dense.
     $seed_meaning
     """
     batch, heads, rows, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     $unpack_captures
-    $allocate
+    if into:
+        dq, dk, dv = into
+    else:
+        $allocate
     if min(batch, heads, rows, keys) == 0:
         $nothing
     lse = lse if lse.is_contiguous() else lse.contiguous()

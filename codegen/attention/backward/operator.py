@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Final
 
@@ -105,10 +105,31 @@ def _cuda(
     config: str,
     seed: Tensor | None = None,
 ) -> list[Tensor]:
+    return on_cuda(q, k, v, captures, out, lse, grad_out, grad_lse, wanted, spec, config, seed)
+
+
+def on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: Sequence[bool],
+    spec: str,
+    config: str,
+    seed: Tensor | None = None,
+    into: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """What `attention_backward` is on CUDA; the gradients of ``q``, ``k`` and ``v`` are written to ``into``, if given:
+    there are as many values as keys in a head then.
+    """
     # A gradient that was broadcast, as that of a sum, would be read without coalescing.
     grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
     further = [x for x in (grad_lse, seed) if x is not None]
-    operands = (q, k, v, *captures, out, lse, grad_out, *further)
+    operands = (q, k, v, *captures, out, lse, grad_out, *further, *into)
     # Kernels may serve only where sums in any order are allowed.
     ordered = torch.are_deterministic_algorithms_enabled()
     constants = (spec, config, tuple(wanted), grad_lse is None, precision(q.dtype), ordered)
@@ -116,8 +137,8 @@ def _cuda(
     replay = None if only_compiles() else _REPLAYS.get(key)
     # A replay runs on the current device.
     if replay is not None and q.get_device() == torch.cuda.current_device():
-        return list(replay(operands))
-    return _recorded(key, q, k, v, captures, out, lse, grad_out, grad_lse, wanted, spec, config, seed)
+        return [*into, *replay(operands)]
+    return _recorded(key, q, k, v, captures, out, lse, grad_out, grad_lse, wanted, spec, config, seed, into)
 
 
 def _recorded(
@@ -134,24 +155,25 @@ def _recorded(
     spec: str,
     config: str,
     seed: Tensor | None,
+    into: Sequence[Tensor],
 ) -> list[Tensor]:
     meaning = reference.specification(spec)
     chosen = chosen_config(meaning, q, v, lse, config, wanted)
     if chosen == RECOMPUTE:
-        return _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None, seed)
+        found = _recomputed(meaning, q, k, v, captures, wanted, grad_out, grad_lse if lse.numel() else None, seed)
+        return [*(x.copy_(y) for x, y in zip(into, found[: len(into)], strict=True)), *found[len(into) :]]
     width = v.shape[3]
     v, out, grad_out = (widened(x, q.shape[3]) for x in (v, out, grad_out))
     launched = module(spec, q.shape[3], v.shape[3], q.dtype, chosen, tuple(wanted))
     seeded = {} if seed is None else {"seed": seed}
-    given = (q, k, v, captures, out, lse, grad_out, grad_lse)
-    launch = launcher(launched)
+    launch = partial(launcher(launched), q, k, v, captures, out, lse, grad_out, grad_lse, into, **seeded)
     if only_compiles() or v.shape[3] != width:
-        found: list[Tensor] = launch(*given, **seeded)
+        found = launch()
         return found if v.shape[3] == width else _narrowed(meaning, found, width)
-    operands = [x for x in (q, k, v, *captures, out, lse, grad_out, grad_lse, seed) if x is not None]
-    gradients, replay = record(launched, lambda: tuple(launch(*given, **seeded)), operands)
+    operands = [x for x in (q, k, v, *captures, out, lse, grad_out, grad_lse, seed, *into) if x is not None]
+    gradients, replay = record(launched, lambda: tuple(launch()[len(into) :]), operands)
     remember(_REPLAYS, key, replay)
-    return list(gradients)
+    return [*into, *gradients]
 
 
 def _narrowed(spec: AttentionSpec, found: Sequence[Tensor], width: int) -> list[Tensor]:

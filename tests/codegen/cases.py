@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fxopt.codegen.attention.packed import Heads, Places
 from fxopt.ir.attention import AttentionSpec, Capture, KvMap, OutLayout
 from fxopt.ir.expression import parse
 
@@ -84,6 +85,15 @@ SHAPES = {
     "fewer-keys": Shape(24, 16, 34, 19, 2, "tile", "bshd", heads=4),
     "grouped": Shape(64, 32, 16, 48, 2, "group", heads=4),
     "packed": Shape(80, 80, 21, 21, 2, "group", "bshd", packed=True),
+}
+
+
+#: Where queries, keys and values of two query heads of 8 columns lie in one tensor.
+PLACES = {
+    "heads of each apart": Places(8, Heads(0, 8, 2), Heads(16, 8, 2), Heads(32, 8, 2)),
+    "heads in turn": Places(8, Heads(0, 24, 2), Heads(8, 24, 2), Heads(16, 24, 2)),
+    "one key/value head": Places(8, Heads(0, 8, 2), Heads(16, 8, 1), Heads(24, 8, 1)),
+    "values first": Places(8, Heads(32, 8, 2), Heads(16, 8, 2), Heads(0, 8, 2)),
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fxopt.codegen.attention import operator as forward
+from fxopt.codegen.attention import packed
 from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.weights import operator as weights
 from fxopt.codegen.linear_attention import operator as linear
@@ -25,6 +26,8 @@ from fxopt.codegen.norm.residual_norm import operator as norm
 LAUNCHING = (
     (forward.attention_forward, forward.on_cuda),
     (backward.attention_backward, backward._cuda),
+    (packed.attention_packed, packed.on_cuda),
+    (packed.attention_packed_backward, packed.backward_on_cuda),
     (weights.attention_weights_forward, weights._cuda),
     (linear.linear_attention_forward, linear._cuda),
     (linear.linear_attention_backward, linear._cuda_backward),

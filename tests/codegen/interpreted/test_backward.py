@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention.backward.kernel import KIND, read_backward, source
+from fxopt.codegen.attention.packed import read_places, unpacked
 from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
-from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification
+from tests.codegen.cases import EXPRESSIONS, PLACES, SHAPES, Shape, captured, operands, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget, autograd
 from tests.codegen.interpreted.test_kernel import WIDE
 from tests.codegen.interpreted.test_kernel import launch as forward
@@ -36,11 +37,12 @@ def backward(
     captures: Sequence[Tensor],
     dout: Tensor,
     dlse: Tensor | None = None,
+    into: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     q, k, v = inputs
     out, lse = forward(spec, q, k, v, captures, with_lse=True)
     text = source(spec, q.shape[3], v.shape[3], q.dtype, CONFIG, wanted_of(captures))
-    found: list[Tensor] = import_source(KIND, text).launch(q, k, v, captures, out, lse, dout, dlse)
+    found: list[Tensor] = import_source(KIND, text).launch(q, k, v, captures, out, lse, dout, dlse, into)
     return found
 
 
@@ -183,3 +185,32 @@ def test_the_same_inputs_give_the_same_bits() -> None:
 def test_derivatives_of_other_scores(text: str) -> None:
     spec = AttentionSpec(parse(text), None, (Capture("b--j", torch.float32),))
     check(spec, operands(Shape(16, 16, 17, 18), torch.float32), [torch.randn(2, 1, 1, 18)])
+
+
+#: Padded head widths, heads that share keys, and every kind of scratch beside the gradients.
+INTO = [
+    ("causal", 80, "bf16", "heads of each apart"),
+    ("window", 24, "f32", "heads in turn"),
+    ("padding", 32, "f16", "values first"),
+    ("swin", 16, "bf16", "one key/value head"),
+    ("alibi", 40, "f32", "heads of each apart"),
+]
+
+
+@pytest.mark.parametrize(("name", "width", "dtype", "order"), INTO)
+def test_gradients_are_written_into_parts_of_one_tensor(name: str, width: int, dtype: str, order: str) -> None:
+    """The same bits as in memory of their own, in every column."""
+    scaled = PLACES[order].numbers()
+    factor = width // PLACES[order].width
+    places = read_places([n * factor if at % 3 != 0 or at == 0 else n for at, n in enumerate(scaled)])
+    sizes = Shape(width, width, 35, 35, places.k.number, "group", "bshd")
+    spec = specification(name, sizes, DTYPES[dtype], empty_rows="zero")
+    captures = captured(name, sizes, spec)
+    q, k, v = unpacked(torch.randn(2, 35, places.columns).to(DTYPES[dtype]), places)
+    dout = torch.randn(2, 2, 35, width).to(DTYPES[dtype])
+    expected = backward(spec, (q, k, v), captures, dout)
+    whole = torch.full((2, 35, places.columns), float("nan"), dtype=DTYPES[dtype])
+    into = unpacked(whole, places)
+    found = backward(spec, (q, k, v), captures, dout, into=into)
+    assert all(a is b for a, b in zip(found, into, strict=False)) and not whole.isnan().any()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -14,6 +14,7 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward.hopper import needed
 from fxopt.codegen.attention.backward.hopper.kernel import objection, source
 from fxopt.codegen.attention.backward.kernel import KIND
+from fxopt.codegen.attention.packed import Heads, Places, unpacked
 from fxopt.ir.attention import AttentionSpec
 from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, pairwise, specification
 from tests.codegen.emulated_gluon import Descriptor, emulated
@@ -181,3 +182,22 @@ def test_limits_hold_all_rows_that_keep_a_key_and_padding_exactly_these(
         if name in ("right padding", "left padding", "contiguous documents"):
             first, last = torch.where(some, rows, 290).amin(1), torch.where(some, rows + 1, 0).amax(1)
             assert torch.equal(begin[:, 0], first.int()) and torch.equal(end[:, 0], last.int())
+
+
+@pytest.mark.parametrize(("name", "width"), [("causal", 64), ("window", 72), ("padding", 128)])
+def test_gradients_are_written_into_parts_of_one_tensor(name: str, width: int, tmp_path: Path) -> None:
+    """The same numbers as in memory of their own, in every column, by TMA too."""
+    places = Places(width, Heads(0, width, 2), Heads(2 * width, 2 * width, 1), Heads(3 * width, width, 1))
+    sizes = Shape(width, width, 150, 150, 1, "group", "bshd")
+    spec = specification(name, sizes, torch.bfloat16, "zero")
+    captures = captured(name, sizes, spec)
+    q, k, v = unpacked(torch.randn(2, 150, places.columns).to(torch.bfloat16), places)
+    out, lse = forward(spec, (q, k, v), captures)
+    dout = torch.randn_like(out)
+    text = source(spec, width, width, q.dtype, "hopper:64x128s2", [False] * len(captures))
+    module = emulated(text, tmp_path)
+    whole = torch.full((2, 150, places.columns), float("nan"), dtype=torch.bfloat16)
+    into = unpacked(whole, places)
+    found = module.launch(q, k, v, captures, out, lse, dout, None, into)
+    assert all(a is b for a, b in zip(found, into, strict=True)) and not whole.isnan().any()
+    assert_input_gradients_within_budget(spec, (q, k, v), captures, found, dout)

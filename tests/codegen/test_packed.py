@@ -160,7 +160,18 @@ def test_launches_are_remembered_and_write_into_the_whole_gradient(config: str, 
         for calls in (1, 2):
             whole, out = torch.randn(3, 70, 384).to(half), torch.randn(3, 70, 2, 64).to(half).transpose(1, 2)
             lse = torch.randn(3, 2, 70)
-            given = (whole, [], places.numbers(), out, lse, torch.randn_like(out), None, [], str(spec), config)
+            given: tuple[Any, ...] = (
+                whole,
+                [],
+                places.numbers(),
+                out,
+                lse,
+                torch.randn_like(out),
+                None,
+                [],
+                str(spec),
+                config,
+            )
             launched.clear()
             (found,) = operator.backward_on_cuda(*given)
             bases = [getattr(x, "base", x) for launch in launched for x in launch]

@@ -109,7 +109,7 @@ def compiled(model: Any, x: Tensor, base: str = "aot_eager") -> tuple[Any, list[
     return out, [outcome.lowered for outcome in outcomes]
 
 
-def options(base: str = "aot_eager") -> dict[str, object]:
+def options(base: str = "aot_eager") -> dict[str, Any]:
     return {"lower": "triton", "base": base, "strict": True}
 
 
@@ -175,9 +175,8 @@ def test_a_projection_read_twice_and_a_step_that_is_recomputed() -> None:
 
     class Model(Packed):
         def forward(self, x: Tensor) -> Tensor:
-            packed = self.qkv(x)
-            attended: Tensor = attend(*unbound(packed))
-            return attended + packed[..., :WHOLE].tanh() * packed.sum(-1, keepdim=True)
+            packed: Tensor = self.qkv(x)
+            return attend(*unbound(packed)) + packed[..., :WHOLE].tanh() * packed.sum(-1, keepdim=True)
 
     model, x = Model(unbound), tokens()
     out, programs = compiled(model, x)
@@ -196,7 +195,8 @@ def test_gradients_of_captured_tensors() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = self.cut(self.qkv(x))
-            return ((q @ k.mT * 0.25 + self.bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            attended: Tensor = (q @ k.mT * 0.25 + self.bias).softmax(-1) @ v
+            return attended.transpose(1, 2).flatten(2)
 
     model, x = Biased(), tokens()
     out, programs = compiled(model, x)
@@ -273,9 +273,8 @@ def test_others_take_views(name: str) -> None:
 
 @pytest.mark.usefixtures("everywhere")
 def test_nor_do_projections_without_a_gradient_or_in_inference() -> None:
-    frozen = Packed(unbound).requires_grad_(False)
-    frozen.register_parameter("scale", nn.Parameter(torch.ones(())))
-    frozen.attention = lambda q, k, v: attend(q, k, v) * frozen.scale
+    scale = nn.Parameter(torch.ones(()))
+    frozen = Packed(unbound, attention=lambda *qkv: attend(*qkv) * scale).requires_grad_(False)
     _, programs = compiled(frozen, tokens().detach())
     with torch.no_grad():
         _, more = compiled(Packed(unbound), tokens())

@@ -17,7 +17,7 @@ from torch._functorch.aot_autograd import aot_function
 from fxopt.codegen.attention import packed as operator
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward import operator as backward
-from fxopt.codegen.attention.packed import Places, attention_packed, read_places, unpacked
+from fxopt.codegen.attention.packed import Places, attention_packed, unpacked
 from fxopt.codegen.launching import DECOMPOSITIONS
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
@@ -152,7 +152,7 @@ def test_launches_are_remembered_and_write_into_the_whole_gradient(config: str, 
 
     launched: list[tuple[Any, ...]] = []
     half = torch.bfloat16
-    places = read_places([64, 0, 64, 2, 128, 64, 2, 256, 64, 2])
+    numbers = [64, 0, 64, 2, 128, 64, 2, 256, 64, 2]
     spec = AttentionSpec(parse("s * 0.125"), parse("j <= i"), out_dtype=half, out_layout="bshd")
     backward._REPLAYS.clear()
     with compiler(tmp_path, launches=True), pytest.MonkeyPatch.context() as patch:
@@ -163,7 +163,7 @@ def test_launches_are_remembered_and_write_into_the_whole_gradient(config: str, 
             given: tuple[Any, ...] = (
                 whole,
                 [],
-                places.numbers(),
+                numbers,
                 out,
                 lse,
                 torch.randn_like(out),

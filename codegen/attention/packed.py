@@ -17,7 +17,7 @@ from fxopt.codegen.attention import operator, reference
 from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.backward.config import split_config
 from fxopt.codegen.attention.backward.recompute import gradients
-from fxopt.codegen.launching import bare
+from fxopt.codegen.launching import DECOMPOSITIONS, bare
 from fxopt.errors import LoweringError
 
 
@@ -62,6 +62,7 @@ class Places(NamedTuple):
 
 
 _NUMBERS: Final = 10
+_LAUNCH: Final = torch.ops.fxopt.attention_forward_launch.default
 
 
 def read_places(numbers: Sequence[int]) -> Places:
@@ -286,5 +287,36 @@ def _together(places: Places, found: Sequence[Tensor]) -> Tensor:
 
 
 attention_packed.register_autograd(_backward, setup_context=_setup_context)
-bare("attention_packed", on_cuda, _fake, attention_packed)
+
+
+def _of_views(
+    packed: Tensor,
+    captures: Sequence[Tensor],
+    spec: str,
+    places: Sequence[int],
+    config: str,
+    with_lse: bool,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention_packed` below autograd: that of views which base compilers know, and make for nothing."""
+    width, *where = read_places(places)
+    views = (_heads(packed, of, width) for of in where)
+    found: tuple[Tensor, Tensor] = _LAUNCH(*views, captures, spec, config, with_lse, seed)
+    return found
+
+
+def _heads(packed: Tensor, of: Heads, width: int) -> Tensor:
+    columns = packed.shape[2]
+    if of.step == width:
+        run = packed[..., of.first : of.first + of.number * width]
+        heads = run.unflatten(-1, (of.number, width))
+    elif of.step * of.number == columns:
+        heads = packed.unflatten(-1, (of.number, of.step))[..., of.first : of.first + width]
+    else:
+        last = of.first + (of.number - 1) * of.step + width
+        heads = packed[..., of.first : last].unfold(-1, width, of.step)
+    return heads.transpose(1, 2)
+
+
+DECOMPOSITIONS[torch.ops.fxopt.attention_packed.default] = _of_views
 bare("attention_packed_backward", backward_on_cuda, _fake_backward, attention_packed_backward)

@@ -104,7 +104,8 @@ def compiled(model: Any, x: Tensor, base: str = "aot_eager") -> tuple[Any, list[
     """The result of the compiled model, and its lowered programs."""
     torch._dynamo.reset()
     with backend.collecting() as (outcomes, failures):
-        out = torch.compile(model, backend="fxopt", options=options(base))(x)
+        run: Any = torch.compile(model, backend="fxopt", options=options(base))
+        out = run(x)
     assert not failures
     return out, [outcome.lowered for outcome in outcomes]
 

@@ -306,7 +306,7 @@ def _of_views(
 
 
 def _heads(packed: Tensor, of: Heads, width: int) -> Tensor:
-    columns = packed.shape[2]
+    columns, heads = packed.shape[2], packed
     if of.step == width:
         run = packed[..., of.first : of.first + of.number * width]
         heads = run.unflatten(-1, (of.number, width))

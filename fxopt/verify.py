@@ -29,14 +29,14 @@ _DISTRIBUTIONS: Final = ("normal", "large", "equal")
 def verify_numerically(before: Program, after: Program, outcome: PassResult) -> None:
     """Check each rewritten site of a pass on its own operands' shapes: outputs and gradients within the error budget.
 
-    Operands are drawn from normal, large and constant values; what does not depend on the program's inputs keeps its
-    real value. The oracle is the replaced region in float64; the budget derives from its error in its own dtype. Where
+    Operands are drawn from normal, large and constant values; what depends on no input but buffers keeps its real
+    value. The oracle is the replaced region in float64; the budget derives from its error in its own dtype. Where
     there is dropout, all three drop the same weights; how a lowered kernel draws them is not looked at here.
 
     Raises:
         VerificationError: names the rule, the user's line and the result that left its budget.
     """
-    constants = Constants(before)
+    constants = Constants(before, buffers=True)
     for replacement in outcome.replacements:
         if replacement.site.kind:
             _verify_site(before, after, replacement, constants)

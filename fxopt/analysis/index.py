@@ -20,7 +20,7 @@ from fxopt.analysis.elements import element_of
 from fxopt.analysis.linear import LONGEST, Bounds
 from fxopt.analysis.logic import Logic
 from fxopt.analysis.masks import one_plane, prove_structure
-from fxopt.analysis.values import holds, is_two_valued
+from fxopt.analysis.values import choose, holds, is_two_valued, rounded
 from fxopt.analysis.views import Index, Unreadable, Views
 from fxopt.analysis.width import may_overflow
 from fxopt.ir.attention import NAME_OF
@@ -86,8 +86,10 @@ class IndexLifter:
 
     def origin(self, node: Node) -> str:
         """Why a tensor that can't be followed is read, as a sentence."""
-        constant = self._constants.is_constant(node)
-        return "it depends on no input, but has no structure that is known" if constant else "it is run-time data"
+        constants = self._constants.with_buffers
+        if constants.is_constant(node):
+            return "it depends on no input, but has no structure that is known"
+        return f"it is run-time data ({doubt})" if (doubt := constants.doubt(node)) else "it is run-time data"
 
     def _walk(self, domain: Domain) -> _Walk:
         if domain.key not in self._walks:
@@ -174,14 +176,36 @@ class _Walk:
         whole = all(same_size(size, self.domain.extent(name)) for size, name in zip(sizes, "ij", strict=False))
         if tensor(node).dtype is not torch.bool or index[-2:] != (I, J) or not whole:
             return None
-        values = self.constants.value(node)
-        plane = one_plane(values) if isinstance(values, torch.Tensor) and values.numel() else None
+        plane = self._plane(node)
+        return None if plane is None else self._structure(node, plane)
+
+    def _plane(self, node: Node) -> torch.Tensor | None:
+        """What a constant holds at each row and key, where that is the same everywhere else."""
+        values = self.constants.with_buffers.value(node)
+        return one_plane(values) if isinstance(values, torch.Tensor) and values.numel() else None
+
+    def _structure(self, node: Node, plane: torch.Tensor) -> Expr | None:
+        """``plane``, made of ``node``, as a condition on its row ``i`` and its column ``j``."""
+        kept, hidden = prove_structure(plane), prove_structure(~plane)
+        if kept is None and hidden is None:
+            return None
+        self.constants.with_buffers.assume(node)
+        return kept if kept is not None else call("not", hidden)
+
+    def _part_of_plane(self, node: Node, index: Index) -> Expr | None:
+        """A constant plane of two numbers, of which as much is read as there are rows and keys."""
+        if len(index) < 2 or not any(part.reads(s) for part in index[-2:] for s in (I, J)):
+            return None
+        plane = self._plane(node)
         if plane is None:
             return None
-        kept, hidden = prove_structure(plane), prove_structure(~plane)
-        if kept is not None:
-            return kept
-        return None if hidden is None else self.settled(call("not", hidden))
+        low, high = plane.aminmax()
+        inside = self._structure(node, plane == high) if bool(((plane == low) | (plane == high)).all()) else None
+        if inside is None:
+            return None
+        row, column = index[-2:]
+        placed = inside.replace(lambda e: row if e == I else column if e == J else e)
+        return choose(self.settled(placed), *(rounded(number.item(), plane.dtype) for number in (high, low)))
 
     def _explains(self, expr: Expr, index: Index) -> bool:
         """Whether an expression is better than the tensor itself: it captures less, or has structure to prove."""
@@ -200,7 +224,10 @@ class _Walk:
         return [self.readings[n] for n in sorted({int(e.value or 0) for e in expr.leaves if e.op == "capture"})]
 
     def _leaf(self, node: Node, index: Index, reason: Unreadable) -> Expr:
-        """``node`` captured as it is, if the kernels can read it at ``index``."""
+        """``node`` captured as it is, if the kernels can read it at ``index``; a constant plane as what is known of it."""
+        known = self._part_of_plane(node, index)
+        if known is not None:
+            return known
         names = [part for part in index if part.op == "symbol"]
         plain = all(part in _INDICES or part.op == "const" for part in index) and len(set(names)) == len(names)
         if not plain or tensor(node).dtype not in NAME_OF:

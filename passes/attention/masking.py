@@ -79,7 +79,7 @@ class MaskProver:
                 continue
             key = (operand.node, rows, columns)
             if key not in self._known:
-                self._known[key] = _prove(operand, rows, columns, self.constants)
+                self._known[key] = _prove(operand, rows, columns, self.constants.with_buffers)
             proof = self._known[key]
             if proof is not None:
                 found[index] = proof
@@ -210,6 +210,7 @@ def _prove(operand: Captured, rows: int, columns: int, constants: Constants) -> 
     safe = every_row_keeps_a_key(keep)
     if structure is None or (additive and finite and not safe):
         return None
+    constants.assume(operand.node)
     return _Proof(structure, additive, inverted, safe, _fill_of(plane, keep) if additive else -math.inf)
 
 

@@ -46,7 +46,7 @@ class Constants:
     def doubt(self, node: fx.Node) -> str:
         """Why a buffer that ``node`` is computed from is not constant; empty where there is none such."""
         held = (self._program.held.get(leaf.name) for leaf in _leaves(node))
-        return next((f"the buffer {found.name}, and {found.doubt}" for found in held if found and found.doubt), "")
+        return next((f"the buffer {found.name}: {found.doubt}" for found in held if found and found.doubt), "")
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether `value` can evaluate ``node``."""

@@ -44,6 +44,8 @@ def guard_buffers(program: Program, captured: fx.GraphModule) -> None:
         CaptureError: one was edited by another thread while the program was made.
     """
     context = TracingContext.try_get()
+    if program.assumed:
+        program.notes.append(_told(program))
     for before, node in zip(*map(_placeholders, (captured.graph, program.graph)), strict=True):
         if node.name not in program.assumed:
             continue
@@ -53,6 +55,15 @@ def guard_buffers(program: Program, captured: fx.GraphModule) -> None:
             raise CaptureError(f"the buffer {held.name} changed while the graph was made")
         guard = Guard(getattr(before, "_dynamo_source"), partial(_check, unchanged=Unchanged(digest)))  # noqa: B009
         context.guards_context.dynamo_guards.add(guard)
+
+
+def _told(program: Program) -> str:
+    names = [held.name for place, held in program.held.items() if place in program.assumed]
+    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return (
+        f"masks were proved of what {len(names)} buffer{'s' * (len(names) > 1)} of the model ({some}) held when it was "
+        "compiled; each call checks that, and a change compiles anew"
+    )
 
 
 def _check(builder: Any, guard: Guard, unchanged: Unchanged) -> None:
@@ -80,4 +91,4 @@ def _recompiled() -> str:
     if times is None:
         return "it is not known how often it was compiled"
     often = times >= torch._dynamo.config.recompile_limit // 2
-    return f"the code that reads it was compiled {times} times before" if often else ""
+    return f"it is read at each call, as its code was compiled {times} times before" if often else ""

@@ -73,7 +73,7 @@ def doubt_of(tensor: Tensor) -> str:
         return f"it is larger than {MAX_BYTES >> 20} MiB"
     known = _LOOKED.get(tensor)
     often = known is not None and known.count >= LOOKS and known.version != version(tensor)
-    return "it changed since it was compiled, several times" if often else ""
+    return "it changed several times since it was compiled" if often else ""
 
 
 def contents(tensor: Tensor) -> bytes | None:

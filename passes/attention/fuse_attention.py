@@ -13,7 +13,7 @@ from fxopt.analysis.gradients import may_need_gradient
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.ir.autocast import is_autocast
-from fxopt.ir.expression import Expr, S, call, const
+from fxopt.ir.expression import NEG_INF, Expr, S, call, const
 from fxopt.ir.nodes import is_call, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
@@ -26,11 +26,12 @@ from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
 from fxopt.passes.attention.positions import Captured, explain
-from fxopt.passes.attention.proofs import captures_of, described
+from fxopt.passes.attention.proofs import captures_of, described, not_hidden
 from fxopt.passes.attention.readers import lead_sizes
 from fxopt.passes.attention.region import Region, lift_region
 from fxopt.passes.attention.space import Space, space_of
 from fxopt.passes.attention.weights import Weights, read_weights
+from fxopt.passes.attention.zeroed import lift_kept, unlike_mask
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import PassResult, apply_rules
 from fxopt.rewriter.pattern import Match, Op, Var
@@ -61,6 +62,8 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     logits = weights.softmax.args[0]
     assert isinstance(logits, Node)
     region = lift_region(logits, prover.constants)
+    if not isinstance(region, Rejection) and weights.fills:
+        region = lift_kept(weights.fills, region, prover.constants)
     if isinstance(region, Rejection):
         return region
     queries, keys = region.scores.args
@@ -74,9 +77,16 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
         if obstacle := operand.obstacle(space):
             return Rejection(obstacle, (operand.node,))
     contracted = tensor(region.scores).dtype
-    explained = explain(region.expression, region.operands, space, prover.lifter, contracted)
+    kept, expression = region.kept, region.expression
+    whole = expression if kept is None else call("where", kept, expression, NEG_INF)
+    explained = explain(whole, region.operands, space, prover.lifter, contracted)
     logits_of = Logits(region.dtypes, any(map(may_need_gradient, (region.scores, *(o.node for o in region.operands)))))
-    masked = separate_mask(explained.expression, explained.operands, space, prover, logits_of)
+    score = explained.expression if kept is None else explained.expression.args[1]
+    masked = separate_mask(score, explained.operands, space, prover, logits_of)
+    if kept is not None:
+        why = unlike_mask(masked, explained.expression.args[0], explained.operands, space, prover, logits_of)
+        if why:
+            return Rejection(why, weights.fills)
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
@@ -86,6 +96,7 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     lengths = length_of(queries, -2, space), length_of(keys, -1, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
     loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
+    loaded += not_hidden(masked.score, operands)
     return Site(match.root, contracted, operands, weights, space, masked, heads, loaded)
 
 
@@ -155,6 +166,8 @@ def _operands(builder: Builder, site: Site) -> Operands:
 
 
 def _empty_rows(site: Site) -> EmptyRows:
+    if site.weights.fills and site.masked.mask is not None:
+        return "zero"
     if site.masked.uniform:
         return "uniform"
     return "zero" if is_call(site.weights.softmax, aten._safe_softmax.default) else "nan"

@@ -172,7 +172,8 @@ def _spreads(part: Node, whole: Node) -> bool:
 class Region:
     """A lifted region: the contraction of queries and keys, the expression, its captures, and the nodes it covers.
 
-    ``dtypes`` are those that the scores, and the masks and biases lifted with them, pass through.
+    ``dtypes`` are those that the scores, and the masks and biases lifted with them, pass through. ``kept``: where the
+    weights are not set to 0 after the softmax, if some are.
     """
 
     scores: Node
@@ -181,6 +182,7 @@ class Region:
     nodes: tuple[Node, ...]
     dtypes: frozenset[torch.dtype]
     stages: list[tuple[Size, ...]] = field(default_factory=list)
+    kept: Expr | None = None
 
 
 def lift_region(logits: Node, constants: Constants) -> Region | Rejection:

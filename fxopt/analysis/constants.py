@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
+from fxopt.ir.held import contents
 from fxopt.ir.nodes import is_impure
 from fxopt.ir.program import Program
 
@@ -31,6 +32,7 @@ class Constants:
     def __init__(self, program: Program, *, buffers: bool = False) -> None:
         self._program = program
         self._held = {n: held.tensor for n, held in program.held.items() if not held.doubt} if buffers else {}
+        self._contents: dict[bytes | str, torch.Tensor] = {}
         self._known: dict[fx.Node, bool] = {}
         self._values: dict[fx.Node, Any] = {}
 
@@ -99,7 +101,9 @@ class Constants:
 
     def _run(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return self._held[node.name].detach()
+            # One tensor for all that hold the same: the layers of a model have a mask each.
+            tensor = self._held[node.name]
+            return self._contents.setdefault(contents(tensor) or node.name, tensor.detach())
         if node.op == "get_attr":
             value: Any = self._program.module
             for part in str(node.target).split("."):

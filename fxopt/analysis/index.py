@@ -108,6 +108,7 @@ class _Walk:
         self.logic = Logic(domain)
         self.readings: list[Reading] = []
         self._known: dict[tuple[Node, Index], Expr | Unreadable] = {}
+        self._planes: dict[int, tuple[Expr, Expr, Expr] | None] = {}
         self._depth = 0
 
     def element(self, node: Node, index: Index) -> Expr:
@@ -186,26 +187,43 @@ class _Walk:
 
     def _structure(self, node: Node, plane: torch.Tensor) -> Expr | None:
         """``plane``, made of ``node``, as a condition on its row ``i`` and its column ``j``."""
-        kept, hidden = prove_structure(plane), prove_structure(~plane)
-        if kept is None and hidden is None:
-            return None
-        self.constants.with_buffers.assume(node)
-        return kept if kept is not None else call("not", hidden)
+        found = prove_structure(plane)
+        if found is None and (hidden := prove_structure(~plane)) is not None:
+            found = self.settled(call("not", hidden))
+        if found is not None:
+            self.constants.with_buffers.assume(node)
+        return found
 
     def _part_of_plane(self, node: Node, index: Index) -> Expr | None:
         """A constant plane of two numbers, of which as much is read as there are rows and keys."""
         if len(index) < 2 or not any(part.reads(s) for part in index[-2:] for s in (I, J)):
             return None
+        values = self.constants.with_buffers.value(node)
+        if id(values) not in self._planes:
+            self._planes[id(values)] = self._two_valued(node)
+        found = self._planes[id(values)]
+        if found is None:
+            return None
+        self.constants.with_buffers.assume(node)
+        row, column = index[-2:]
+        inside, *numbers = found
+        return choose(self.settled(inside.replace(lambda e: row if e == I else column if e == J else e)), *numbers)
+
+    def _two_valued(self, node: Node) -> tuple[Expr, Expr, Expr] | None:
+        """Where a constant plane holds the larger of two numbers; the two."""
         plane = self._plane(node)
-        if plane is None:
+        if plane is None or plane.is_complex():
             return None
         low, high = plane.aminmax()
-        inside = self._structure(node, plane == high) if bool(((plane == low) | (plane == high)).all()) else None
+        if not bool(((plane == low) | (plane == high)).all()):
+            return None
+        inside = prove_structure(plane == high)
+        if inside is None:
+            outside = prove_structure(plane == low)
+            inside = None if outside is None else call("not", outside)
         if inside is None:
             return None
-        row, column = index[-2:]
-        placed = inside.replace(lambda e: row if e == I else column if e == J else e)
-        return choose(self.settled(placed), *(rounded(number.item(), plane.dtype) for number in (high, low)))
+        return inside, rounded(high.item(), plane.dtype), rounded(low.item(), plane.dtype)
 
     def _explains(self, expr: Expr, index: Index) -> bool:
         """Whether an expression is better than the tensor itself: it captures less, or has structure to prove."""
@@ -224,7 +242,7 @@ class _Walk:
         return [self.readings[n] for n in sorted({int(e.value or 0) for e in expr.leaves if e.op == "capture"})]
 
     def _leaf(self, node: Node, index: Index, reason: Unreadable) -> Expr:
-        """``node`` captured as it is, if the kernels can read it at ``index``; a constant plane as what is known of it."""
+        """``node`` captured as it is, if the kernels can read it at ``index``; of a constant plane what it holds."""
         known = self._part_of_plane(node, index)
         if known is not None:
             return known

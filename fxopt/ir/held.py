@@ -92,7 +92,7 @@ def _digest(tensor: Tensor) -> bytes:
     with unset_fake_temporarily(), torch.no_grad():
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=32)
-        found.update(memoryview(flat.numpy()))
+        found.update(flat.numpy().data)
         return found.digest()
 
 

@@ -110,7 +110,9 @@ def readable_path(path: str) -> str:
     """
     path = re.sub(r"^L\['[^']*'\]", "", path)
     path = re.sub(
-        r"\._(?:modules|buffers)\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g), path
+        r"\._(?:modules|buffers)\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]",
+        lambda m: "." + next(g for g in m.groups() if g),
+        path,
     )
     return ".".join(part for part in path.split(".") if part)
 

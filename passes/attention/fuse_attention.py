@@ -13,7 +13,7 @@ from fxopt.analysis.gradients import may_need_gradient
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.ir.autocast import is_autocast
-from fxopt.ir.expression import NEG_INF, Expr, S, call, const
+from fxopt.ir.expression import Expr, S, call, const
 from fxopt.ir.nodes import is_call, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
@@ -25,7 +25,7 @@ from fxopt.passes.attention.captures import renumbered, write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
-from fxopt.passes.attention.positions import Captured, explain
+from fxopt.passes.attention.positions import Captured, Explained, explain
 from fxopt.passes.attention.proofs import captures_of, described, not_hidden
 from fxopt.passes.attention.readers import lead_sizes
 from fxopt.passes.attention.region import Region, lift_region
@@ -59,11 +59,7 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     weights = read_weights(match["weights"], match.root)
     if weights is None or isinstance(weights, Rejection):
         return weights
-    logits = weights.softmax.args[0]
-    assert isinstance(logits, Node)
-    region = lift_region(logits, prover.constants)
-    if not isinstance(region, Rejection) and weights.fills:
-        region = lift_kept(weights.fills, region, prover.constants)
+    region = _region(weights, prover.constants)
     if isinstance(region, Rejection):
         return region
     queries, keys = region.scores.args
@@ -77,16 +73,11 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
         if obstacle := operand.obstacle(space):
             return Rejection(obstacle, (operand.node,))
     contracted = tensor(region.scores).dtype
-    kept, expression = region.kept, region.expression
-    whole = expression if kept is None else call("where", kept, expression, NEG_INF)
-    explained = explain(whole, region.operands, space, prover.lifter, contracted)
-    logits_of = Logits(region.dtypes, any(map(may_need_gradient, (region.scores, *(o.node for o in region.operands)))))
-    score = explained.expression if kept is None else explained.expression.args[1]
-    masked = separate_mask(score, explained.operands, space, prover, logits_of)
-    if kept is not None:
-        why = unlike_mask(masked, explained.expression.args[0], explained.operands, space, prover, logits_of)
-        if why:
-            return Rejection(why, weights.fills)
+    explained = explain(region.whole, region.operands, space, prover.lifter, contracted)
+    logits = Logits(region.dtypes, any(map(may_need_gradient, (region.scores, *(o.node for o in region.operands)))))
+    masked = _masked(region, explained, space, prover, logits)
+    if isinstance(masked, str):
+        return Rejection(masked, weights.fills)
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
@@ -98,6 +89,24 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
     loaded += not_hidden(masked.score, operands)
     return Site(match.root, contracted, operands, weights, space, masked, heads, loaded)
+
+
+def _region(weights: Weights, constants: Constants) -> Region | Rejection:
+    logits = weights.softmax.args[0]
+    assert isinstance(logits, Node)
+    region = lift_region(logits, constants)
+    if isinstance(region, Rejection) or not weights.fills:
+        return region
+    return lift_kept(weights.fills, region, constants)
+
+
+def _masked(region: Region, explained: Explained, space: Space, prover: MaskProver, logits: Logits) -> Masked | str:
+    """The mask taken out of the scores, or why weights that are set to 0 are not those that it hides."""
+    if region.kept is None:
+        return separate_mask(explained.expression, explained.operands, space, prover, logits)
+    kept, score, _ = explained.expression.args
+    masked = separate_mask(score, explained.operands, space, prover, logits)
+    return unlike_mask(masked, kept, explained.operands, space, prover, logits) or masked
 
 
 def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
@@ -211,6 +220,9 @@ class FuseAttention:
     (2·10³¹ for bfloat16's in float32; not so in float16, where such sums stay scores). A gradient flows through the sum
     even in a row without keys, so where one may be needed the sum stays a score too. Masks that fill with different
     numbers, or overflow when they are added to one another, stay scores as well.
+
+    Weights may be set to 0 after the softmax, by the mask of the scores or in the rows that it leaves no key: such rows
+    give 0. ``nan_to_num`` is not taken for that, since it hides NaN of queries and keys as well.
 
     Weights that are read elsewhere too are computed apart, exactly, and as little of them as is read: those of some
     rows by ``fxopt.attention_weights`` on those queries, sums over the queries and the diagonal by

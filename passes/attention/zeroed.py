@@ -3,7 +3,8 @@
     softmax(where(m, x, −inf)).masked_fill(~m, 0)        a row without keys: 0 in place of NaN
     softmax(where(m, x, lowest)).masked_fill(~m, 0)      a row without keys: 0 in place of 1/T
 
-Weights of hidden keys are 0 before, so nothing else changes. ``where(m.any(-1, keepdim=True), weights, 0)`` is the same.
+Weights of hidden keys are 0 before, so nothing else changes. ``where(m.any(-1, keepdim=True), weights, 0)`` is the
+same. ``nan_to_num`` is not: it also takes away what is NaN because queries or keys are.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def zeroed(node: Node) -> tuple[Node, Node, bool] | None:
 def hides_nan(node: Node) -> str:
     """Why an operator after the softmax keeps a site that sets NaN to 0; empty for any other."""
     found = zeroed(node)
-    condition = found[1] if found else None
+    condition: Any = found[1] if found else None
     while is_call(condition, *_NOT):
-        condition = condition.args[0]  # type: ignore[union-attr]
+        condition = condition.args[0]
     if not is_call(node, aten.nan_to_num.default) and not is_call(condition, aten.isnan.default):
         return ""
     return _HIDES_NAN.format(name="nan_to_num" if is_call(node, aten.nan_to_num.default) else "isnan")

@@ -53,7 +53,8 @@ def guard_buffers(program: Program, captured: fx.GraphModule) -> None:
         digest = contents(held.tensor)
         if digest is None or context is None:
             raise CaptureError(f"the buffer {held.name} changed while the graph was made")
-        guard = Guard(getattr(before, "_dynamo_source"), partial(_check, unchanged=Unchanged(digest)))  # noqa: B009
+        source: Any = getattr(before, "_dynamo_source", None)
+        guard = Guard(source, partial(_check, unchanged=Unchanged(digest)))
         context.guards_context.dynamo_guards.add(guard)
 
 
@@ -68,7 +69,11 @@ def _told(program: Program) -> str:
 
 def _check(builder: Any, guard: Guard, unchanged: Unchanged) -> None:
     told = [f"{guard.name} holds what it held when fxopt read it"]
-    builder.get_guard_manager(guard).add_lambda_guard(unchanged, told, None)
+    add = builder.get_guard_manager(guard).add_lambda_guard
+    try:
+        add(unchanged, told, None)
+    except TypeError:  # older versions of PyTorch take no stack of the user's
+        add(unchanged, told)
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:

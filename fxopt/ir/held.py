@@ -62,9 +62,10 @@ def version(tensor: Tensor) -> tuple[Any, ...]:
 
 def doubt_of(tensor: Tensor) -> str:
     """Why nothing may be proved of what ``tensor`` holds; empty where it may."""
-    plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda")
-    if not plain or is_functorch_wrapped_tensor(tensor):
+    if type(tensor) is not Tensor or is_functorch_wrapped_tensor(tensor) or tensor.device.type not in ("cpu", "cuda"):
         return "it is no plain tensor"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
+        return "it holds no plain numbers"
     if tensor.requires_grad:
         return "it is learned"
     if tensor.is_inference():

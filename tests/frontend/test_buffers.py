@@ -317,7 +317,8 @@ def test_doubt() -> None:
     cases: list[tuple[Any, str]] = [
         (torch.ones(3), ""), (nn.Parameter(torch.ones(3), requires_grad=False), "no plain tensor"),
         (torch.ones(3, requires_grad=True), "learned"), (unversioned, "inference mode"),
-        (torch.ones(3, device="meta"), "no plain tensor"), (torch.ones(1).expand(2**27), "larger than 256 MiB"),
+        (torch.ones(3, device="meta"), "no plain tensor"), (torch.ones(3, dtype=torch.complex64), "no plain numbers"),
+        (torch.eye(3).to_sparse(), "no plain numbers"), (torch.ones(1).expand(2**27), "larger than 256 MiB"),
     ]  # fmt: skip
     for tensor, doubt in cases:
         assert doubt in doubt_of(tensor) and bool(doubt) == bool(doubt_of(tensor))

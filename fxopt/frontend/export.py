@@ -81,8 +81,9 @@ def from_export(
     traced = retrace(source, inputs, mode)
     signature = _signature(exported, traced.graph)
     _mark_learning(exported, traced.graph, pytree.tree_leaves((args, dict(kwargs or {}))))
+    held = _buffers(exported, traced.graph)
     _store_constants(traced, exported)
-    program = Program(traced, "export", signature, held=_buffers(exported, traced.graph))
+    program = Program(traced, "export", signature, held=held)
     detach_at_borders(program)
     return program
 

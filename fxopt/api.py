@@ -155,7 +155,7 @@ def capture(
     check_args(args)
     found = from_export(model, args, kwargs, dynamic_shapes)
     frozen = isinstance(model, nn.Module) and not model.training
-    return Program(found.module, found.entry, found.signature, found.notes, frozen)
+    return Program(found.module, found.entry, found.signature, found.notes, frozen, found.held)
 
 
 def _check_model(model: Any) -> None:

@@ -14,6 +14,7 @@ from torch import fx
 
 from fxopt import driver
 from fxopt.errors import FxoptError, FxoptWarning, OptionError, UnsupportedTorchError
+from fxopt.frontend.buffers import guard_buffers
 from fxopt.frontend.dynamo import from_dynamo, hand_over
 from fxopt.lowering.base import compile_base, start_base, times_kernels
 from fxopt.lowering.measure import MEASUREMENT_SECONDS
@@ -94,6 +95,7 @@ def _rewrite(
     COMPILE_SECONDS["capture"] += time.perf_counter() - start
     outcome = driver.run(program, options, training=training, mode=mode, wait=wait)
     COMPILE_SECONDS["passes"] += sum(record.seconds for record in outcome.result.records)
+    guard_buffers(outcome.result.program, module)
     return outcome
 
 

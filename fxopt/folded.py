@@ -138,12 +138,6 @@ def undivided(program: Program, division: Division, folder: str) -> Program:
     return replace(rest, signature=replace(program.signature, bound=bound))
 
 
-def version(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes whenever the values of ``tensor`` do (in-place changes of inference tensors aside)."""
-    count = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), count, tensor.dtype, tensor.device
-
-
 def is_transformed(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a weight of one call of a functional transform, or has a tangent: nothing to keep."""
     if torch.compiler.is_compiling():

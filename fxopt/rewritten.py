@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from fxopt.calling import CallForm
 from fxopt.errors import OptionError
 from fxopt.example import kind_of
-from fxopt.folded import Division, divide, is_transformed, renew, undivided, version
+from fxopt.folded import Division, divide, is_transformed, renew, undivided
+from fxopt.ir.held import version
 from fxopt.ir.nodes import is_tensor, tensor
 from fxopt.ir.program import Program
 from fxopt.report.report import Report

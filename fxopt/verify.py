@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from fxopt.analysis.constants import Constants
 from fxopt.errors import VerificationError
 from fxopt.ir.attention import read_spec
-from fxopt.ir.nodes import is_call
+from fxopt.ir.nodes import is_call, is_tensor, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
 from fxopt.rewriter.passes import PassResult, Replacement
@@ -29,14 +29,14 @@ _DISTRIBUTIONS: Final = ("normal", "large", "equal")
 def verify_numerically(before: Program, after: Program, outcome: PassResult) -> None:
     """Check each rewritten site of a pass on its own operands' shapes: outputs and gradients within the error budget.
 
-    Operands are drawn from normal, large and constant values; what does not depend on the program's inputs keeps its
-    real value. The oracle is the replaced region in float64; the budget derives from its error in its own dtype. Where
+    Operands are drawn from normal, large and constant values; what depends on no input but buffers keeps its real
+    value. The oracle is the replaced region in float64; the budget derives from its error in its own dtype. Where
     there is dropout, all three drop the same weights; how a lowered kernel draws them is not looked at here.
 
     Raises:
         VerificationError: names the rule, the user's line and the result that left its budget.
     """
-    constants = Constants(before)
+    constants = Constants(before, buffers=True)
     for replacement in outcome.replacements:
         if replacement.site.kind:
             _verify_site(before, after, replacement, constants)
@@ -58,7 +58,7 @@ def _verify_site(before: Program, after: Program, replacement: Replacement, cons
     draws = equal_draws() if any(map(_drops, _cone(after, new, set()))) else nullcontext()
     with unset_fake_temporarily(), draws:
         for distribution in _DISTRIBUTIONS:
-            operands = [_operand(node, constants, distribution, seed) for seed, node in enumerate(inputs)]
+            operands = _operands(inputs, constants, distribution)
             _check(original, rewritten, operands, replacement, distribution)
 
 
@@ -142,6 +142,17 @@ def _cone(program: Program, roots: Sequence[fx.Node], stop: set[fx.Node]) -> lis
         needed.update(fresh)
         pending.extend(fresh)
     return [node for node in program.graph.nodes if node in needed]
+
+
+def _operands(inputs: Sequence[fx.Node], constants: Constants, distribution: str) -> list[Any]:
+    """A value for each of ``inputs``; truth values that are made of others of them agree with those."""
+    drawn = {node: _operand(node, constants, distribution, seed) for seed, node in enumerate(inputs)}
+    for node in (n for n in inputs[0].graph.nodes if n in drawn) if inputs else ():
+        made = node.op == "call_function" and is_tensor(node) and tensor(node).dtype is torch.bool
+        if made and node.all_input_nodes and all(n in drawn for n in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), drawn.__getitem__)
+            drawn[node] = node.target(*args, **kwargs)
+    return [drawn[node] for node in inputs]
 
 
 def _operand(node: fx.Node, constants: Constants, distribution: str, seed: int) -> Any:

@@ -174,11 +174,15 @@ class _Plan:
         sizes = shape(node)
         if not same_size(sizes[row], self.domain.rows) or not same_size(sizes[column], self.domain.columns):
             return False
-        values = self.constants.value(node)
+        constants = self.constants.with_buffers
+        values = constants.value(node)
         if not isinstance(values, torch.Tensor):
             return False
         plane = values.movedim((row, column), (-2, -1))
-        return bool((plane[..., 1:, 1:] == plane[..., :-1, :-1]).all())
+        if not bool((plane[..., 1:, 1:] == plane[..., :-1, :-1]).all()):
+            return False
+        constants.assume(node)
+        return True
 
 
 _PLAIN: Final = ("symbol", "const")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -38,6 +39,19 @@ def may_hold_fill(node: fx.Node, limit: float, constants: Constants) -> bool:
         seen.update(fresh)
         pending.extend(fresh)
     return False
+
+
+def literals(node: fx.Node) -> Iterator[float]:
+    """The numbers written in the code that computes ``node`` from content and inputs."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if not is_tensor(current) or not tensor(current).dtype.is_floating_point or is_call(current, *_CONTENT):
+            continue
+        yield from (float(a) for a in (*current.args, *current.kwargs.values()) if isinstance(a, int | float))
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
 
 
 def _is_large(node: fx.Node, limit: float, constants: Constants) -> bool:

@@ -20,7 +20,7 @@ from fxopt.analysis.elements import element_of
 from fxopt.analysis.linear import LONGEST, Bounds
 from fxopt.analysis.logic import Logic
 from fxopt.analysis.masks import one_plane, prove_structure
-from fxopt.analysis.values import holds, is_two_valued
+from fxopt.analysis.values import choose, holds, is_two_valued, rounded
 from fxopt.analysis.views import Index, Unreadable, Views
 from fxopt.analysis.width import may_overflow
 from fxopt.ir.attention import NAME_OF
@@ -86,8 +86,10 @@ class IndexLifter:
 
     def origin(self, node: Node) -> str:
         """Why a tensor that can't be followed is read, as a sentence."""
-        constant = self._constants.is_constant(node)
-        return "it depends on no input, but has no structure that is known" if constant else "it is run-time data"
+        constants = self._constants.with_buffers
+        if constants.is_constant(node):
+            return "it depends on no input, but has no structure that is known"
+        return f"it is run-time data ({doubt})" if (doubt := constants.doubt(node)) else "it is run-time data"
 
     def _walk(self, domain: Domain) -> _Walk:
         if domain.key not in self._walks:
@@ -106,6 +108,7 @@ class _Walk:
         self.logic = Logic(domain)
         self.readings: list[Reading] = []
         self._known: dict[tuple[Node, Index], Expr | Unreadable] = {}
+        self._planes: dict[int, tuple[Expr, Expr, Expr] | None] = {}
         self._depth = 0
 
     def element(self, node: Node, index: Index) -> Expr:
@@ -174,14 +177,53 @@ class _Walk:
         whole = all(same_size(size, self.domain.extent(name)) for size, name in zip(sizes, "ij", strict=False))
         if tensor(node).dtype is not torch.bool or index[-2:] != (I, J) or not whole:
             return None
-        values = self.constants.value(node)
-        plane = one_plane(values) if isinstance(values, torch.Tensor) and values.numel() else None
-        if plane is None:
+        plane = self._plane(node)
+        return None if plane is None else self._structure(node, plane)
+
+    def _plane(self, node: Node) -> torch.Tensor | None:
+        """What a constant holds at each row and key, where that is the same everywhere else."""
+        values = self.constants.with_buffers.value(node)
+        return one_plane(values) if isinstance(values, torch.Tensor) and values.numel() else None
+
+    def _structure(self, node: Node, plane: torch.Tensor) -> Expr | None:
+        """``plane``, made of ``node``, as a condition on its row ``i`` and its column ``j``."""
+        found = prove_structure(plane)
+        if found is None and (hidden := prove_structure(~plane)) is not None:
+            found = self.settled(call("not", hidden))
+        if found is not None:
+            self.constants.with_buffers.assume(node)
+        return found
+
+    def _part_of_plane(self, node: Node, index: Index) -> Expr | None:
+        """A constant plane of two numbers, of which as much is read as there are rows and keys."""
+        if len(index) < 2 or not any(part.reads(s) for part in index[-2:] for s in (I, J)):
             return None
-        kept, hidden = prove_structure(plane), prove_structure(~plane)
-        if kept is not None:
-            return kept
-        return None if hidden is None else self.settled(call("not", hidden))
+        values = self.constants.with_buffers.value(node)
+        if id(values) not in self._planes:
+            self._planes[id(values)] = self._two_valued(node)
+        found = self._planes[id(values)]
+        if found is None:
+            return None
+        self.constants.with_buffers.assume(node)
+        row, column = index[-2:]
+        inside, *numbers = found
+        return choose(self.settled(inside.replace(lambda e: row if e == I else column if e == J else e)), *numbers)
+
+    def _two_valued(self, node: Node) -> tuple[Expr, Expr, Expr] | None:
+        """Where a constant plane holds the larger of two numbers; the two."""
+        plane = self._plane(node)
+        if plane is None or plane.is_complex():
+            return None
+        low, high = plane.aminmax()
+        if not bool(((plane == low) | (plane == high)).all()):
+            return None
+        inside = prove_structure(plane == high)
+        if inside is None:
+            outside = prove_structure(plane == low)
+            inside = None if outside is None else call("not", outside)
+        if inside is None:
+            return None
+        return inside, rounded(high.item(), plane.dtype), rounded(low.item(), plane.dtype)
 
     def _explains(self, expr: Expr, index: Index) -> bool:
         """Whether an expression is better than the tensor itself: it captures less, or has structure to prove."""
@@ -200,7 +242,10 @@ class _Walk:
         return [self.readings[n] for n in sorted({int(e.value or 0) for e in expr.leaves if e.op == "capture"})]
 
     def _leaf(self, node: Node, index: Index, reason: Unreadable) -> Expr:
-        """``node`` captured as it is, if the kernels can read it at ``index``."""
+        """``node`` captured as it is, if the kernels can read it at ``index``; of a constant plane what it holds."""
+        known = self._part_of_plane(node, index)
+        if known is not None:
+            return known
         names = [part for part in index if part.op == "symbol"]
         plain = all(part in _INDICES or part.op == "const" for part in index) and len(set(names)) == len(names)
         if not plain or tensor(node).dtype not in NAME_OF:

@@ -11,6 +11,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxopt.frontend.borders import detach_at_borders
+from fxopt.frontend.buffers import buffers_of
 from fxopt.frontend.retrace import retrace
 from fxopt.ir.nodes import REQUIRES_GRAD
 from fxopt.ir.program import Program
@@ -33,7 +34,7 @@ def from_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     _carry_placeholders(module.graph, traced.graph)
     for node, value in zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.meta[REQUIRES_GRAD] = torch.is_grad_enabled() and isinstance(value, torch.Tensor) and value.requires_grad
-    program = Program(traced, "dynamo")
+    program = Program(traced, "dynamo", held=buffers_of(module, traced.graph, inputs))
     detach_at_borders(program)
     return program
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CaptureError
 from fxopt.frontend.borders import detach_at_borders
 from fxopt.frontend.retrace import retrace
+from fxopt.ir.held import Held
 from fxopt.ir.nodes import REQUIRES_GRAD, is_tensor
 from fxopt.ir.program import Program, Signature
 
@@ -26,6 +27,7 @@ _NOT_THE_USERS: Final = tuple(
 _STANDARD_LIBRARY: Final = os.path.dirname(os.__file__) + os.sep
 #: What torch.export says of a result that it can't take apart.
 _UNKNOWN_RESULT: Final = "in output, which is not a known type"
+_UNCHECKED: Final = "a program that is not compiled by fxopt.optimize reads it at each call"
 _REMEDY: Final = (
     "what the model returns must be tensors in tuples, lists and dictionaries, or of a type that is registered with "
     "torch.utils._pytree. A cache of keys and values is left out by use_cache=False (transformers), in the call or in "
@@ -79,8 +81,9 @@ def from_export(
     traced = retrace(source, inputs, mode)
     signature = _signature(exported, traced.graph)
     _mark_learning(exported, traced.graph, pytree.tree_leaves((args, dict(kwargs or {}))))
+    held = _buffers(exported, traced.graph)
     _store_constants(traced, exported)
-    program = Program(traced, "export", signature)
+    program = Program(traced, "export", signature, held=held)
     detach_at_borders(program)
     return program
 
@@ -110,6 +113,14 @@ def _signature(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Signa
     buffers = exported.graph_signature.non_persistent_buffers
     constants = {name: value for name, value in exported.constants.items() if name in buffers}
     return Signature(bound, constants, spec.in_spec, spec.out_spec)
+
+
+def _buffers(exported: torch.export.ExportedProgram, graph: fx.Graph) -> dict[str, Held]:
+    """The buffers among the placeholders. Whoever compiles or exports a rewritten module has no check of them."""
+    kept = {**exported.constants, **exported.state_dict}
+    named = [(node.name, str(spec.target)) for node, spec in _bound_placeholders(exported, graph)
+             if spec.kind is InputKind.BUFFER]  # fmt: skip
+    return {name: Held(target, kept[target], _UNCHECKED) for name, target in named}
 
 
 def _mark_learning(exported: torch.export.ExportedProgram, graph: fx.Graph, examples: list[Any]) -> None:

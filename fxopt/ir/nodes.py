@@ -97,20 +97,22 @@ def source(node: Node) -> Source:
     frames = [f for f in frames if not f["file"].startswith(_TORCH)] or frames
     stack = node.meta.get("nn_module_stack") or {}
     owner = list(stack.values())[-1][0] if stack else ""
-    owner = _readable(owner if isinstance(owner, str) else "")
+    owner = readable_path(owner if isinstance(owner, str) else "")
     if not frames:
         return Source(module=owner)
     last = frames[-1]
     return Source(f"{last['file']}:{last['line']}", last["code"].strip(), owner)
 
 
-def _readable(path: str) -> str:
+def readable_path(path: str) -> str:
     """``L['self']._modules['layer']._modules['0'].attn`` and its kin as ``layer.0.attn``, whatever ``self`` is
     called.
     """
     path = re.sub(r"^L\['[^']*'\]", "", path)
     path = re.sub(
-        r"\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g), path
+        r"\._(?:modules|buffers)\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]",
+        lambda m: "." + next(g for g in m.groups() if g),
+        path,
     )
     return ".".join(part for part in path.split(".") if part)
 

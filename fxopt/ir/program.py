@@ -10,6 +10,7 @@ end.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule, _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
+
+from fxopt.ir.held import Held
 
 Entry = Literal["dynamo", "export"]
 
@@ -45,6 +48,9 @@ class Program:
 
     ``frozen`` says that whoever runs the program computes what depends on the weights alone once, and again only when
     a weight changes. Only then may a pass fold one weight into another: otherwise every call would pay for it.
+
+    ``held`` are the buffers among the inputs, by the name of the placeholder: whoever runs the program checks at each
+    call that those that are ``assumed`` hold what they held (`fxopt.ir.held`).
     """
 
     module: fx.GraphModule
@@ -52,6 +58,8 @@ class Program:
     signature: Signature | None = None
     notes: list[str] = field(default_factory=list)
     frozen: bool = False
+    held: Mapping[str, Held] = field(default_factory=dict)
+    assumed: set[str] = field(default_factory=set)
 
     @property
     def graph(self) -> fx.Graph:
@@ -83,7 +91,7 @@ class Program:
         with _use_lazy_graph_module(True):
             module = _make_graph_module(self.module, graph, "Program")
         module.meta.update(self.module.meta)
-        return replace(self, module=module, notes=list(self.notes))
+        return replace(self, module=module, notes=list(self.notes), assumed=set(self.assumed))
 
     def generated(self) -> fx.GraphModule:
         """The module with its Python code generated, which it otherwise is when first run: Dynamo traces only code."""

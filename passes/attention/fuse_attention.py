@@ -25,12 +25,13 @@ from fxopt.passes.attention.captures import renumbered, write_captures
 from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
-from fxopt.passes.attention.positions import Captured, explain
-from fxopt.passes.attention.proofs import captures_of, described
+from fxopt.passes.attention.positions import Captured, Explained, explain
+from fxopt.passes.attention.proofs import captures_of, described, not_hidden
 from fxopt.passes.attention.readers import lead_sizes
 from fxopt.passes.attention.region import Region, lift_region
 from fxopt.passes.attention.space import Space, space_of
 from fxopt.passes.attention.weights import Weights, read_weights
+from fxopt.passes.attention.zeroed import lift_kept, unlike_mask
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import PassResult, apply_rules
 from fxopt.rewriter.pattern import Match, Op, Var
@@ -58,9 +59,7 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     weights = read_weights(match["weights"], match.root)
     if weights is None or isinstance(weights, Rejection):
         return weights
-    logits = weights.softmax.args[0]
-    assert isinstance(logits, Node)
-    region = lift_region(logits, prover.constants)
+    region = _region(weights, prover.constants)
     if isinstance(region, Rejection):
         return region
     queries, keys = region.scores.args
@@ -74,9 +73,11 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
         if obstacle := operand.obstacle(space):
             return Rejection(obstacle, (operand.node,))
     contracted = tensor(region.scores).dtype
-    explained = explain(region.expression, region.operands, space, prover.lifter, contracted)
-    logits_of = Logits(region.dtypes, any(map(may_need_gradient, (region.scores, *(o.node for o in region.operands)))))
-    masked = separate_mask(explained.expression, explained.operands, space, prover, logits_of)
+    explained = explain(region.whole, region.operands, space, prover.lifter, contracted)
+    logits = Logits(region.dtypes, any(map(may_need_gradient, (region.scores, *(o.node for o in region.operands)))))
+    masked = _masked(region, explained, space, prover, logits)
+    if isinstance(masked, str):
+        return Rejection(masked, weights.fills)
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
@@ -86,7 +87,26 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     lengths = length_of(queries, -2, space), length_of(keys, -1, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
     loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
+    loaded += not_hidden(masked.score, operands)
     return Site(match.root, contracted, operands, weights, space, masked, heads, loaded)
+
+
+def _region(weights: Weights, constants: Constants) -> Region | Rejection:
+    logits = weights.softmax.args[0]
+    assert isinstance(logits, Node)
+    region = lift_region(logits, constants)
+    if isinstance(region, Rejection) or not weights.fills:
+        return region
+    return lift_kept(weights.fills, region, constants)
+
+
+def _masked(region: Region, explained: Explained, space: Space, prover: MaskProver, logits: Logits) -> Masked | str:
+    """The mask taken out of the scores, or why weights that are set to 0 are not those that it hides."""
+    if region.kept is None:
+        return separate_mask(explained.expression, explained.operands, space, prover, logits)
+    kept, score, _ = explained.expression.args
+    masked = separate_mask(score, explained.operands, space, prover, logits)
+    return unlike_mask(masked, kept, explained.operands, space, prover, logits) or masked
 
 
 def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
@@ -155,6 +175,8 @@ def _operands(builder: Builder, site: Site) -> Operands:
 
 
 def _empty_rows(site: Site) -> EmptyRows:
+    if site.weights.fills and site.masked.mask is not None:
+        return "zero"
     if site.masked.uniform:
         return "uniform"
     return "zero" if is_call(site.weights.softmax, aten._safe_softmax.default) else "nan"
@@ -198,6 +220,9 @@ class FuseAttention:
     (2·10³¹ for bfloat16's in float32; not so in float16, where such sums stay scores). A gradient flows through the sum
     even in a row without keys, so where one may be needed the sum stays a score too. Masks that fill with different
     numbers, or overflow when they are added to one another, stay scores as well.
+
+    Weights may be set to 0 after the softmax, by the mask of the scores or in the rows that it leaves no key: such rows
+    give 0. ``nan_to_num`` is not taken for that, since it hides NaN of queries and keys as well.
 
     Weights that are read elsewhere too are computed apart, exactly, and as little of them as is read: those of some
     rows by ``fxopt.attention_weights`` on those queries, sums over the queries and the diagonal by

@@ -22,7 +22,7 @@ from fxopt.passes.attention.layout import output_layout
 from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import repeated_heads
 from fxopt.passes.attention.positions import Captured, Explained, explain
-from fxopt.passes.attention.proofs import captures_of, described
+from fxopt.passes.attention.proofs import captures_of, described, not_hidden
 from fxopt.passes.attention.region import lift_mask
 from fxopt.passes.attention.space import Space
 from fxopt.rewriter.builder import Builder
@@ -81,6 +81,7 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
     lengths = length_of(queries, -2, space), length_of(keys, -2, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
     loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
+    loaded += not_hidden(masked.score, operands)
     kv_map: KvMap = "group"
     if shared is not None:
         keys, values, kv_map = shared

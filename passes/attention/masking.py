@@ -25,7 +25,7 @@ from fxopt.passes.attention.space import Operand, Space
 
 _EVERYTHING: Final = const(True)
 #: Numbers below this absorb any score that is added to them: all lowest ones but float16's.
-_ABSORBING: Final = -1e30
+ABSORBING: Final = -1e30
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ class Masked:
     """A score expression, and the mask taken out of it in its simplest form.
 
     ``uniform`` tells that a row without keys gives the mean of all values; otherwise it gives what the softmax says.
+    ``added``: some of the mask is added to the scores, so that a gradient flows through it.
     """
 
     score: Expr
     mask: Expr | None
     uniform: bool = False
+    added: bool = False
 
 
 class MaskProver:
@@ -79,7 +81,7 @@ class MaskProver:
                 continue
             key = (operand.node, rows, columns)
             if key not in self._known:
-                self._known[key] = _prove(operand, rows, columns, self.constants)
+                self._known[key] = _prove(operand, rows, columns, self.constants.with_buffers)
             proof = self._known[key]
             if proof is not None:
                 found[index] = proof
@@ -109,7 +111,8 @@ def separate_mask(
         kept = not any(math.isfinite(term.fill) for term in terms) or _leave_a_key(terms, score, logic)
         if kept or _is_uniform(terms, score, operands, prover.constants, logits):
             break
-    return Masked(score, joined([term.keep for term in terms], logic), uniform=not kept)
+    added = any(term.added for term in terms)
+    return Masked(score, joined([term.keep for term in terms], logic), uniform=not kept, added=added)
 
 
 @dataclass(frozen=True)
@@ -150,14 +153,18 @@ def _is_uniform(
         return False
     if any(torch.finfo(dtype).min > fill for dtype in logits.dtypes if dtype.is_floating_point):
         return False
-    small = fill > _ABSORBING
+    small = fill > ABSORBING
     if innermost.added and (small or logits.differentiable):
         return False
-    return not any(_rivals(leaf, -fill / 8 if small else -_ABSORBING, operands, constants) for leaf in score.walk())
+    return not holds_rival(score, -fill / 8 if small else -ABSORBING, operands, constants)
 
 
-def _rivals(leaf: Expr, limit: float, operands: tuple[Captured, ...], constants: Constants) -> bool:
-    """Whether a leaf of the score can hold numbers as large as ``limit`` for some keys, by design and not by chance."""
+def holds_rival(score: Expr, limit: float, operands: tuple[Captured, ...], constants: Constants) -> bool:
+    """Whether ``score`` can hold numbers as large as ``limit`` for some keys, by design and not by chance."""
+    return any(_is_rival(leaf, limit, operands, constants) for leaf in score.walk())
+
+
+def _is_rival(leaf: Expr, limit: float, operands: tuple[Captured, ...], constants: Constants) -> bool:
     if leaf.op == "capture":
         node = operands[int(leaf.value or 0)].node
         varies = any(not same_size(size, 1) for size in shape(node)[-1:])
@@ -210,6 +217,7 @@ def _prove(operand: Captured, rows: int, columns: int, constants: Constants) -> 
     safe = every_row_keeps_a_key(keep)
     if structure is None or (additive and finite and not safe):
         return None
+    constants.assume(operand.node)
     return _Proof(structure, additive, inverted, safe, _fill_of(plane, keep) if additive else -math.inf)
 
 

@@ -147,11 +147,12 @@ def explain(
         if isinstance(lifted, str):
             notes[number] = lifted
             continue
-        offset = len(found)
         dtypes = [tensor(reading.node).dtype for reading in lifted.readings]
-        found.extend(ReadTensor(r, is_counted(lifted.expr, n, dtypes)) for n, r in enumerate(lifted.readings))
-        notes |= {offset + n: lifter.origin(reading.node) for n, reading in enumerate(lifted.readings)}
-        terms[number] = _shifted(lifted.expr, offset)
+        read = [ReadTensor(r, is_counted(lifted.expr, n, dtypes)) for n, r in enumerate(lifted.readings)]
+        found.extend(dict.fromkeys(new for new in read if new not in found))
+        places = [found.index(each) for each in read]
+        notes |= {place: lifter.origin(found[place].node) for place in places}
+        terms[number] = _moved(lifted.expr, places)
 
     def change(expr: Expr) -> Expr:
         return terms.get(int(expr.value or 0), expr) if expr.op == "capture" else expr
@@ -159,11 +160,11 @@ def explain(
     return Explained(expression.replace(change), tuple(found), notes)
 
 
-def _shifted(expr: Expr, by: int) -> Expr:
-    """``expr`` with its captures numbered from ``by``."""
+def _moved(expr: Expr, places: Sequence[int]) -> Expr:
+    """``expr`` with the captures at ``places`` in the place of its own."""
 
     def change(node: Expr) -> Expr:
-        return capture(int(node.value or 0) + by) if node.op == "capture" else node
+        return capture(places[int(node.value or 0)]) if node.op == "capture" else node
 
     return expr.replace(change)
 

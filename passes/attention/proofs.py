@@ -8,14 +8,16 @@ from typing import Final
 
 import torch
 
-from fxopt.analysis.fills import FILLS
+from fxopt.analysis.fills import FILLS, literals
 from fxopt.analysis.logic import TRUE, Logic, readable
 from fxopt.analysis.simplify import simplify
-from fxopt.ir.expression import Expr, J, Kind, call, conjunction, conjuncts, const
+from fxopt.ir.expression import Expr, J, Kind, S, call, conjunction, conjuncts, const
 from fxopt.ir.nodes import tensor
 from fxopt.passes.attention.positions import Captured, domain_of
 from fxopt.passes.attention.space import Space
 
+#: Numbers this large are no biases: scores are made to differ by a few dozens.
+_FAR: Final = 1000.0
 _LOWEST: Final = frozenset(FILLS) - {const(-math.inf)}
 
 
@@ -71,6 +73,34 @@ def fills_left(score: Expr) -> tuple[Expr, ...]:
     chosen = [e.args for e in score.walk() if e.op == "where"]
     kept = [condition for condition, _, otherwise in chosen if otherwise in _LOWEST]
     return (*kept, *(call("not", condition) for condition, filled, _ in chosen if filled in _LOWEST))
+
+
+def not_hidden(score: Expr, operands: Sequence[Captured]) -> tuple[str, ...]:
+    """A sentence where keys are to be hidden by a number that hides none for certain; none otherwise.
+
+    ``exp(fill - largest)`` is 0 in floating point only if the scores are far above ``fill``, which nothing proves.
+    """
+    found = [number for expr in score.walk() for number in _numbers(expr)]
+    for leaf in score.leaves:
+        if leaf.op == "capture":
+            found += [number for number in literals(operands[int(leaf.value or 0)].node) if number < 0]
+    fills = sorted({-abs(number) for number in found if abs(number) >= _FAR and const(-abs(number)) not in FILLS})
+    if not fills:
+        return ()
+    told = " and ".join(f"{fill:g}" for fill in fills)
+    return (
+        f"{told} is added or filled in to hide keys, a finite number that scores may come near: every key is loaded "
+        "and computed; write scores.masked_fill(hidden, -inf), or torch.finfo(dtype).min, to have hidden blocks "
+        "skipped",
+    )
+
+
+def _numbers(expr: Expr) -> list[float]:
+    """The numbers that ``expr`` chooses, or multiplies what is no score with."""
+    if expr.op not in ("where", "mul") or (expr.op == "mul" and expr.reads(S)):
+        return []
+    parts = expr.args[1:] if expr.op == "where" else expr.args
+    return [float(part.value or 0) for part in parts if part.op == "const" and math.isfinite(float(part.value or 0))]
 
 
 def described(mask: Expr | None, loaded: Sequence[str] = ()) -> str:

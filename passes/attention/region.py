@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fxopt.analysis.constants import Constants
 from fxopt.analysis.values import is_coarser
-from fxopt.ir.expression import Expr, S, call, capture, const
+from fxopt.ir.expression import NEG_INF, Expr, S, call, capture, const
 from fxopt.ir.nodes import Size, is_call, is_tensor, same_size, scalar, shape, tensor
 from fxopt.passes.attention.axes import round_trip
 from fxopt.passes.attention.pointwise import CHOICES, LIFTED, OF_TRUTH, POINTWISE, Obstacle, schema_name
@@ -172,7 +172,8 @@ def _spreads(part: Node, whole: Node) -> bool:
 class Region:
     """A lifted region: the contraction of queries and keys, the expression, its captures, and the nodes it covers.
 
-    ``dtypes`` are those that the scores, and the masks and biases lifted with them, pass through.
+    ``dtypes`` are those that the scores, and the masks and biases lifted with them, pass through. ``kept``: where the
+    weights are not set to 0 after the softmax, if some are.
     """
 
     scores: Node
@@ -181,6 +182,12 @@ class Region:
     nodes: tuple[Node, ...]
     dtypes: frozenset[torch.dtype]
     stages: list[tuple[Size, ...]] = field(default_factory=list)
+    kept: Expr | None = None
+
+    @property
+    def whole(self) -> Expr:
+        """The expression, where the weights are kept."""
+        return self.expression if self.kept is None else call("where", self.kept, self.expression, NEG_INF)
 
 
 def lift_region(logits: Node, constants: Constants) -> Region | Rejection:

@@ -53,8 +53,9 @@ def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
 def expected(spec: AttentionSpec, inputs: Sequence[Tensor], captures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """What float64 gives, and what eager PyTorch gives in the dtype of the operands."""
     wide = str(dataclasses.replace(spec, out_dtype=torch.float64))
-    exact = reference.attention(*widened(inputs), widened(captures), wide)
-    return exact, reference.attention(*inputs, list(captures), str(spec))
+    q, k, v = inputs
+    exact = reference.attention(q.double(), k.double(), v.double(), widened(captures), wide)
+    return exact, reference.attention(q, k, v, captures, str(spec))
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(EXPRESSIONS, SHAPES, ("bf16", "f16")))

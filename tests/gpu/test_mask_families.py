@@ -54,8 +54,7 @@ def test_a_family_is_within_the_budget_of_eager(name: str, training: bool, dynam
     family = FAMILIES[name]
     model = Attention(family, name in EMPTY)
     torch._dynamo.reset()
-    options = {"lower": "triton", "strict": True}
-    compiled: Any = torch.compile(model, backend="fxopt", dynamic=dynamic, options=options)
+    compiled: Any = torch.compile(model, backend="fxopt", dynamic=dynamic, options={"lower": "triton", "strict": True})
     with backend.collecting() as (outcomes, failures):
         for lengths in LENGTHS if dynamic else LENGTHS[:1]:
             check(compiled, model, drawn(family, lengths, DTYPES[dtype], training), training)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fxopt.codegen.attention.weights import source as weights
 from tests.gpu import (
     test_attention_backward,
     test_attention_kernels,
@@ -54,7 +55,7 @@ KINDS: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
         f"weights, gradients of {kind}": (
             test_attention_weights.test_gradients_are_within_the_budget_of_eager, (kind,)
         )
-        for kind in test_attention_weights.KINDS
+        for kind in weights.KINDS
     },
     "dropout": (test_dropout.test_forward_is_within_the_budget_of_eager, ("causal", "D128 cross", "f16")),
     "dropout, backward": (test_dropout.test_gradients_are_within_the_budget_of_eager, ("swin", "D64", "f16")),

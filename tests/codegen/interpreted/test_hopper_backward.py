@@ -124,7 +124,7 @@ def test_distances_in_the_score(mask: str | None, tmp_path: Path) -> None:
     """They are one number of a thread and constants, as bounds of the mask are."""
     sizes = SHAPES["tails"]
     score, captures = parse("s * 0.125 + c0 * log(1.0 + abs(float(j - i)))"), (Capture("-h--", torch.float32),)
-    spec = AttentionSpec(score, mask and parse(mask), captures, out_dtype=torch.bfloat16)
+    spec = AttentionSpec(score, None if mask is None else parse(mask), captures, out_dtype=torch.bfloat16)
     inputs, slopes = operands(sizes, torch.bfloat16), -torch.rand(1, sizes.heads, 1, 1)
     check(spec, inputs, [slopes], "hopper:64x128s4", tmp_path)
 

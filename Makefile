@@ -40,10 +40,10 @@ test-gpu: $(ready) ## The tests that need an NVIDIA GPU
 	$(run) -m pytest -n $(GPU_WORKERS) -m gpu $(PYTEST)
 
 # Every tensor an allocation of its own: within PyTorch's pools an access beyond the end of one would go unseen. CUDA graphs
-# can't be recorded like that, so only what calls the kernels itself runs.
-memcheck: $(ready) ## The GPU tests of kernels (PYTEST='-k …' for some) with every access to memory checked
+# can't be recorded like that, so only what calls the kernels itself runs: each kind of kernel once.
+memcheck: $(ready) ## Each kind of kernel on the GPU (PYTEST='-k …' for some) with every access to memory checked
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --target-processes all --error-exitcode 9 \
-		$(run) -m pytest -n $(GPU_WORKERS) -m gpu -k "budget or gradients or limit_the_keys or without_rows" $(PYTEST)
+		$(run) -m pytest -n $(GPU_WORKERS) -m gpu tests/gpu/test_memory.py $(PYTEST)
 
 lint: $(ready) ## Style, docstrings, complexity, security (ruff)
 	$(run) -m ruff check .

@@ -45,30 +45,33 @@ def columns(k: Tensor) -> Tensor:
     return torch.arange(k.shape[2], device=k.device)[None]
 
 
+def whole(q: Tensor, k: Tensor) -> Tensor:
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+
+
 def additive(keep: Tensor) -> Tensor:
-    return torch.where(keep, torch.tensor(0.0), LOWEST)
+    return torch.where(keep, torch.tensor(0.0, device=keep.device), LOWEST)
 
 
 def packed_positions(q: Tensor, k: Tensor) -> Tensor:
     """What transformers does with position ids that are consecutive."""
-    ids = torch.arange(q.shape[2]).unsqueeze(0).expand(q.shape[0], -1)
+    ids = torch.arange(q.shape[2], device=q.device).unsqueeze(0).expand(q.shape[0], -1)
     jumps = torch.diff(ids, prepend=ids[:, :1] - 1, dim=-1) != 1
     documents = jumps.cumsum(-1)
-    b = torch.arange(q.shape[0])[:, None, None, None]
-    i = torch.arange(q.shape[2])[None, None, :, None]
-    j = torch.arange(k.shape[2])[None, None, None, :]
+    b = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
+    i = torch.arange(q.shape[2], device=q.device)[None, None, :, None]
+    j = torch.arange(k.shape[2], device=q.device)[None, None, None, :]
     same = documents[b, i] == documents[b, j]
     return q.new_ones((), dtype=torch.bool) & (ids[b, j] <= ids[b, i]) & same
 
 
 def arithmetic_causal(q: Tensor, k: Tensor) -> Tensor:
-    keep = torch.ones(q.shape[2], k.shape[2]).tril()
+    keep = torch.ones(q.shape[2], k.shape[2], device=q.device).tril()
     return (1.0 - keep)[None, None] * LOWEST
 
 
 def padding(q: Tensor, k: Tensor, keep: Tensor) -> Tensor:
-    causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-    return causal & keep[:, None, None, :].to(torch.bool)
+    return whole(q, k).tril() & keep[:, None, None, :].to(torch.bool)
 
 
 def expanded_padding(q: Tensor, k: Tensor, keep: Tensor) -> Tensor:
@@ -86,14 +89,14 @@ def chunked(q: Tensor, k: Tensor) -> Tensor:
 
 
 def bloom(q: Tensor, k: Tensor, slopes: Tensor) -> Tensor:
-    ones = torch.ones(q.shape[0], q.shape[2])
+    ones = torch.ones(q.shape[0], q.shape[2], device=q.device)
     places = ((ones.cumsum(-1) - 1) * ones)[:, None, :]
     return (slopes[..., None] * places).reshape(q.shape[0], slopes.shape[0], 1, q.shape[2])
 
 
 def repeated(q: Tensor, k: Tensor, slopes: Tensor) -> Tensor:
     """bloom's as transformers builds it now: for batch and heads merged."""
-    places = slopes[:, None, None] * torch.arange(k.shape[2])[None, None, :]
+    places = slopes[:, None, None] * torch.arange(k.shape[2], device=k.device)[None, None, :]
     return places.repeat(q.shape[0], 1, 1).view(q.shape[0], slopes.shape[0], 1, k.shape[2])
 
 
@@ -103,7 +106,7 @@ def truth_of_fill(q: Tensor, k: Tensor) -> Tensor:
 
 
 def mpt(q: Tensor, k: Tensor, slopes: Tensor) -> Tensor:
-    places = torch.arange(1 - k.shape[2], 1, dtype=torch.int32).view(1, 1, 1, k.shape[2])
+    places = torch.arange(1 - k.shape[2], 1, dtype=torch.int32, device=k.device).view(1, 1, 1, k.shape[2])
     return places.to(torch.float32) * slopes.view(1, -1, 1, 1)
 
 
@@ -125,14 +128,14 @@ FAMILIES: Final[dict[str, Family]] = {
     "all-true": Family(lambda q, k: columns(k) >= 0, "True", square=False),
     "causal-compare": Family(lambda q, k: columns(k) <= rows(q), "j <= i", square=False),
     "causal-negated": Family(lambda q, k: ~(columns(k) > rows(q)), "j <= i", square=False),
-    "causal-tril": Family(lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(), "j <= i"),
+    "causal-tril": Family(lambda q, k: whole(q, k).tril(), "j <= i"),
     "causal-triu": Family(
-        lambda q, k: torch.full((q.shape[2], k.shape[2]), -torch.inf).triu(1), "where(j >= i + 1, -inf, 0.0)"
+        lambda q, k: torch.full((q.shape[2], k.shape[2]), -torch.inf, device=q.device).triu(1),
+        "where(j >= i + 1, -inf, 0.0)",
     ),
     "causal-arithmetic": Family(arithmetic_causal, f"where(j <= i, 0.0, {LOWEST!r})"),
     "causal-bottom-right": Family(
-        lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2]),
-        "j <= i + Sk - Sq", square=False,
+        lambda q, k: whole(q, k).tril(k.shape[2] - q.shape[2]), "j <= i + Sk - Sq", square=False
     ),
     "causal-packed": Family(packed_positions, "j <= i"),
     "strictly-causal": Family(lambda q, k: columns(k) < rows(q), "j <= i + -1", square=False),

@@ -1,7 +1,7 @@
 """Gluon on the CPU: what generated Hopper kernels call, in PyTorch, every group of warps in a thread of its own.
 
 Barriers count and wait as the hardware's do, so that a wrong phase or count ends in a deadlock, which is reported.
-Copies and products happen where they are asked for. Shared memory begins as NaN.
+Copies and products happen where they are asked for. Shared memory begins as NaN, or the least integer.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class _BarrierLayout(_Layout):
 def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Barriers | Barrier | Shared:
     if isinstance(layout, _BarrierLayout):
         return Barriers(shape[0]) if len(shape) > 1 else Barrier()
-    return Shared(torch.full(list(shape), torch.nan, dtype=dtype))
+    poison = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+    return Shared(torch.full(list(shape), poison, dtype=dtype))
 
 
 def _init(barrier: Barrier, count: int) -> None:
@@ -206,6 +207,8 @@ def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_
         return given[0][..., 0], given[0][..., 1]
     if "bmsk" in text:
         return (1 << given[0].clamp(max=32).long()) - 1
+    if text == "add.s32 $0, $1, 1;":
+        given = [given[0] + 1]
     return given[0] if given else None
 
 
@@ -301,12 +304,13 @@ LANGUAGE = SimpleNamespace(
     store=_store,
     sum=torch.sum,
     thread_barrier=lambda: None,
+    to_tensor=torch.as_tensor,
     warp_specialize=_specialize,
     where=lambda kept, x, y: torch.where(torch.as_tensor(kept), x, y),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
     zeros_like=torch.zeros_like,
     bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32,
-    int8=torch.int8, int32=torch.int32, int64=torch.int64,
+    int8=torch.int8, int16=torch.int16, int32=torch.int32, int64=torch.int64, uint8=torch.uint8,
     BlockedLayout=_Layout, DotOperandLayout=_Layout, NVMMADistributedLayout=_Layout, NVMMASharedLayout=_Layout,
     SliceLayout=_Layout, SwizzledSharedLayout=_Layout,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import get_args
 
 import pytest
@@ -44,6 +45,19 @@ def problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Problem:
     return Problem(spec, q.shape[3], v.shape[3], q.dtype, capability, *sizes)
 
 
+def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Real ones in float64."""
+    return [x.double() if x.is_floating_point() else x for x in tensors]
+
+
+def expected(spec: AttentionSpec, inputs: Sequence[Tensor], captures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What float64 gives, and what eager PyTorch gives in the dtype of the operands."""
+    wide = str(dataclasses.replace(spec, out_dtype=torch.float64))
+    q, k, v = inputs
+    exact = reference.attention(q.double(), k.double(), v.double(), widened(captures), wide)
+    return exact, reference.attention(q, k, v, captures, str(spec))
+
+
 @pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(EXPRESSIONS, SHAPES, ("bf16", "f16")))
 @pytest.mark.parametrize("prefix", [prefix for prefix in FAMILIES if prefix])
 def test_kernel_is_within_the_budget_of_eager(prefix: str, name: str, shape: str, dtype: str) -> None:
@@ -54,11 +68,8 @@ def test_kernel_is_within_the_budget_of_eager(prefix: str, name: str, shape: str
     reason = FAMILIES[prefix].objection(asked)
     if reason is not None:
         pytest.skip(reason)
-    wide = [c.double() if c.is_floating_point() else c for c in captures]
-    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
-    exact = reference.attention(q.double(), k.double(), v.double(), wide, wide_spec)
-    eager = reference.attention(q, k, v, captures, str(spec))
-    lse = torch.logsumexp(reference.logits(spec, q.double(), k.double(), wide), -1)
+    exact, eager = expected(spec, (q, k, v), captures)
+    lse = torch.logsumexp(reference.logits(spec, q.double(), k.double(), widened(captures)), -1)
     config = in_turn(FAMILIES[prefix].candidates(asked), name, shape, SHAPES)
     out, found = attention_forward(q, k, v, captures, str(spec), config, True)
     assert_within_budget(out, eager, exact)
@@ -82,10 +93,7 @@ def test_head_widths_of_the_hopper_kernel(name: str, width: int, dtype: str) -> 
     reason = FAMILIES["hopper"].objection(asked)
     if reason is not None:
         pytest.skip(reason)
-    wide = [c.double() if c.is_floating_point() else c for c in captures]
-    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
-    exact = reference.attention(q.double(), k.double(), v.double(), wide, wide_spec)
-    eager = reference.attention(q, k, v, captures, str(spec))
+    exact, eager = expected(spec, (q, k, v), captures)
     for config in FAMILIES["hopper"].candidates(asked):
         out, _ = attention_forward(q, k, v, captures, str(spec), config, True)
         assert_within_budget(out, eager, exact)
@@ -104,9 +112,7 @@ def test_captured_vectors_limit_the_keys_of_the_hopper_kernel(name: str, empty_r
     reason = FAMILIES["hopper"].objection(asked)
     if reason is not None:
         pytest.skip(reason)
-    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
-    exact = reference.attention(q.double(), k.double(), v.double(), captures, wide_spec)
-    eager = reference.attention(q, k, v, captures, str(spec))
+    exact, eager = expected(spec, (q, k, v), captures)
     for config in FAMILIES["hopper"].candidates(asked):
         for with_lse in (False, True):
             out, lse = attention_forward(q, k, v, captures, str(spec), config, with_lse)

@@ -21,8 +21,8 @@ from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, S
 
-#: By padded head dimension. With heads 128 wide, products of queries and keys ahead of the rest cost 5 to 10%
-#: (`benchmarks/results/h100-attention-backward-hopper.json`).
+#: By padded head dimension. With heads 128 wide, products of queries and keys ahead of the rest spill, and cost 5 to
+#: 10% (`benchmarks/results/h100-attention-backward-hopper.json`).
 _CONFIGS: Final[dict[int, tuple[Config, ...]]] = {
     64: (Config(64, 128, 4), Config(64, 128, 4, ahead=True)),
     128: (Config(64, 128, 2),),
@@ -99,4 +99,7 @@ def source(
     reason = _objection(spec, head_dim, value_dim, dtype) or flow_objection(spec, wanted)
     if reason is not None:
         raise LoweringError(f"no Hopper kernels for the backward of this attention: {reason} ({spec})")
-    return hopper_text(spec, head_dim, value_dim, dtype, read_config(config), tuple(wanted))
+    cut = read_config(config)
+    if cut.ahead and padded(head_dim) > 64:
+        raise LoweringError(f"{cut} is for heads up to 64 wide: with wider ones registers don't hold products ahead")
+    return hopper_text(spec, head_dim, value_dim, dtype, cut, tuple(wanted))

@@ -11,12 +11,15 @@ import torch
 
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward import plan, template
+from fxopt.codegen.attention.backward.captured_by_key import CapturedByKey
 from fxopt.codegen.attention.backward.config import BackwardConfig
 from fxopt.codegen.attention.backward.hopper import finish
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
+from fxopt.codegen.attention.backward.hopper.masked import distances, masks, named, reads_places
 from fxopt.codegen.attention.backward.hopper.needed import Needed, hull_holes, needed_rows
 from fxopt.codegen.attention.backward.hopper.order import order_holes
+from fxopt.codegen.attention.backward.hopper.row_vectors import by_key, row_holes
 from fxopt.codegen.attention.backward.hopper.sloped import Sloped, sloped_weights
 from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes, prepare_text
 from fxopt.codegen.attention.backward.row_range import row_range_text
@@ -29,15 +32,13 @@ from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import Expr, S, conjunction
+from fxopt.ir.expression import Expr, J, S
 
 _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 #: What the heads that are worked on together read and add to stays in this much of the L2 cache, in bytes.
 _L2: Final = "40 * 2**20"
 _SIZES: Final = ("heads", "kv_heads", "Sq", "Sk", "blocks", "group", "pairs")
 _CONSTANTS: Final = ("BLOCK_M", "WIDTH", "STAGES", "WHOLE")
-#: Where a block of rows does not need all keys.
-_PARTIAL: Final = {"full_start": "(start < full_start)", "full_stop": "(start >= full_stop)"}
 _BARRIERS: Final = ("q_ready", "dout_ready", "q_free", "dout_free")
 
 
@@ -131,25 +132,27 @@ class HopperText(BackwardText):
         hull = ("hull_start", "hull_stop") if self._needed else ()
         return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured, *hull)
 
-    @property
-    def _indexed(self) -> bool:
-        """Whether captured tensors are read row by row, so that rows beyond the end must be told."""
-        return any(c.in_loop for c in self._folds.by_key)
+    @cached_property
+    def _by_key(self) -> tuple[CapturedByKey, ...]:
+        """The captured tensors as groups of warps that multiply read them."""
+        return tuple(map(by_key, self._folds.captures))
 
     @property
     def _constants(self) -> tuple[str, ...]:
-        return ("GROUP", "KEYS", *_CONSTANTS, *("EVEN",) * self._indexed, *("HULL",) * bool(self._needed))
+        return ("GROUP", "KEYS", *_CONSTANTS, *("HULL",) * bool(self._needed))
 
     @property
     def _lists(self) -> dict[str, str]:
         """Parameters and arguments of the functions."""
         vectors = (*self._statistics, "delta")
         sources = ("q_source", "k_source", "v_source", "dout_source", *(f"{name}_source" for name in vectors))
-        tiles = ("q_tiles", "k_tile", "v_tile", "dout_tiles", *(f"{name}_tiles" for name in vectors))
-        results = ("dk_source", "dv_source", "sums_source")
-        signals = ("keys_ready", *_BARRIERS, "ds_ready", "done")
-        load = (*sources, *tiles, "keys_ready", *_BARRIERS, *self._captured, *_SIZES, *self._constants)
-        group = (*tiles, "ds_tiles", "dq_tiles", *signals, *results, *self._captured, *_SIZES, *self._constants)
+        rows = (name for c in self._by_key if c.in_loop for name in c.attend_names)
+        tiles = ("q_tiles", "k_tile", "v_tile", "dout_tiles", *(f"{name}_tiles" for name in vectors), *rows)
+        results = ("dk_source", "dv_source")
+        signals = ("keys_ready", *_BARRIERS, "stored")
+        own = ("ds_tiles", "dq_tiles", "ds_ready", "done", "sums_source")
+        common = (*tiles, *signals, *self._captured, *_SIZES, *self._constants)
+        load, group = (*sources, *results, *common), (*own, *common)
         members = (fill(hopper.GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in "01")
         unspecialized = (*_SIZES, *(p for c in self._folds.captures for p in c.period))
         ranged = (*self._range_names, "BLOCK_M")
@@ -158,7 +161,9 @@ class HopperText(BackwardText):
             "load_arguments": listing(load),
             "multiply_parameters": parameters(("MEMBER", *group)),
             "groups": "\n".join(members),
-            "gradient_parameters": parameters((*sources, *results, *self._captured, *_SIZES, *self._constants)),
+            "gradient_parameters": parameters(
+                (*sources, *results, "sums_source", *self._captured, *_SIZES, *self._constants)
+            ),
             "unspecialized_sizes": "[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
             "range_parameters": parameters(ranged),
             "range_arguments": listing(ranged),
@@ -192,22 +197,23 @@ class HopperText(BackwardText):
         weight = as_gluon(self._weights.text.format("[None, :]")) if found is None else found.weight
         vectors = (f"{name}_tiles" for name in (*self._statistics, "delta"))
         tiles = ("q_tiles", "dout_tiles", *vectors, "ds_tiles", "dq_tiles", *_BARRIERS, "ds_ready", "sums_source")
-        captures = (name for c in self._folds.by_key for name in c.attend_names)
+        captures = (name for c in self._by_key for name in c.attend_names)
         symbols = (name for name in ("b", "h", "j") if name in self._read)
         operands = ("step", "k", "v", "k_part", *tiles, *captures, *symbols, "columns")
-        state = (*self._folded, *operands, *self._full, "Sq", "Sk")
-        constants = ("MEMBER", *_CONSTANTS, *("EVEN",) * self._indexed, "SCORES", "WEIGHTS", "DQ")
-        placed = ("line", "start * BLOCK_M", "block * BLOCK_M")
-        loads = "\n".join(c.load_in_loop for c in self._folds.by_key if c.in_loop)
+        state = (*self._folded, "held", *operands, *self._full, "Sq", "Sk")
+        constants = ("MEMBER", *_CONSTANTS, "SCORES", "WEIGHTS", "DQ")
+        placed = ("line", "row")
+        loads = "\n".join(c.load_in_loop for c in self._by_key if c.in_loop)
         return {
-            "fold_parameters": parameters((*state, "line", "begin", "start", *constants)),
+            "fold_parameters": parameters((*state, "line", "start", *constants)),
             "fold_arguments": listing((*state, *placed, *constants)),
             "folded": ", ".join(self._folded),
             **order_holes(self.cut.ahead),
-            "load_captures": as_gluon(loads).replace("BOUNDED and not EVEN", "not EVEN"),
+            "load_captures": loads,
             "score": self._emit(inner),
             "widen": "" if inner.reads(S) else "x = gl.zeros_like(s) + x",
-            "masks": self._masks,
+            "distances": distances(self.spec, self._folds.range) if self._apart else "",
+            "masks": masks(self._folds.range, self._full, self._apart, self._emit),
             "weight": weight,
             "row_parts": "" if found is None else found.parts,
             "slope": "" if slope is None else f"p = p * ({self._emit(slope)})",
@@ -218,6 +224,13 @@ class HopperText(BackwardText):
         """What is known of weights before products are there, where a multiple of the distance is added to them."""
         return sloped_weights(self.spec, self._weights)
 
+    @cached_property
+    def _apart(self) -> bool:
+        """Whether keys and rows are told by their distance; registers for it are short where rows are counted too."""
+        if self.recounted and padded(self.head_dim) > 64 and self.spec.score.reads(J):
+            return False
+        return not reads_places(self.spec)
+
     @property
     def _full(self) -> tuple[str, ...]:
         """Between which rows all keys of a block are needed, as far as the mask bounds them.
@@ -225,7 +238,7 @@ class HopperText(BackwardText):
         They take registers: where those are few, every block asks the mask.
         """
         found = self._folds.range
-        if self._indexed or (
+        if any(c.in_loop for c in self._by_key) or (
             padded(self.head_dim) > 64 and (self._sloped is not None or not is_light(self.spec, self.dtype))
         ):
             return ()
@@ -233,20 +246,6 @@ class HopperText(BackwardText):
         stops = any(b.side == "lower" or not b.slope for b in found.bounds)
         names = ("full_start",) * starts + ("full_stop",) * stops
         return names if len(names) == 1 or padded(self.head_dim) <= 64 else ()
-
-    @property
-    def _masks(self) -> str:
-        """The lines that leave out weights; blocks of which all keys are needed ask for what bounds none."""
-        rest = conjunction(self._folds.range.rest)
-        lines = [] if self.spec.mask is None else self._kept(self.spec.mask)
-        if self._full:
-            partial = " | ".join(_PARTIAL[name] for name in self._full)
-            lines = [f"if {partial}:", *(f"    {line}" for line in lines)]
-            lines += [] if rest is None else ["else:", *(f"    {line}" for line in self._kept(rest))]
-        return "\n".join((*lines, "if not WHOLE:", "    p = gl.where(columns < Sk, p, 0.0)"))
-
-    def _kept(self, mask: Expr) -> list[str]:
-        return [f"p = gl.where({self._emit(mask)}, p, 0.0)"]
 
     @property
     def _folded(self) -> tuple[str, ...]:
@@ -260,8 +259,8 @@ class HopperText(BackwardText):
         lines = row_range_text(found, lambda e, names: emit(e, names, spec.capture_kinds)).splitlines()
         needed = [line for line in lines if not line.startswith("full_") or line.split()[0] in self._full]
         wide = "b_wide, h_wide = b.to(gl.int64), h.to(gl.int64)\n"
-        uniform = [c for c in self._folds.by_key if c.tensor.name in self._range_names and is_uniform(c.tensor.capture)]
-        by_columns = self.cut.rows == 64
+        uniform = [c for c in self._by_key if c.tensor.name in self._range_names and is_uniform(c.tensor.capture)]
+        by_columns, rows = self.cut.rows == 64, row_holes(self._by_key)
         start = "start_block" if any(b.slope for b in found.side("upper")) else "0"
         needed += ["stop = tl.minimum(stop, hull_stop)"] * bool(self._needed)
         return {
@@ -269,9 +268,9 @@ class HopperText(BackwardText):
             "full_meaning": "# Also between which rows all of these keys are needed." if self._full else "",
             "row_range": as_gluon("\n".join(needed)),
             "start_block": f"gl.maximum({start}, hull_start)" if self._needed else start,
-            "range_captures": wide * bool(uniform) + as_gluon("\n".join(c.base for c in uniform)),
-            "capture_bases": as_gluon("\n".join(c.base for c in self._folds.by_key)),
-            "tile_index": "m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))" if self._indexed else "",
+            "range_captures": wide * bool(uniform or rows["row_lanes"]) + as_gluon("\n".join(c.base for c in uniform)),
+            "capture_bases": as_gluon("\n".join(c.base for c in self._by_key if not c.in_loop)),
+            **rows,
             "dq_columns": "WIDTH // 2" if by_columns else "WIDTH",
             "part_lines": str(padded(self.head_dim) * (1 if by_columns else 2)),
             "turned": "turned" if by_columns else "turned.slice(MEMBER * 64, 64, 1)",
@@ -295,7 +294,7 @@ class HopperText(BackwardText):
     @property
     def _wide(self) -> dict[str, str]:
         """64-bit heads, where addresses of captured tensors are counted from them."""
-        bases = "\n".join(c.base for c in self._folds.by_key)
+        bases = "\n".join(c.base for c in self._by_key)
         wide = ", ".join(name for name in ("b", "g") if f"{name}_wide" in bases)
         return {
             "wide_heads": "b_wide, g_wide = b.to(gl.int64), g.to(gl.int64)" if wide else "",
@@ -321,9 +320,8 @@ class HopperText(BackwardText):
         described += [f"vectors({name})" for name in (*self._statistics, "delta")]
         values = (v for c in captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period)))
         constants = (f"GROUP={'heads // kv_heads'}", f"BLOCK_M={cut.rows}", f"KEYS={cut.keys}", f"WIDTH={width}")
-        even = (f"EVEN=rows % {cut.rows} == 0",) * self._indexed
         hull, hulled = (("hull",), ("HULL=hulled",)) if self._needed else ((), ())
-        switches = (f"STAGES={cut.stages}", *even, f"WHOLE=keys % {cut.keys} == 0", *hulled)
+        switches = (f"STAGES={cut.stages}", f"WHOLE=keys % {cut.keys} == 0", *hulled)
         described += [f"described(dk, {cut.keys})", f"described(dv, {cut.keys})", "parts(sums)"]
         arguments = (*described, *(c.name for c in captures), *hull, *values)
         sizes = ("heads", "kv_heads", "rows", "keys", *_SIZES[4:])
@@ -368,7 +366,7 @@ class HopperText(BackwardText):
         return frozenset(str(leaf.value) for e in expressions for leaf in e.walk() if leaf.op == "symbol")
 
     def _emit(self, expr: Expr) -> str:
-        return as_gluon(emit(expr, {}, self.spec.capture_kinds))
+        return as_gluon(emit(*(named(expr, self.spec) if self._apart else (expr, {}, self.spec.capture_kinds))))
 
 
 def is_light(spec: AttentionSpec, dtype: torch.dtype) -> bool:

@@ -86,9 +86,11 @@ def load(
     mbarrier.expect(keys_ready, k_source.block_type.nbytes)
     tma.async_copy_global_to_shared(k_source, [b, g, first, 0], keys_ready, k_tile)
     step = 0
+    $row_lanes
     for turn in range(GROUP):
         h = $query_head
         $range_captures
+        $row_addresses
         start, stop$full = row_blocks(
             $range_arguments
         )
@@ -98,12 +100,14 @@ def load(
             # The barriers turn when all slots have been used: every 2 or 4 steps.
             phase = ((step >> (STAGES // 2)) & 1) ^ 1
             row = block * BLOCK_M
+            $read_rows
             # The slots of dout are free before those of q; the first products are those of q.
             mbarrier.wait(dout_free.index(slot), phase)
             if step > 0:
                 mbarrier.expect(dout_ready.index(slot), $flowing_bytes)
                 $load_dout
             mbarrier.wait(q_free.index(slot), phase)
+            $hold_rows
             mbarrier.expect(q_ready.index(slot), $scored_bytes)
             tma.async_copy_global_to_shared(q_source, [b, h, row, 0], q_ready.index(slot), q_tiles.index(slot))
             $load_vectors
@@ -115,6 +119,11 @@ def load(
                 $load_dout
             step += 1
     $load_nothing
+    # The other groups of warps have no registers left for where their results belong.
+    mbarrier.wait(stored, 0)
+    tma.async_copy_shared_to_global(dk_source, [b, g, first, 0], k_tile)
+    tma.async_copy_shared_to_global(dv_source, [b, g, first, 0], v_tile)
+    tma.store_wait(0)
 
 '''
 
@@ -151,6 +160,12 @@ def hold(x, tile, COLUMNS: gl.constexpr):
 
 FOLD: Final = '''
 @gluon.jit
+def after(step):
+    """The next step. Seen through, the compiler would keep in registers how many there will have been."""
+    return gl.inline_asm_elementwise("add.s32 $$0, $$1, 1;", "=r,r", [step], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def fold_rows(
     $fold_parameters
 ):
@@ -167,11 +182,11 @@ def fold_rows(
     $score_now
     mbarrier.wait(dout_ready.index(slot), phase)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
-    # Products are under way: time to add what the block of rows before has left. TMA adds nothing beyond the end.
+    # Products are under way: time to add what the block of rows before has left.
     fence_async_shared()
     gl.thread_barrier()
-    held = gl.where(start > begin, line + (start - BLOCK_M) * (WIDTH // 32), 1 << 30)
     add_tile(sums_source, [held, 0], dq_tiles.index(MEMBER))
+    held = line + start * (WIDTH // 32)
     $read_next
     $row_parts
     $score_wait
@@ -181,6 +196,7 @@ def fold_rows(
     i = rows[None, :]
     $read_late
     $load_captures
+    $distances
     x = $score
     $widen
     p = $weight
@@ -209,7 +225,7 @@ def fold_rows(
     hold(dq, dq_tiles.index(MEMBER), $dq_columns)
     $q_done
     $score_done
-    return $folded, step + 1
+    return $folded, held, after(step)
 
 '''
 
@@ -237,38 +253,34 @@ def multiply(
     dk = gl.zeros([64, WIDTH], gl.float32, layout=GRADS)
     dv = gl.zeros([64, WIDTH], gl.float32, layout=GRADS)
     mbarrier.wait(keys_ready, 0)
-    step = 0
+    step = gl.to_tensor(0)
+    # Where the sums of the block of rows before belong; there is none: TMA adds nothing beyond the end.
+    held = 1 << 30
     $score_first
     for turn in range(GROUP):
         h = $query_head
         $wide_head
-        $tile_index
         $capture_bases
         start, stop$full = row_blocks(
             $range_arguments
         )
         line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH // 32) + MEMBER * (BLOCK_M * WIDTH // 64)
-        for block in range(start, stop):
-            $folded, step = fold_rows(
+        row = start * BLOCK_M
+        while row < stop * BLOCK_M:
+            $folded, held, step = fold_rows(
                 $fold_arguments
             )
-        if start < stop:
-            fence_async_shared()
-            gl.thread_barrier()
-            add_tile(sums_source, [line + (stop - 1) * (BLOCK_M * WIDTH // 32), 0], dq_tiles.index(MEMBER))
+            row += BLOCK_M
+    fence_async_shared()
+    gl.thread_barrier()
+    add_tile(sums_source, [held, 0], dq_tiles.index(MEMBER))
     # Tiles of keys and values, once nobody multiplies by them, take the gradients on their way to memory.
     v.store(dv.to(k.dtype))
     mbarrier.arrive(done, count=1)
     mbarrier.wait(done, 0)
     k.store($dk_result.to(k.dtype))
     fence_async_shared()
-    mbarrier.arrive(done, count=1)
-    mbarrier.wait(done, 1)
-    block, b, g = place(blocks, kv_heads, group, pairs)
-    if MEMBER == 0:
-        tma.async_copy_shared_to_global(dk_source, [b, g, block * KEYS, 0], k_tile)
-    else:
-        tma.async_copy_shared_to_global(dv_source, [b, g, block * KEYS, 0], v_tile)
+    mbarrier.arrive(stored, count=1)
     tma.store_wait(0)
 
 '''
@@ -293,6 +305,7 @@ def gradient_kernel(
     ds_tiles = gl.allocate_shared_memory(k_source.dtype, [2, KEYS, BLOCK_M], TURNED)
     dq_tiles = gl.allocate_shared_memory(gl.float32, [2, 2 * $dq_columns, 32], sums_source.layout)
     $allocate_vectors
+    $allocate_rows
     keys_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -300,8 +313,10 @@ def gradient_kernel(
     dout_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    stored = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(keys_ready, count=1)
     mbarrier.init(done, count=2)
+    mbarrier.init(stored, count=2)
     for n in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(n), count=1)
         mbarrier.init(dout_ready.index(n), count=1)

@@ -29,6 +29,7 @@ from fxopt.passes.attention.positions import Captured, explain
 from fxopt.passes.attention.proofs import captures_of, described
 from fxopt.passes.attention.readers import lead_sizes
 from fxopt.passes.attention.region import Region, lift_region
+from fxopt.passes.attention.row_terms import without_row_terms
 from fxopt.passes.attention.space import Space, space_of
 from fxopt.passes.attention.weights import Weights, read_weights
 from fxopt.rewriter.builder import Builder
@@ -51,7 +52,7 @@ class Site:
     space: Space
     masked: Masked
     heads: Heads
-    loaded: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
@@ -77,6 +78,8 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     explained = explain(region.expression, region.operands, space, prover.lifter, contracted)
     logits_of = Logits(region.dtypes, any(map(may_need_gradient, (region.scores, *(o.node for o in region.operands)))))
     masked = separate_mask(explained.expression, explained.operands, space, prover, logits_of)
+    reduced = without_row_terms(masked.score, explained.operands, prover.constants)
+    masked = replace(masked, score=reduced.score)
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
@@ -85,8 +88,8 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
         return Rejection(reason, (weights.softmax,))
     lengths = length_of(queries, -2, space), length_of(keys, -1, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
-    loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
-    return Site(match.root, contracted, operands, weights, space, masked, heads, loaded)
+    notes = (*reduced.notes, *explained.loaded(operands, captures_of(masked.score, masked.mask)))
+    return Site(match.root, contracted, operands, weights, space, masked, heads, notes)
 
 
 def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
@@ -176,7 +179,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
             patterns={"softmax between two contractions": Op(aten.matmul.default, Var("weights"), Var("values"))},
             check=lambda match: _recognise(match, prover),
             rewrite=_write,
-            describe=lambda site: described(renumbered(site.masked)[1], site.loaded),
+            describe=lambda site: described(renumbered(site.masked)[1], site.notes),
         ),
     )
 

@@ -51,8 +51,9 @@ def _compile(site: Node, candidate: Candidate, training: bool) -> None:
             return
         # Autograd would call it in a thread of its own, where kernels are launched.
         (q, k, v, captures, spec), (out, lse), wanted = arguments, result, _wanted(site)
-        grad_out = torch.empty_like(out)
-        torch.ops.fxopt.attention_backward(q, k, v, captures, out, lse, grad_out, None, wanted, spec, config, *seeds)
+        grad_out, grad_lse = torch.empty_like(out), None if candidate.first else torch.empty_like(lse)
+        grads = (grad_out, grad_lse)
+        torch.ops.fxopt.attention_backward(q, k, v, captures, out, lse, *grads, wanted, spec, config, *seeds)
 
 
 def _backward_config(candidate: Candidate) -> str:

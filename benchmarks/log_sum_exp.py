@@ -89,7 +89,7 @@ def _flex(case: Case) -> Attention:
     length = case.length
     mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, length, length) if case.causal else None
     run: Any = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: run(q, k, v, block_mask=mask, return_lse=True)  # type: ignore[no-any-return]
+    return lambda q, k, v: run(q, k, v, block_mask=mask, return_lse=True)
 
 
 @torch.no_grad()

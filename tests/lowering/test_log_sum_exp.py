@@ -48,7 +48,8 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def site_of(rewritten: Program) -> torch.fx.Node:
-    (site,) = rewritten.graph.find_nodes(op="call_function", target=WITH_LSE)
+    sites: list[torch.fx.Node] = rewritten.graph.find_nodes(op="call_function", target=WITH_LSE)
+    (site,) = sites
     return site
 
 
@@ -105,7 +106,12 @@ def test_both_gradients_are_timed(training: bool, monkeypatch: pytest.MonkeyPatc
 def test_the_backward_is_built_for_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Any, ...]] = []
     backward = torch.ops.fxopt.attention_backward
-    monkeypatch.setattr(torch.ops.fxopt, "attention_backward", lambda *args: given.append(args) or backward(*args))
+
+    def noted(*args: Any) -> Any:
+        given.append(args)
+        return backward(*args)
+
+    monkeypatch.setattr(torch.ops.fxopt, "attention_backward", noted)
     monkeypatch.setattr(building, "compile_together", lambda calls, beside: [call() for call in calls])
     site = site_of(program(*operands(torch.bfloat16)))
     found = [c for c in candidates(site, training=True)[0] if c.family == "triton" and "recompute" not in c.name]

@@ -107,7 +107,6 @@ def _cuda(
 ) -> list[Tensor]:
     # A gradient that was broadcast, as that of a sum, would be read without coalescing.
     grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     further = [x for x in (grad_lse, seed) if x is not None]
     operands = (q, k, v, *captures, out, lse, grad_out, *further)
     # Kernels may serve only where sums in any order are allowed.

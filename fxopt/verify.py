@@ -63,7 +63,10 @@ def _verify_site(before: Program, after: Program, replacement: Replacement, cons
 
 
 def _drops(node: fx.Node) -> bool:
-    return is_call(node, overload("attention")) and read_spec(str(node.args[4])).dropout > 0
+    return (
+        is_call(node, overload("attention"), overload("attention_with_lse"))
+        and read_spec(str(node.args[4])).dropout > 0
+    )
 
 
 def _check(

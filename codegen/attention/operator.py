@@ -65,9 +65,7 @@ def attention_forward(
     """
     meaning = _checked(q, k, v, captures, spec, seed)
     logits_BHST = reference.logits(meaning, q, k, captures)
-    weights_BHST = reference.weights(meaning, logits_BHST).to(v.dtype)
-    weights_BHST = weights_BHST if seed is None else reference.dropped(meaning, weights_BHST, seed)
-    out = reference.average(meaning, weights_BHST, q, v)
+    out = reference.attended(meaning, logits_BHST, q, v, seed)
     lse = torch.logsumexp(logits_BHST, -1) if with_lse else q.new_empty(0)
     return out, lse.float()
 

@@ -59,11 +59,42 @@ def attention(
         ``[B, H, S, E]`` in the dtype and memory order that the specification names.
     """
     meaning = specification(spec)
+    return attended(meaning, logits(meaning, q, k, captures), q, v, seed)
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and how large its logits are.
+
+        lse[b,h,i] = log Σ_j exp(x[b,h,i,j])        over { j : mask(b,h,i,j) }; −inf in a row without any key
+
+    What the log-sum-exp is read for: a loss that keeps logits small, attentions over parts of the keys that are merged.
+    Its gradient by the logits are the weights before dropout.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        k: ``[B, G, T, D]``.
+        v: ``[B, G, T, E]``.
+        captures: rank 4, read as their `Capture` says.
+        spec: the printed specification.
+        seed: ``[1]``, int64; only read where there is dropout.
+
+    Returns:
+        ``[B, H, S, E]`` in the dtype and memory order that the specification names, and ``lse [B, H, S]``, contiguous,
+        in float32 (float64 for float64 inputs).
+    """
+    meaning = specification(spec)
     logits_BHST = logits(meaning, q, k, captures)
-    weights_BHST = weights(meaning, logits_BHST).to(v.dtype)
-    if meaning.dropout:
-        weights_BHST = dropped(meaning, weights_BHST, seed)
-    return average(meaning, weights_BHST, q, v)
+    return attended(meaning, logits_BHST, q, v, seed), torch.logsumexp(logits_BHST, -1)
+
+
+def attended(spec: AttentionSpec, logits_BHST: Tensor, q: Tensor, v: Tensor, seed: Tensor | None) -> Tensor:
+    """The result of an attention with these logits."""
+    weights_BHST = weights(spec, logits_BHST).to(v.dtype)
+    if spec.dropout:
+        weights_BHST = dropped(spec, weights_BHST, seed)
+    return average(spec, weights_BHST, q, v)
 
 
 def dropped(spec: AttentionSpec, weights_BHST: Tensor, seed: Tensor | None) -> Tensor:
@@ -231,4 +262,11 @@ def empty_result(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sp
     return q.new_empty((batch, rows, heads, width), dtype=meaning.out_dtype).transpose(1, 2)
 
 
+def empty_results(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str) -> tuple[Tensor, Tensor]:
+    """`empty_result`, and the same for the log-sum-exp."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return empty_result(q, k, v, captures, spec), lse
+
+
 define_meaning("attention", attention, empty_result)
+define_meaning("attention_with_lse", attention_with_lse, empty_results)

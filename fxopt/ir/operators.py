@@ -18,6 +18,7 @@ _LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901 - live
 #: Schema of every canonical operator. Legend of the shapes: see the reference of each.
 SCHEMAS: Final[dict[str, str]] = {
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor[] captures, str spec) -> Tensor",
+    "attention_with_lse": "(Tensor q, Tensor k, Tensor v, Tensor[] captures, str spec) -> (Tensor, Tensor)",
     "attention_sdpa": "(Tensor q, Tensor k, Tensor v, Tensor[] captures, str spec, str backend) -> Tensor",
     "attention_weights": "(Tensor q, Tensor k, Tensor[] captures, str spec) -> Tensor",
     "attention_statistics": "(Tensor q, Tensor k, Tensor[] captures, str spec, str kind) -> Tensor",

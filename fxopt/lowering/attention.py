@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -31,21 +32,28 @@ from fxopt.lowering.versions import fingerprint
 
 __all__ = ["MEASUREMENT_SECONDS", "Candidate", "candidates", "choose", "operator"]
 
+#: The attention alone, and the one that gives the log-sum-exp of its logits as well.
+_ATTENTIONS: Final = (overload("attention"), overload("attention_with_lse"))
+
 
 def candidates(site: Node, training: bool) -> tuple[list[Candidate], dict[str, str]]:
     """The ways to run ``site``, best guess first, and why others can't, by family or backend."""
     if site.target is overload("linear_attention"):
         return linear_attention.candidates(site, training)
-    if site.target is not overload("attention"):
+    if site.target not in _ATTENTIONS:
         return weights.candidates(site)
     q, k, v, _ = _operands(site)
     spec = read_spec(str(site.args[4]))
     refused: dict[str, str] = {}
     wanted = [training and may_need_gradient(node) for node in _capture_nodes(site)]
-    plain = Candidate("aten", "aten", overload("attention"))
+    with_lse = site.target is overload("attention_with_lse")
+    plain = Candidate("aten", "aten", overload("attention_with_lse" if with_lse else "attention"))
     if any(isinstance(size, int) and size == 0 for x in (q, k, v) for size in x.shape):
         return [plain], {"triton": "an operand is empty", "sdpa": "an operand is empty"}
     found = _generated(spec, q, k, v, training, refused, wanted)
+    if with_lse:
+        both = [replace(c, extra=(c.extra[0], True), first=False) for c in found]
+        return [*both, plain], {**refused, "sdpa": "scaled_dot_product_attention returns no log-sum-exp"}
     found = as_one(site, found) if training else found
     for backend, device in sdpa.BACKENDS.items():
         if device != q.device.type:
@@ -153,7 +161,7 @@ def _times(site: Node, training: bool, found: list[Candidate]) -> Times:
 
 def _left_out(site: Node, training: bool, found: list[Candidate]) -> str:
     """What the report says of configurations that the cost model kept from being tried, if there are any."""
-    if site.target is not overload("attention") or not any(c.family == "triton" for c in found):
+    if site.target not in _ATTENTIONS or not any(c.family == "triton" for c in found):
         return ""
     q, k, v, _ = _operands(site)
     count = len(kernels.ranking(_problem(read_spec(str(site.args[4])), q, k, v, training)).left_out)
@@ -225,19 +233,20 @@ def _timed_call(candidate: Candidate, site: Node, real: dict[Node, Tensor], trai
     """A run of the candidate, in training with the gradients of its operands and of captures that may need one."""
     given = site.args if candidate.arguments is None else candidate.arguments
 
-    def forward(operands: Mapping[Node, Tensor]) -> Tensor:
-        return candidate(*map_arg(given, lambda node: operands[node]))
+    def forward(operands: Mapping[Node, Tensor]) -> tuple[Tensor, ...]:
+        found: Any = candidate(*map_arg(given, lambda node: operands[node]))
+        return tuple(found) if isinstance(found, list | tuple) else (found,)
 
     if not training:
         return lambda: forward(real)
     floating = [node for node in tensor_nodes(given) if real[node].is_floating_point()]
     leaves = [node for node in floating if node in given or may_need_gradient(node)]
-    cotangent = torch.randn_like(forward({node: x.detach() for node, x in real.items()}))
+    cotangents = [torch.randn_like(x) for x in forward({node: x.detach() for node, x in real.items()})]
 
     def forward_and_backward() -> None:
         fresh = {node: x.detach().requires_grad_(node in leaves) for node, x in real.items()}
         with torch.enable_grad():
-            torch.autograd.grad(forward(fresh), [fresh[node] for node in leaves], cotangent, allow_unused=True)
+            torch.autograd.grad(forward(fresh), [fresh[node] for node in leaves], cotangents, allow_unused=True)
 
     return forward_and_backward
 

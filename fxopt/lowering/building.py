@@ -54,7 +54,8 @@ def _compile(site: Node, candidate: Candidate, training: bool) -> None:
             return
         # Autograd would call it in a thread of its own, where kernels are launched.
         (out, lse), wanted = result, _wanted(site)
-        rest = (out, lse, torch.empty_like(out), None, wanted, site.args[4], config, *seeds)
+        grads = (torch.empty_like(out), None if candidate.first else torch.empty_like(lse))
+        rest = (out, lse, *grads, wanted, site.args[4], config, *seeds)
         if candidate.target is PACKED:
             packed, captures, _, places = arguments
             torch.ops.fxopt.attention_packed_backward(packed, captures, places, *rest)

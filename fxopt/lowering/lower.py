@@ -24,7 +24,9 @@ from fxopt.lowering.probe import Base
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import difference
 
-_LOWERED: Final = ("attention", "attention_weights", "attention_statistics", "linear_attention")
+_LOWERED: Final = (
+    "attention", "attention_with_lse", "attention_weights", "attention_statistics", "linear_attention",
+)  # fmt: skip
 #: What lowers pieces that the base compiler could make as well.
 _CONTESTED: Final = (residual_norm, mlp)
 

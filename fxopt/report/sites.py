@@ -24,8 +24,8 @@ from fxopt.rewriter.pipeline import PipelineResult
 
 #: The kind of site that a canonical operator stands for.
 _CANONICAL = {
-    "attention": "attention", "attention_weights": "attention", "attention_statistics": "attention",
-    "linear_attention": "attention", "layer_norm": "norm", "rms_norm": "norm",
+    "attention": "attention", "attention_with_lse": "attention", "attention_weights": "attention",
+    "attention_statistics": "attention", "linear_attention": "attention", "layer_norm": "norm", "rms_norm": "norm",
     "residual_layer_norm": "norm", "residual_rms_norm": "norm", "glu": "mlp",
     "mlp": "mlp",
 }  # fmt: skip

@@ -48,14 +48,14 @@ def answer(builder: Builder, readers: Readers, softmax: Node, operands: Operands
         read = _as_read(softmax)
         with builder.before(softmax):
             weights = _weights(builder, operands, tensor(read).dtype)
-            builder.also(read, _with_lead(builder, weights, shape(softmax)[:-2]), "weights")
+            builder.also(read, with_lead(builder, weights, shape(softmax)[:-2]), "weights")
         return
     made: dict[tuple[Rows | Statistic, Node], Node] = {}
     for reader in readers.readers:
         if (reader.need, softmax) not in made:
             with builder.before(softmax):
                 least = _least(builder, reader, softmax, operands)
-                made[reader.need, softmax] = _with_lead(builder, least, shape(softmax)[:-2])
+                made[reader.need, softmax] = with_lead(builder, least, shape(softmax)[:-2])
         small = made[reader.need, softmax]
         for node in reader.path:
             if (reader.need, node) not in made:
@@ -154,7 +154,7 @@ class _Numbers:
         return capture(len(self.nodes) - 1)
 
 
-def _with_lead(builder: Builder, small: Node, lead: Sequence[Size]) -> Node:
+def with_lead(builder: Builder, small: Node, lead: Sequence[Size]) -> Node:
     """``small [*, r, T]`` with the leading axes ``lead``."""
     known = shape(small)[:-2]
     if same_shape(known, tuple(lead)):
@@ -172,7 +172,7 @@ def _replayed(builder: Builder, node: Node, small: Node, reader: Reader) -> Node
     if is_call(node, *CASTS):
         return builder.cast(small, tensor(node).dtype) if isinstance(reader.need, Rows) else small
     if is_view(node):
-        return _with_lead(builder, small, shape(node)[:-2])
+        return with_lead(builder, small, shape(node)[:-2])
     assert callable(node.target)
     return builder.call(node.target, small, *node.args[1:], **node.kwargs)
 

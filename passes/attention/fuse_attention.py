@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -23,12 +24,14 @@ from fxopt.passes.attention.axes import is_key_like
 from fxopt.passes.attention.band import length_of, with_bands
 from fxopt.passes.attention.captures import renumbered, write_captures
 from fxopt.passes.attention.layout import output_layout
+from fxopt.passes.attention.log_sum_exp import LseReaders, answer_lse, read_lse
 from fxopt.passes.attention.masking import Logits, Masked, MaskProver, separate_mask
 from fxopt.passes.attention.operands import Heads, read_heads, unscaled
 from fxopt.passes.attention.positions import Captured, Explained, explain
 from fxopt.passes.attention.proofs import captures_of, described, not_hidden
 from fxopt.passes.attention.readers import lead_sizes
 from fxopt.passes.attention.region import Region, lift_region
+from fxopt.passes.attention.row_terms import Reduced, without_row_terms
 from fxopt.passes.attention.space import Space, space_of
 from fxopt.passes.attention.weights import Weights, read_weights
 from fxopt.passes.attention.zeroed import lift_kept, unlike_mask
@@ -52,22 +55,35 @@ class Site:
     space: Space
     masked: Masked
     heads: Heads
-    loaded: tuple[str, ...]
+    lse: LseReaders
+    notes: tuple[str, ...]
 
 
 def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     weights = read_weights(match["weights"], match.root)
     if weights is None or isinstance(weights, Rejection):
         return weights
-    region = _region(weights, prover.constants)
+    logits = weights.softmax.args[0]
+    assert isinstance(logits, Node)
+    region = _region(logits, weights, prover.constants)
     if isinstance(region, Rejection):
         return region
     queries, keys = region.scores.args
     assert isinstance(queries, Node) and isinstance(keys, Node)
+    lse = read_lse(logits, weights, match.root)
+    if isinstance(lse, Rejection):
+        return lse
     mixed = _mixed(region.scores, queries, keys) or _mixed(match.root, match["weights"], match["values"])
-    rejection = mixed or _unfit(region, weights, queries, keys, match["values"])
+    rejection = mixed or _unfit(region, weights, lse, queries, keys, match["values"])
     if rejection:
         return rejection
+    return _described(match, prover, region, weights, lse)
+
+
+def _described(match: Match, prover: MaskProver, region: Region, weights: Weights, lse: LseReaders) -> Site | Rejection:
+    """The site in the terms of the canonical operator, where these can say it."""
+    queries, keys = region.scores.args
+    assert isinstance(queries, Node) and isinstance(keys, Node)
     space = space_of(region.scores, keys, region.stages)
     for operand in region.operands:
         if obstacle := operand.obstacle(space):
@@ -78,22 +94,29 @@ def _recognise(match: Match, prover: MaskProver) -> Site | Rejection | None:
     masked = _masked(region, explained, space, prover, logits)
     if isinstance(masked, str):
         return Rejection(masked, weights.fills)
+    # The log-sum-exp has all terms.
+    reduced = Reduced(masked.score) if lse else without_row_terms(masked.score, explained.operands, prover.constants)
+    masked = replace(masked, score=reduced.score)
+    if lse and weights.fills:
+        return Rejection("the log-sum-exp of scores whose weights are set to 0 by their mask is read", lse.readers)
+    if lse and masked.uniform:
+        reason = "the log-sum-exp of the scores is read, which in a row without keys is that of the filled number"
+        return Rejection(reason, lse.readers)
     heads = read_heads(queries, keys, match["values"], space)
     if isinstance(heads, Rejection):
         return heads
-    if weights.readers and lead_sizes((space.batch, space.heads), shape(weights.softmax)[:-2]) is None:
-        reason = f"the attention weights escape in a shape of which several sizes are dynamic: {weights.softmax}"
+    if (weights.readers or lse) and lead_sizes((space.batch, space.heads), shape(weights.softmax)[:-2]) is None:
+        what = "attention weights" if weights.readers else "log-sum-exp of the scores"
+        reason = f"the {what} escape in a shape of which several sizes are dynamic: {weights.softmax}"
         return Rejection(reason, (weights.softmax,))
     lengths = length_of(queries, -2, space), length_of(keys, -1, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
     loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
-    loaded += not_hidden(masked.score, operands)
-    return Site(match.root, contracted, operands, weights, space, masked, heads, loaded)
+    notes = (*reduced.notes, *loaded, *not_hidden(masked.score, operands))
+    return Site(match.root, contracted, operands, weights, space, masked, heads, lse, notes)
 
 
-def _region(weights: Weights, constants: Constants) -> Region | Rejection:
-    logits = weights.softmax.args[0]
-    assert isinstance(logits, Node)
+def _region(logits: Node, weights: Weights, constants: Constants) -> Region | Rejection:
     region = lift_region(logits, constants)
     if isinstance(region, Rejection) or not weights.fills:
         return region
@@ -109,7 +132,9 @@ def _masked(region: Region, explained: Explained, space: Space, prover: MaskProv
     return unlike_mask(masked, kept, explained.operands, space, prover, logits) or masked
 
 
-def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: Node) -> Rejection | None:
+def _unfit(
+    region: Region, weights: Weights, lse: LseReaders, queries: Node, keys: Node, values: Node
+) -> Rejection | None:
     """Why a lifted region is still not an attention that may be rewritten."""
     if not tensor(queries).dtype.is_floating_point:
         return Rejection(f"attention over {tensor(queries).dtype} is not supported", (queries,))
@@ -118,7 +143,7 @@ def _unfit(region: Region, weights: Weights, queries: Node, keys: Node, values: 
     if not is_key_like(keys, values):
         reason = "the contraction does not sum over the feature axis of keys: keys must enter as k.transpose(-2, -1)"
         return Rejection(reason, (region.scores, keys))
-    inside = {*region.nodes, *weights.nodes}
+    inside = {*region.nodes, *weights.nodes, *lse.nodes}
     for node in region.nodes:
         outside = [user for user in node.users if user not in inside]
         if outside:
@@ -152,7 +177,12 @@ def _write(builder: Builder, site: Site) -> Node:
         out_layout=output_layout(site.output),
     )
     sources = (operands.queries, operands.keys, values, list(operands.captures))
-    result = builder.call(overload("attention"), *sources, str(spec))
+    if not site.lse:
+        result = builder.call(overload("attention"), *sources, str(spec))
+        return site.heads.restore(builder, result, site.output)
+    both = builder.call(overload("attention_with_lse"), *sources, str(spec))
+    result, lse = (builder.call(operator.getitem, both, n) for n in range(2))
+    answer_lse(builder, lse, site.lse, shape(softmax)[:-2])
     return site.heads.restore(builder, result, site.output)
 
 
@@ -198,7 +228,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
             patterns={"softmax between two contractions": Op(aten.matmul.default, Var("weights"), Var("values"))},
             check=lambda match: _recognise(match, prover),
             rewrite=_write,
-            describe=lambda site: described(renumbered(site.masked)[1], site.loaded),
+            describe=lambda site: described(renumbered(site.masked)[1], site.notes),
         ),
     )
 
@@ -223,6 +253,19 @@ class FuseAttention:
 
     Weights may be set to 0 after the softmax, by the mask of the scores or in the rows that it leaves no key: such rows
     give 0. ``nan_to_num`` is not taken for that, since it hides NaN of queries and keys as well.
+
+    Finite terms that are the same for all keys of a row are dropped, as softmax doesn't see them: numbers, positions,
+    integers and constants (what comes at run time may be −inf or NaN, and has a gradient):
+
+        s + c + f(i)              -> s
+
+    What is added to the scores as a whole, such as ``slope·(j - i)``, isn't taken apart, as the parts would be rounded
+    where the whole isn't; kernels do that block by block. Where the log-sum-exp is read, which has these terms, they
+    stay.
+
+    ``logsumexp`` of the same scores, over the keys, comes with the result, by ``fxopt.attention_with_lse``, and what is
+    computed from it is computed after that. Where all weights are read too, the site stays: what the model does is the
+    least then.
 
     Weights that are read elsewhere too are computed apart, exactly, and as little of them as is read: those of some
     rows by ``fxopt.attention_weights`` on those queries, sums over the queries and the diagonal by

@@ -24,6 +24,7 @@ from fxopt.passes.attention.operands import repeated_heads
 from fxopt.passes.attention.positions import Captured, Explained, explain
 from fxopt.passes.attention.proofs import captures_of, described, not_hidden
 from fxopt.passes.attention.region import lift_mask
+from fxopt.passes.attention.row_terms import without_row_terms
 from fxopt.passes.attention.space import Space
 from fxopt.rewriter.builder import Builder
 from fxopt.rewriter.passes import PassResult, apply_rules
@@ -45,7 +46,7 @@ class Call:
     space: Space
     operands: tuple[Captured, ...]
     masked: Masked
-    loaded: tuple[str, ...]
+    notes: tuple[str, ...]
     kv_map: KvMap
     dropout: float
 
@@ -75,17 +76,19 @@ def _read(match: Match, prover: MaskProver) -> Call | Rejection:
         expression = call("where", term, expression, NEG_INF) if boolean else call("add", expression, term)
     differentiable = any(map(may_need_gradient, (queries, keys, *(operand.node for operand in explained.operands))))
     masked = separate_mask(expression, explained.operands, space, prover, Logits(dtypes, differentiable))
+    reduced = without_row_terms(masked.score, explained.operands, prover.constants)
+    masked = replace(masked, score=reduced.score)
     if given["is_causal"]:
         masked = replace(masked, mask=_and(masked.mask, call("le", J, I)))
     shared = repeated_heads(keys, values) if not given["enable_gqa"] else None
     lengths = length_of(queries, -2, space), length_of(keys, -2, space)
     operands = with_bands(masked, explained.operands, space, prover.bands, lengths)
     loaded = explained.loaded(operands, captures_of(masked.score, masked.mask))
-    loaded += not_hidden(masked.score, operands)
+    notes = (*reduced.notes, *loaded, *not_hidden(masked.score, operands))
     kv_map: KvMap = "group"
     if shared is not None:
         keys, values, kv_map = shared
-    return Call(node, queries, keys, values, space, operands, masked, loaded, kv_map, float(given["dropout_p"]))
+    return Call(node, queries, keys, values, space, operands, masked, notes, kv_map, float(given["dropout_p"]))
 
 
 def _unfit(queries: Node, keys: Node, values: Node, scale: Any) -> Rejection | None:
@@ -152,7 +155,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
             patterns={"scaled_dot_product_attention": call_sdpa},
             check=lambda match: _read(match, prover),
             rewrite=_write,
-            describe=lambda found: described(renumbered(found.masked)[1], found.loaded),
+            describe=lambda found: described(renumbered(found.masked)[1], found.notes),
         ),
     )
 
@@ -164,7 +167,8 @@ class FuseSdpa:
 
     A boolean mask and ``is_causal`` (top-left) become the mask expression, an additive mask part of the score. A row
     that keeps no key gives 0, as SDPA defines. Masks that do not depend on the inputs are evaluated and proved. An
-    additive mask of the lowest finite number becomes a mask as in ``fuse-attention``.
+    additive mask of the lowest finite number becomes a mask, and terms that are the same for all keys go, as in
+    ``fuse-attention``.
     """
 
     name: ClassVar[str] = "fuse-sdpa"

@@ -16,6 +16,7 @@ import torch
 from fxopt.codegen.attention import operator as forward
 from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.weights import operator as weights
+from fxopt.codegen.attention.weights import together
 from fxopt.codegen.linear_attention import operator as linear
 from fxopt.codegen.mlp.narrow_mlp import operator as mlp
 from fxopt.codegen.norm.residual_norm import backward_operator as norm_backward
@@ -26,6 +27,7 @@ LAUNCHING = (
     (forward.attention_forward, forward.on_cuda),
     (backward.attention_backward, backward._cuda),
     (weights.attention_weights_forward, weights._cuda),
+    (together.attention_and_weights_forward, together.on_cuda),
     (linear.linear_attention_forward, linear._cuda),
     (linear.linear_attention_backward, linear._cuda_backward),
     (mlp.mlp_forward, mlp._cuda),

@@ -140,6 +140,19 @@ def test_what_stays_apart(function: Callable[..., Results], dtype: torch.dtype) 
     assert JOINT not in lowered.operators()
 
 
+def test_weights_that_count_rows_otherwise_are_not_those_of_the_attention() -> None:
+    program = rewritten(causal_last_row, operands())
+    (group,) = together.groups(program)
+    assert [want.rows for want in group.wants] == [(299, 300, 1), (4, 10, 3)]
+    reader = group.readers[0]
+    *others, text = reader.args
+    for change in (("(i + 299)", "i"), ("s * 0.125", "s * 0.25"), ("rows=nan", "rows=zero")):
+        assert change[0] in str(text)
+        reader.args = (*others, str(text).replace(*change))
+        (left,) = together.groups(program)
+        assert left.readers == group.readers[1:], change
+
+
 @pytest.mark.parametrize("option", ["aten", "sdpa"])
 def test_no_other_lowering_is_joined(option: str) -> None:
     with pytest.warns(match="returns no weights") if option == "sdpa" else nullcontext():

@@ -7,9 +7,10 @@ with what was decided for each site alone.
 
 from __future__ import annotations
 
+import math
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -36,6 +37,7 @@ from fxopt.lowering.measure import MEASUREMENT_SECONDS, median_seconds
 from fxopt.rewriter.builder import Builder
 
 Choice = tuple[Candidate, Decision]
+Forward = Callable[[Mapping[Node, Tensor]], Sequence[Tensor]]
 #: The name under which the time of what was decided for each site alone is known.
 APART: Final = "apart"
 
@@ -61,15 +63,20 @@ class Group:
 
 def groups(program: Program) -> list[Group]:
     """The attentions that kernels can serve together with what reads their weights."""
-    sites = program.graph.find_nodes(op="call_function", target=overload("attention"))
-    found = [_group(site) for site in sites]
-    return [group for group in found if group.readers and _objection(group) is None]
+    found: list[Group] = []
+    for site in program.graph.find_nodes(op="call_function", target=overload("attention")):
+        # Of attentions with the same weights the first one gives them.
+        group = _group(site, {reader for other in found for reader in other.readers})
+        if group.readers and _objection(group) is None:
+            found.append(group)
+    return found
 
 
-def _group(site: Node) -> Group:
+def _group(site: Node, taken: set[Node]) -> Group:
     keys = site.args[1]
     assert isinstance(keys, Node)
-    wants = {node: want for node in keys.users if (want := _want(site, node)) is not None}
+    free = (node for node in keys.users if node not in taken)
+    wants = {node: want for node in free if (want := _want(site, node)) is not None}
     return Group(site, tuple(wants), tuple(wants.values()))
 
 
@@ -123,8 +130,10 @@ def _objection(group: Group) -> str | None:
         return "an operand is empty"
     if not all(node < group.first for node in group.site.all_input_nodes):
         return "an operand is computed after the weights are read"
-    general = triton_objection((q, k, v), (q.shape[3], v.shape[3]))
-    return general if general is not None else kernel.objection(spec, q.shape[3], q.dtype)
+    general = triton_objection((q, k, v), (q.shape[3], v.shape[3])) or kernel.objection(spec, q.shape[3], q.dtype)
+    if general is not None or short.candidates_with_weights(problem_of(spec, q, k, v, training=False)):
+        return general
+    return kernel.sharing_objection(spec, q.dtype)
 
 
 def _tensors(group: Group) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,6 +192,8 @@ def choose(group: Group, choices: Mapping[Node, Choice], training: bool, lower: 
     if lower == "triton":
         return found[0], Decision(names, found[0].name, "forced by lower='triton', with what reads the weights")
     times = _times(group, chosen, found, training)
+    if not times.seconds:
+        return None
     best = min(times.seconds, key=lambda name: times.seconds[name])
     reason = f"{times.source}, with what reads the weights{failures(times.failed)}"
     by_name = {candidate.name: candidate for candidate in found}
@@ -216,16 +227,17 @@ def _measured(
     def apart(operands: Mapping[Node, Tensor]) -> list[Tensor]:
         return [run_on(operands, chosen[node], node) for node in group.members]
 
-    with torch.set_grad_enabled(training):
-        every = [leaf for node in group.members for leaf in leaves_of(chosen[node], node)] if training else []
-        seconds = {APART: median_seconds(timed_call(apart, real, every), device)}
-        for candidate in found:
-            leaves = leaves_of(candidate, group.site) if training else []
-            try:
-                run = timed_call(partial(_at_once, candidate, group.site), real, leaves)
-                seconds[candidate.name] = median_seconds(run, device, min(seconds.values()))
-            except Exception as error:  # noqa: BLE001 - what can't be measured is not chosen
-                failed[candidate.name] = error_line(error)
+    every = dict.fromkeys(leaf for node in group.members for leaf in leaves_of(chosen[node], node))
+    ways: dict[str, tuple[Forward, Sequence[Node]]] = {APART: (apart, tuple(every))}
+    ways |= {c.name: (partial(_at_once, c, group.site), leaves_of(c, group.site)) for c in found}
+    seconds: dict[str, float] = {}
+    for name, (forward, leaves) in ways.items():
+        try:
+            run = timed_call(forward, real, leaves if training else ())
+            with torch.set_grad_enabled(training):
+                seconds[name] = median_seconds(run, device, min(seconds.values(), default=math.inf))
+        except Exception as error:  # noqa: BLE001 - what can't be measured is not chosen
+            failed[name] = error_line(error)
     return seconds
 
 

@@ -106,6 +106,7 @@ def test_few_keys_are_tried_in_one_pass_and_by_walks() -> None:
     assert names[-1].count("|") == 1 and names[-1].count(",") == 2
     single = rewritten(several, operands(torch.float32, 49, 49))
     (group,) = together.groups(single)
+    assert not together.groups(rewritten(several, operands(torch.float32, 300, 300)))
     chosen = {site: attention.candidates(site, False)[0][0] for site in group.members}
     names = [candidate.name for candidate in together.candidates(group, chosen, training=False)]
     assert names and not any("|" in name for name in names), "a log-sum-exp does not tell weights of float32"
@@ -138,6 +139,29 @@ def of_other_queries(q: Tensor, k: Tensor, v: Tensor) -> Results:
 def test_what_stays_apart(function: Callable[..., Results], dtype: torch.dtype) -> None:
     lowered, _ = lower(rewritten(function, operands(dtype)), training=function is dropped, option="triton")
     assert JOINT not in lowered.operators()
+
+
+def twice(q: Tensor, k: Tensor, v: Tensor) -> Results:
+    p, again = weights_of(q, k), weights_of(q, k)
+    return p.to(v.dtype) @ v, again.to(v.dtype) @ (v + 1), again.sum(2)
+
+
+def test_one_of_two_attentions_with_the_same_weights_gives_them() -> None:
+    given = operands(rows=49, keys=49)
+    lowered, _ = lower(rewritten(twice, given), training=False, option="triton")
+    assert lowered.operators()[JOINT] == 1
+    assert_within_budget(lowered.module(*given), twice(*given), oracle_gradients(twice, *given).outputs)
+
+
+def test_what_can_not_be_measured_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    first = lambda site, training, found, failed: {c.name: float(n) for n, c in enumerate(found)}  # noqa: E731
+    monkeypatch.setattr(attention, "_measure", first)
+    program = rewritten(several, operands(rows=40, keys=40))
+    monkeypatch.setattr(together, "run_on", full)
+    assert JOINT not in lower(program, training=False)[0].operators()
 
 
 def test_weights_that_count_rows_otherwise_are_not_those_of_the_attention() -> None:

@@ -32,6 +32,7 @@ HEADER: Final = '''\
     P = softmax of x over the keys j$kept
 $dropout_maths
     out[b,h,i,:] = Σ_j ${factor_maths}P[b,h,i,j]·v[b,$kv_head_maths,j,:]
+$wanted_maths
 $captures
 A row without keys gives $empty. The result is $out_dtype, $out_order in memory.
 
@@ -108,6 +109,7 @@ def description(
         "kept": "" if spec.mask is None else f" with {spec.mask}",
         "dropout_maths": Dropout(spec).maths,
         "factor_maths": "M[b,h,i,j]·" if spec.dropout else "",
+        "wanted_maths": "",
         "empty": _EMPTY[spec.empty_rows],
         "out_dtype": NAME_OF[spec.out_dtype],
         "out_order": _ORDER[spec.out_layout],

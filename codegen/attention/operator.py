@@ -63,7 +63,7 @@ def attention_forward(
     Raises:
         LoweringError: the kernel cannot serve the specification or the operands.
     """
-    meaning = _checked(q, k, v, captures, spec, seed)
+    meaning = checked(q, k, v, captures, spec, seed)
     logits_BHST = reference.logits(meaning, q, k, captures)
     out = reference.attended(meaning, logits_BHST, q, v, seed)
     lse = torch.logsumexp(logits_BHST, -1) if with_lse else q.new_empty(0)
@@ -103,7 +103,7 @@ def _recorded(
     with_lse: bool,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    meaning = _checked(q, k, v, captures, spec, seed)
+    meaning = checked(q, k, v, captures, spec, seed)
     config, width = split_config(config)[0], v.shape[3]
     v = widened(v, q.shape[3]) if family(config).pads_values else v
     kernel = module(spec, q.shape[3], v.shape[3], q.dtype, config)
@@ -139,14 +139,15 @@ def _fake(
     with_lse: bool,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _checked(q, k, v, captures, spec, seed)
+    checked(q, k, v, captures, spec, seed)
     out = reference.empty_result(q, k, v, captures, spec)
     return out, q.new_empty(q.shape[:3] if with_lse else (0,), dtype=torch.float32)
 
 
-def _checked(
-    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, seed: Tensor | None
+def checked(
+    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], spec: str, seed: Tensor | None = None
 ) -> AttentionSpec:
+    """The specification; raises `LoweringError` where the kernels can't serve it or the operands."""
     meaning = reference.specification(spec)
     if (seed is None) != (meaning.dropout == 0):
         raise LoweringError(f"dropout {meaning.dropout} {'needs a' if seed is None else 'has no'} seed ({meaning})")
@@ -188,14 +189,35 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     constants = (None,) * (len(ctx.needs_input_grad) - 4)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = grad_lse if ctx.with_lse else None
+    known = (q, k, v, captures, out, lse)
+    return (*pulled_back(*known, grad_out, grad_lse, wanted, ctx.spec, ctx.config, seed), *constants)
+
+
+def pulled_back(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: Sequence[bool],
+    spec: str,
+    config: str,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """The gradients of queries, keys, values and of the captures that are ``wanted`` (``None`` for the others); the
+    arguments are those of ``fxopt::attention_backward``.
+    """
     if torch.is_grad_enabled():
         # Gradients that are differentiated again need operations that can be.
-        spec = reference.specification(ctx.spec)
-        return (*gradients(spec, q, k, v, captures, wanted, grad_out, grad_lse, seed), *constants)
-    arguments = (q, k, v, captures, out, lse, grad_out, grad_lse, wanted, ctx.spec, ctx.config, seed)
-    dq, dk, dv, *found = attention_backward(*arguments)
+        meaning = reference.specification(spec)
+        return gradients(meaning, q, k, v, captures, wanted, grad_out, grad_lse, seed)
+    known = (q, k, v, captures, out, lse)
+    dq, dk, dv, *found = attention_backward(*known, grad_out, grad_lse, wanted, spec, config, seed)
     rest = iter(found)
-    return dq, dk, dv, [next(rest) if want else None for want in wanted], *constants
+    return dq, dk, dv, [next(rest) if want else None for want in wanted]
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

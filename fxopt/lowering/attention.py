@@ -90,7 +90,7 @@ def _generated(
     if reason is not None:
         refused["triton"] = reason
         return []
-    problem = _problem(spec, q, k, v, training)
+    problem = problem_of(spec, q, k, v, training)
     configs, reasons = kernels.candidates(problem)
     for prefix, reason in reasons.items():
         refused[f"triton-{prefix}" if prefix else "triton"] = reason
@@ -115,7 +115,8 @@ def _with_backward(
     return tuple(paired + [f"{configs[0]}/{other}" for other in found[1:] if configs])
 
 
-def _problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Problem:
+def problem_of(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Problem:
+    """The attention ``spec`` on operands of these sizes."""
     batch, heads, rows = (hint(size) if has_hint(size) else None for size in q.shape[:3])
     kv_heads, keys = (hint(size) if has_hint(size) else None for size in k.shape[1:3])
     capability = torch.cuda.get_device_capability(q.device)
@@ -138,7 +139,7 @@ def choose(site: Node, training: bool, lower: str, strict: bool = False) -> tupl
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         return found[0], Decision((site.name,), found[0].name, f"the only one that can serve ({why})")
     others = shortfalls(refused) + _left_out(site, training, found)
-    if not _has_hints(site):
+    if not has_hints(site):
         return found[0], Decision((site.name,), found[0].name, f"best guess: the sizes are not known{others}")
     times = _times(site, training, found)
     by_name = {candidate.name: candidate for candidate in found}
@@ -164,7 +165,7 @@ def _left_out(site: Node, training: bool, found: list[Candidate]) -> str:
     if site.target not in _ATTENTIONS or not any(c.family == "triton" for c in found):
         return ""
     q, k, v, _ = _operands(site)
-    count = len(kernels.ranking(_problem(read_spec(str(site.args[4])), q, k, v, training)).left_out)
+    count = len(kernels.ranking(problem_of(read_spec(str(site.args[4])), q, k, v, training)).left_out)
     return f"; {count} more configurations left out by the cost model" if count else ""
 
 
@@ -177,7 +178,7 @@ def prepare(sites: Sequence[Node], training: bool, meanwhile: Sequence[Callable[
     asked: dict[str, tuple[Node, list[Candidate]]] = {}
     for site in sites:
         found, _ = candidates(site, training)
-        if len(found) > 1 and _has_hints(site):
+        if len(found) > 1 and has_hints(site):
             asked.setdefault(key_of(site, training, found), (site, found))
     undecided = [pair for key, pair in asked.items() if recalled(key, pair[1]) is None]
     build_undecided(undecided, training, meanwhile)
@@ -200,7 +201,7 @@ def build_undecided(
 
 def _measure(site: Node, training: bool, found: list[Candidate], failed: dict[str, str]) -> dict[str, float]:
     """Median seconds of each candidate (forward, and backward in training); what fails has its error in ``failed``."""
-    real = _real(site, found)
+    real = real_operands(site, found)
     device = _flat(site)[0].device
     seconds: dict[str, float] = {}
     for candidate in found:
@@ -219,10 +220,10 @@ def _measure(site: Node, training: bool, found: list[Candidate], failed: dict[st
 
 def _first_run(site: Node, candidate: Candidate, training: bool) -> None:
     with torch.set_grad_enabled(training):
-        _timed_call(candidate, site, _real(site, [candidate]), training)()
+        _timed_call(candidate, site, real_operands(site, [candidate]), training)()
 
 
-def _real(site: Node, found: Sequence[Candidate]) -> dict[Node, Tensor]:
+def real_operands(site: Node, found: Sequence[Candidate]) -> dict[Node, Tensor]:
     """Operands of the sizes, strides and dtypes that the candidates of a site read, of random contents."""
     nodes = [node for candidate in found for node in tensor_nodes(candidate.arguments)] + tensor_nodes(site.args)
     values = {node: node.meta["val"] for node in nodes}
@@ -231,17 +232,38 @@ def _real(site: Node, found: Sequence[Candidate]) -> dict[Node, Tensor]:
 
 def _timed_call(candidate: Candidate, site: Node, real: dict[Node, Tensor], training: bool) -> Callable[[], Any]:
     """A run of the candidate, in training with the gradients of its operands and of captures that may need one."""
-    given = site.args if candidate.arguments is None else candidate.arguments
 
     def forward(operands: Mapping[Node, Tensor]) -> tuple[Tensor, ...]:
-        found: Any = candidate(*map_arg(given, lambda node: operands[node]))
+        found: Any = run_on(operands, candidate, site)
         return tuple(found) if isinstance(found, list | tuple) else (found,)
 
-    if not training:
+    return timed_call(forward, real, leaves_of(candidate, site) if training else ())
+
+
+def run_on(operands: Mapping[Node, Tensor], candidate: Candidate, site: Node) -> Any:
+    """What the candidate gives for these operands."""
+    return candidate(*map_arg(_given(candidate, site), lambda node: operands[node]))
+
+
+def _given(candidate: Candidate, site: Node) -> tuple[Any, ...]:
+    return site.args if candidate.arguments is None else candidate.arguments
+
+
+def leaves_of(candidate: Candidate, site: Node) -> list[Node]:
+    """What gradients are taken of in training: operands, and captures that may need one."""
+    given = _given(candidate, site)
+    floating = [node for node in tensor_nodes(given) if node.meta["val"].is_floating_point()]
+    return [node for node in floating if node in given or may_need_gradient(node)]
+
+
+def timed_call(
+    forward: Callable[[Mapping[Node, Tensor]], Sequence[Tensor]], real: Mapping[Node, Tensor], leaves: Sequence[Node]
+) -> Callable[[], Any]:
+    """A run of ``forward`` on ``real`` operands, with the gradients of ``leaves``, if there are any."""
+    if not leaves:
         return lambda: forward(real)
-    floating = [node for node in tensor_nodes(given) if real[node].is_floating_point()]
-    leaves = [node for node in floating if node in given or may_need_gradient(node)]
-    cotangents = [torch.randn_like(x) for x in forward({node: x.detach() for node, x in real.items()})]
+    with torch.no_grad():
+        cotangents = [torch.randn_like(x) for x in forward(real)]
 
     def forward_and_backward() -> None:
         fresh = {node: x.detach().requires_grad_(node in leaves) for node, x in real.items()}
@@ -264,7 +286,8 @@ def _capture_nodes(site: Node) -> list[Node]:
     return [node for node in captures if isinstance(node, Node)]
 
 
-def _has_hints(site: Node) -> bool:
+def has_hints(site: Node) -> bool:
+    """Whether all sizes and strides of its operands are known or were seen."""
     return all(has_hint(size) for x in _flat(site) for size in (*x.shape, *x.stride()))
 
 
@@ -279,7 +302,8 @@ def tensor_nodes(arguments: Any) -> list[Node]:
     return nodes
 
 
-def key_of(site: Node, training: bool, found: list[Candidate]) -> str:
+def key_of(site: Node, training: bool, found: Sequence[Candidate]) -> str:
+    """What the times of the candidates of a site depend on."""
     operands = [
         f"{x.dtype}{[bucket(n) for n in x.shape]}{[hint(n) if isinstance(n, int) else '*' for n in x.stride()]}"
         for x in _flat(site)

@@ -17,6 +17,8 @@ from fxopt.codegen.attention.decided import config_of
 from fxopt.codegen.attention.operator import source_of
 from fxopt.codegen.attention.packed import read_places, unpacked
 from fxopt.codegen.attention.weights import operator as weights
+from fxopt.codegen.attention.weights import together
+from fxopt.codegen.attention.weights.wants import read_wants, text_of_want
 from fxopt.codegen.linear_attention import operator as linear_attention
 from fxopt.codegen.mlp.narrow_mlp import kernel as narrow_mlp
 from fxopt.codegen.mlp.narrow_mlp.problem import problem_of as mlp_problem_of
@@ -76,6 +78,19 @@ def _weights(node: Node) -> Iterator[tuple[str, str]]:
     yield node.name, weights.source_of(str(spec), int(tensor(q).shape[3]), tensor(q).dtype, str(kind), str(config))
 
 
+def _attention_and_weights(node: Node) -> Iterator[tuple[str, str]]:
+    q, _, v, _, spec, wants, config = node.args[:7]
+    rows, width, dtype = tensor(q).shape[2], int(tensor(q).shape[3]), tensor(q).dtype
+    sizes, walks = (str(spec), width, int(tensor(v).shape[3]), dtype), together.walks_of(str(config))
+    if not walks:
+        yield node.name, together.source_of(*sizes, str(config), str(wants))
+        return
+    yield node.name, source_of(*sizes, together.config_of(str(config)))
+    for n, (want, walk) in enumerate(zip(read_wants(str(wants)), walks, strict=True)):
+        text = text_of_want(str(spec), want, rows if isinstance(rows, int) else 0)
+        yield f"{node.name}_weights_{n}", weights.source_of(text, width, dtype, want.kind, walk, known=True)
+
+
 def _linear_attention(node: Node) -> Iterator[tuple[str, str]]:
     yield node.name, linear_attention.source_of_call(*map(_value, node.args))
 
@@ -112,6 +127,7 @@ _GENERATED: Final[Mapping[str, Callable[[Node], Iterator[tuple[str, str]]]]] = {
     "attention_packed": _packed,
     "attention_decided": _decided,
     "attention_weights_forward": _weights,
+    "attention_and_weights_forward": _attention_and_weights,
     "linear_attention_forward": _linear_attention,
     "residual_norm_forward": _residual_norm,
     "mlp_forward": _mlp,

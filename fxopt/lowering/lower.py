@@ -14,7 +14,7 @@ from fxopt.ir.decision import Decision
 from fxopt.ir.nodes import source, tensor
 from fxopt.ir.operators import overload
 from fxopt.ir.program import Program
-from fxopt.lowering import mlp, residual_norm
+from fxopt.lowering import mlp, residual_norm, together
 from fxopt.lowering.attention import choose, prepare
 from fxopt.lowering.base import get_ready
 from fxopt.lowering.candidate import DRAW_SEED, SEED_RANGE, Candidate, seed_options
@@ -53,12 +53,15 @@ def lower(
     devices = {tensor(site.args[0]).device for site in (*sites, *(site for _, site in pieces))}
     # Candidates that draw random numbers do so when they are measured; the program's own must not depend on that.
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
-        later = {site: postponed and postponed.put_off(site.name) for site in sites}
+        groups = together.groups(lowered)
+        grouped = {site for group in groups for site in group.members}
+        later = {site: None if site in grouped else postponed and postponed.put_off(site.name) for site in sites}
         if option == "auto":
             now = [site for site in sites if later[site] is None]
             prepare(now, training, [partial(get_ready, (base or Base()).options)])
-        choices = [(site, later[site] or choose(site, training, option, strict)) for site in sites]
-        decisions = [_lower_site(lowered, *choice) for choice in choices]
+        choices = {site: later[site] or choose(site, training, option, strict) for site in sites}
+        decisions = [d for group in groups if (d := _lower_group(lowered, group, choices, training, option))]
+        decisions += [_lower_site(lowered, *choice) for choice in choices.items()]
         for kind, site in pieces:
             decisions.append(_lower_site(lowered, site, kind.choose(site, training, option, strict, base)))
     lowered.graph.lint()
@@ -70,6 +73,19 @@ def lower(
 
 def _calls(program: Program, name: str) -> list[Node]:
     return list(program.graph.find_nodes(op="call_function", target=overload(name)))
+
+
+def _lower_group(
+    program: Program, group: together.Group, choices: dict[Node, together.Choice], training: bool, option: str
+) -> Decision | None:
+    """The decision for a whole group, whose members are no longer among ``choices``; ``None`` where they stay apart."""
+    choice = together.choose(group, choices, training, option)
+    if choice is None:
+        return None
+    together.write(program, group, choice)
+    for node in group.members:
+        del choices[node]
+    return choice[1]
 
 
 def _lower_site(program: Program, site: Node, choice: tuple[Candidate, Decision]) -> Decision:

@@ -24,7 +24,8 @@ _APART: Final = frozenset({
     "aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum",
     "aten.convolution", "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.scaled_dot_product_attention",
     "fxopt.attention", "fxopt.attention_forward", "fxopt.attention_packed", "fxopt.attention_sdpa",
-    "fxopt.attention_values", "fxopt.attention_weights_forward", "fxopt.mlp", "fxopt.mlp_forward",
+    "fxopt.attention_values", "fxopt.attention_weights_forward", "fxopt.attention_and_weights_forward",
+    "fxopt.mlp", "fxopt.mlp_forward",
 })  # fmt: skip
 _BIASED: Final = {"aten.linear": "bias", "aten.addmm": "self", "aten.conv1d": "bias", "aten.conv2d": "bias"}
 _VIEWS: Final = ("aten.reshape", "aten.flatten", "aten.unflatten")

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
+from fxopt.analysis.rows import of_rows as moved
 from fxopt.analysis.simplify import simplify
 from fxopt.ir.attention import AttentionSpec, Capture
-from fxopt.ir.expression import Expr, I, call, capture, const, symbol
+from fxopt.ir.expression import Expr, call, capture, const
 from fxopt.ir.nodes import Size, arguments, is_call, same_shape, shape, tensor
 from fxopt.ir.operators import overload
 from fxopt.passes.attention.readers import (
@@ -28,8 +29,6 @@ from fxopt.passes.attention.region import CASTS
 from fxopt.rewriter.builder import Builder
 
 aten = torch.ops.aten
-
-_QUERIES = symbol("Sq")
 
 
 @dataclass(frozen=True)
@@ -115,15 +114,7 @@ def of_rows(builder: Builder, operands: Operands, rows: Rows) -> Operands:
     spec, captures = operands.spec, list(operands.captures)
     kept = [taken(node) if how.dims[2] == "i" else node for node, how in zip(captures, spec.captures, strict=True)]
     numbers = _Numbers(builder, operands.queries, list(spec.captures), kept)
-    moved = I if rows.step == 1 else call("mul", I, const(rows.step))
-    leaves = {leaf for e in (spec.score, spec.mask) if e is not None for leaf in e.walk() if not leaf.args}
-    known: dict[Expr, Expr] = {}
-    if I in leaves:
-        known[I] = simplify(call("add", moved, numbers.first(rows.start)))
-    if _QUERIES in leaves:
-        known[_QUERIES] = numbers.count()
-    score, mask = (None if e is None else e.replace(lambda x: known.get(x, x)) for e in (spec.score, spec.mask))
-    assert score is not None
+    score, mask = moved(spec, rows.step, lambda: numbers.first(rows.start), numbers.count)
     spec = replace(spec, score=score, mask=mask, captures=tuple(numbers.descriptions))
     return Operands(taken(operands.queries), operands.keys, tuple(numbers.nodes), spec)
 

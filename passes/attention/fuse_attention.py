@@ -167,9 +167,11 @@ def _write(builder: Builder, site: Site) -> Node:
     # Other readers of the weights may stand before the site's result, and what they get before them.
     with builder.before(softmax if readers else builder.at):
         operands = _operands(builder, site)
+    # Values that are there before the softmax are laid out there: one kernel may then give output and weights.
+    with builder.before(softmax if readers and site.heads.value_node < softmax else builder.at):
+        values = builder.cast(site.heads.values(builder, operands.queries), tensor(site.output).dtype)
     if readers:
         answer(builder, readers, softmax, operands)
-    values = builder.cast(site.heads.values(builder, operands.queries), tensor(site.output).dtype)
     spec = replace(
         operands.spec,
         dropout=site.weights.dropout,

@@ -67,6 +67,15 @@ def test_reports_say_what_is_read(number: str, titles: str) -> None:
     assert f"(out, {titles})" in site.reason
 
 
+@pytest.mark.parametrize("number", ["35", "P15b", "P15c", "P15h", "P15j", "P15k", "P15o"])
+def test_values_are_there_before_the_weights_are_read(number: str) -> None:
+    """So that one call may give the output and what is read."""
+    program = rewritten(CASES[number]).program
+    nodes = [node for node in program.graph.nodes if "fxopt.attention" in str(node.target)]
+    (site,) = (node for node in nodes if str(node.target) == "fxopt.attention.default")
+    assert len(nodes) > 1 and all(operand < min(nodes) for operand in site.all_input_nodes)
+
+
 def test_weights_read_through_a_cast_are_written_in_its_dtype() -> None:
     def narrow(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         p = torch.softmax(q @ k.mT, -1, dtype=torch.float32).to(q.dtype)

@@ -17,6 +17,7 @@ from fxopt.codegen.attention import operator as forward
 from fxopt.codegen.attention import packed
 from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.weights import operator as weights
+from fxopt.codegen.attention.weights import together
 from fxopt.codegen.linear_attention import operator as linear
 from fxopt.codegen.mlp.narrow_mlp import operator as mlp
 from fxopt.codegen.norm.residual_norm import backward_operator as norm_backward
@@ -29,6 +30,7 @@ LAUNCHING = (
     (packed.attention_packed, packed.on_cuda),
     (packed.attention_packed_backward, packed.backward_on_cuda),
     (weights.attention_weights_forward, weights._cuda),
+    (together.attention_and_weights_forward, together.on_cuda),
     (linear.linear_attention_forward, linear._cuda),
     (linear.linear_attention_backward, linear._cuda_backward),
     (mlp.mlp_forward, mlp._cuda),

@@ -34,13 +34,21 @@ CASES = [
 
 
 def compiled(
-    name: str, spec: AttentionSpec, width: int, dtype: torch.dtype, kind: str, config: Config, architecture: int
+    name: str,
+    spec: AttentionSpec,
+    width: int,
+    dtype: torch.dtype,
+    kind: str,
+    config: Config,
+    architecture: int,
+    *,
+    known: bool = False,
 ) -> Any:
     """A kernel of the module as Triton would specialise it for aligned, contiguous operands."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(import_source(KIND, source(spec, width, dtype, kind, str(config))), name)
+    kernel = getattr(import_source(KIND, source(spec, width, dtype, kind, str(config), known)), name)
     constants = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded(width), "PRECISION": "ieee"}
     constants |= {"FAST_TANH": dtype is not torch.float32, "EVEN": False, "WIDE": False}
     constants |= dict.fromkeys(("q_stride_d", "k_stride_d", "c0_stride_j"), 1)
@@ -61,7 +69,7 @@ def _aligned(name: str, constants: dict[str, Any]) -> bool:
 def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
     if not name.endswith("_ptr"):
         return "i32"
-    if name in ("peak_ptr", "total_ptr"):
+    if name in ("peak_ptr", "total_ptr", "lse_ptr"):
         return "*fp32"
     return POINTER[spec.captures[int(name[1])].dtype if name[0] == "c" else dtype]
 
@@ -81,6 +89,23 @@ def test_first_candidate_compiles_without_spills(
         assert ("wgmma.mma_async" in ptx) == (architecture == 90 and dtype is HALF)
         assert re.search(r"mul(\.lo|\.wide)\.[su]\d+\s+%rd", ptx), "addresses are not computed in 64 bits"
         assert not re.search(r"(?<![\w.])(atom|red)\.", ptx), "sums must not depend on the order of blocks"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("architecture", "name"), [(90, "plain"), (90, "softcap-window"), (80, "causal"), (100, "padding")]
+)
+def test_one_walk_compiles_without_spills(architecture: int, name: str, kind: str, tmp_path: Path) -> None:
+    config = candidates(SPECS[name], 64, HALF)[0]
+    kernel_name = "columns_kernel" if kind == "column_sum" else "rows_kernel"
+    one, two = (
+        compiled(kernel_name, SPECS[name], 64, HALF, kind, config, architecture, known=known) for known in (True, False)
+    )
+    assert stack_bytes(one.asm["cubin"], tmp_path) == 0, (kernel_name, str(config))
+    assert one.metadata.shared <= SHARED[architecture]
+    products, of_both = (kernel.asm["ttir"].count("tt.dot ") for kernel in (one, two))
+    # Column sums have the first walk in a kernel of its own, which is left out.
+    assert 0 < products <= of_both and (products < of_both or kind == "column_sum")
 
 
 @pytest.mark.parametrize("kind", KINDS)

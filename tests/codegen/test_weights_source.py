@@ -44,14 +44,25 @@ def test_same_specification_same_bytes_and_valid_python(name: str, kind: str) ->
     tree = ast.parse(text)
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     kernels = ["rows_kernel", "columns_kernel"] if kind == "column_sum" else ["rows_kernel"]
-    assert functions[-7 - len(kernels) + 1 :] == [
-        "logits", "exponentials", "fold", "normalise", *kernels, "launch", "reference", "main",
-    ][-7 - len(kernels) + 1 :]  # fmt: skip
+    assert functions[-8 - len(kernels) :] == [
+        "logits", "exponentials", "fold", "normalise", *kernels, "launch", "exact_logits", "reference", "main",
+    ]  # fmt: skip
     assert str(spec.score) in (ast.get_docstring(tree) or "")
     assert KINDS[kind].maths in (ast.get_docstring(tree) or "")
     assert "fxopt" not in text.split('"""', 2)[2]
     assert max(map(len, text.splitlines())) <= 120
     assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_log_sum_exp_saves_the_first_walk(kind: str) -> None:
+    text = source(SPEC, 72, torch.bfloat16, kind, "64x64w4s2", known=True)
+    functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    (kernel,) = (name for name in functions if name.endswith("_kernel"))
+    assert functions[-7:] == ["logits", "normalise", kernel, "launch", "exact_logits", "reference", "main"]
+    assert not {"exponentials", "fold"} & set(functions)
+    assert kernel == ("columns_kernel" if kind == "column_sum" else "rows_kernel")
+    assert max(map(len, text.splitlines())) <= 120 and "launch(q, k, captures, lse)" in text
 
 
 @pytest.mark.parametrize("kind", KINDS)

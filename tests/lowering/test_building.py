@@ -90,7 +90,7 @@ def rewritten(function: Any, inputs: tuple[Tensor, ...]) -> tuple[Program, list[
 
 def problem_of(site: Node) -> Problem:
     q, k, v = (node.meta["val"] for node in site.args[:3] if isinstance(node, Node))
-    return attention._problem(read_spec(str(site.args[4])), q, k, v, training=False)
+    return attention.problem_of(read_spec(str(site.args[4])), q, k, v, training=False)
 
 
 def generated(site: Node, training: bool = False) -> list[str]:

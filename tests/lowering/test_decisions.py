@@ -154,7 +154,7 @@ def test_sizes_that_are_not_known_are_no_reason_for_silence(
     device: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device(8)
-    monkeypatch.setattr(attention, "_has_hints", lambda site: False)
+    monkeypatch.setattr(attention, "has_hints", lambda site: False)
     reason = choose(site_of(*operands(512)), False, "auto")[1].reason
     assert reason.startswith(f"best guess: the sizes are not known; hopper: {AMPERE}")
 

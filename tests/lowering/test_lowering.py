@@ -16,7 +16,7 @@ from fxopt.frontend.export import from_export
 from fxopt.ir.attention import AttentionSpec, Capture, read_spec
 from fxopt.ir.expression import parse
 from fxopt.ir.program import Program
-from fxopt.lowering.attention import _problem, candidates
+from fxopt.lowering.attention import candidates, problem_of
 from fxopt.lowering.lower import lower
 from fxopt.lowering.options import Options
 from fxopt.testing import assert_within_budget, oracle
@@ -113,7 +113,7 @@ def test_kernels_are_told_whether_the_number_of_keys_may_change(dynamic: bool, m
     ).program
     (site,) = [n for n in program.graph.nodes if "attention" in n.name]
     q, k, v = (node.meta["val"] for node in site.args[:3])
-    problem = _problem(read_spec(str(site.args[4])), q, k, v, training=False)
+    problem = problem_of(read_spec(str(site.args[4])), q, k, v, training=False)
     assert (problem.keys, problem.dynamic_keys) == (12, dynamic)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -12,12 +13,15 @@ from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short.config import LONGEST, read_config
 from fxopt.codegen.attention.short.order import cycles, ordered
 from fxopt.codegen.attention.short.source import KernelText
+from fxopt.codegen.attention.weights.wants import Want
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
-__all__ = ["candidates", "objection", "seconds", "source"]
+__all__ = ["candidates", "candidates_with_weights", "objection", "seconds", "source"]
 
 _LARGEST_HEAD: Final = 128
+#: The most keys of kernels that write weights as well.
+_MOST_WITH_WEIGHTS: Final = 208
 
 
 def objection(problem: Problem) -> str | None:
@@ -41,6 +45,15 @@ def candidates(problem: Problem) -> tuple[str, ...]:
     return () if objection(problem) is not None else tuple(map(str, ordered(problem)))
 
 
+def candidates_with_weights(problem: Problem) -> tuple[str, ...]:
+    """The same for kernels that write weights as well, which need registers for that: without a cap on them, and up to
+    as many keys as leave them enough.
+    """
+    if objection(problem) is not None or (problem.keys or 0) > _MOST_WITH_WEIGHTS:
+        return ()
+    return tuple(str(replace(config, registers=0)) for config in ordered(problem))
+
+
 def seconds(problem: Problem, config: str) -> float:
     """How long a configuration should take on a problem."""
     return cycles(read_config(config), problem) / device_of(problem.capability).clock
@@ -55,10 +68,19 @@ def _objection(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.
     return reason
 
 
-def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:
+def source(
+    spec: AttentionSpec,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    config: str,
+    *,
+    wants: tuple[Want, ...] = (),
+) -> str:
     """The source of the forward kernel: a module that defines ``launch(q, k, v, captures, with_lse)`` and runs alone.
 
-    The same arguments always give the same text.
+    It returns the output, the log-sum-exp, and what is in ``wants`` of the weights. The same arguments always give the
+    same text.
 
     Raises:
         LoweringError: no kernel can be generated.
@@ -66,4 +88,4 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
     reason = _objection(spec, head_dim, value_dim, dtype)
     if reason is not None:
         raise LoweringError(f"no kernel for few keys: {reason}; use another family of kernels ({spec})")
-    return str(KernelText(spec, head_dim, value_dim, dtype, read_config(config)))
+    return str(KernelText(spec, head_dim, value_dim, dtype, read_config(config), wants))

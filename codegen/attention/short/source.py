@@ -39,7 +39,9 @@ from fxopt.codegen.attention.short.statements import (
     values,
 )
 from fxopt.codegen.attention.short.sums import is_linear, moves_with, split_sum
+from fxopt.codegen.attention.short.wanted import ADD_PARTS, WantedText
 from fxopt.codegen.attention.softmax import Exponent, exponent, row_maximum
+from fxopt.codegen.attention.weights.wants import Want
 from fxopt.codegen.printing import emit, helpers
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
@@ -52,19 +54,23 @@ _CONSTANTS: Final = ("BLOCK_M", "BLOCK_D", "BLOCK_E", "PRECISION", "FAST_TANH", 
 
 @dataclass(frozen=True)
 class KernelText:
-    """The source for one specification, pair of head dimensions, input dtype and configuration."""
+    """The source for one specification, pair of head dimensions, input dtype and configuration, and for what is wanted
+    of the weights besides.
+    """
 
     spec: AttentionSpec
     head_dim: int
     value_dim: int
     dtype: torch.dtype
     config: Config
+    wants: tuple[Want, ...] = ()
 
     def __str__(self) -> str:
         holes = description(self.spec, self.head_dim, self.value_dim, f"{self.config} {_LEGEND}", self._captures)
         holes |= {"library": "import math" if self.config.walk == "batch" else "", "imports": ""}
-        holes |= self._kernel | self._launch
-        body = fill(template.KERNEL, holes) + fill(template.LAUNCH, holes)
+        holes |= self._kernel | self._launch | {"wanted_maths": self._wanted.maths}
+        added = ADD_PARTS if self._wanted.sums else ""
+        body = fill(template.KERNEL, holes) + added + fill(template.LAUNCH, holes)
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         keys = self.config.keys
         holes |= script_holes(self.spec, self.dtype, check=keys * 3 // 4 + 1, timed=(2**17 // keys, keys))
@@ -104,6 +110,10 @@ class KernelText:
             "loop": template.LOOP[self.config.walk],
             "inside": "\n".join(s.text for s in statements if walked in s.axes),
         }
+
+    @cached_property
+    def _wanted(self) -> WantedText:
+        return WantedText(self.wants, self.config, self._exact, self.spec.empty_rows == "zero")
 
     def _statements(self) -> Iterator[Statement]:
         """The kernel's work in order, every read before the first product."""
@@ -172,6 +182,8 @@ class KernelText:
             "averages": "\n".join(averages) if self.spec.empty_rows == "uniform" else "",
             "total": total,
             "products": "\n".join(self._product(n) for n in self._pieces),
+            "wanted_before": self._wanted.before,
+            "wanted_after": self._wanted.after,
             "result": zeroed if self.spec.empty_rows == "zero" else quotient,
             "out_mask": both("rows < Sq", inside("e[None, :]", self.value_dim)),
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
@@ -190,7 +202,15 @@ class KernelText:
 
     @property
     def _pointers(self) -> tuple[str, ...]:
-        return ("q_ptr", "k_ptr", "v_ptr", *(f"{c.name}_ptr" for c in self._captures), "out_ptr", "lse_ptr")
+        return (
+            "q_ptr",
+            "k_ptr",
+            "v_ptr",
+            *(f"{c.name}_ptr" for c in self._captures),
+            "out_ptr",
+            "lse_ptr",
+            *self._wanted.pointers,
+        )
 
     @property
     def _strides(self) -> tuple[str, ...]:
@@ -217,6 +237,8 @@ class KernelText:
             "full": f"sum(keys >= end for end in {ends})",
             "wide": wide(self._reaches),
             "launch_arguments": listing(self._arguments(names, periods)),
+            "results_legend": "Then what is wanted of the weights, in turn." if self.wants else "",
+            **self._wanted.launch,
         }
 
     def _arguments(self, names: Sequence[str], periods: Sequence[str]) -> tuple[str, ...]:
@@ -229,7 +251,7 @@ class KernelText:
         switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", "FULL=full", "WIDE=wide")
         cap = (f"maxnreg={config.registers}",) if config.registers else ()
         options = (f"num_warps={config.warps}", f"num_stages={config.stages}", *cap)
-        tensors = ("q", "k", "v", *names, "out", "lse")
+        tensors = ("q", "k", "v", *names, "out", "lse", *self._wanted.names)
         return (*tensors, *strides, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *options)
 
     @property

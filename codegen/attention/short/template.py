@@ -61,10 +61,12 @@ $unit
 $weights
 $averages
 total = $total
+$wanted_before
 $products
 out = $result
 out_base = out_ptr + b_wide * out_stride_b + h_wide * out_stride_h
 tl.store(out_base + out_tile, out.to(out_ptr.dtype.element_ty), mask=$out_mask)
+$wanted_after
 if WITH_LSE:
     lse = peak$lse_factor + tl.log(total)
     lse_row = lse_ptr + (b_wide * heads + h_wide) * Sq + rows
@@ -73,10 +75,11 @@ if WITH_LSE:
 LAUNCH: Final = '''
 def launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor] = (), with_lse: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> $results:
     """q [B, H, Sq, $head_dim], k [B, G, Sk, $head_dim], v [B, G, Sk, $value_dim] -> out [B, H, Sq, $value_dim], lse.
 
     ``Sk`` is at most $longest. ``lse`` is the float32 log-sum-exp [B, H, Sq] of the logits, empty unless ``with_lse``.
+    $results_legend
     """
     batch, heads, rows, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -84,12 +87,14 @@ def launch(
         raise ValueError(f"this kernel serves $longest keys at most, not {keys}")
     out = $allocate
     lse = torch.empty((batch, heads, rows) if with_lse else (0,), dtype=torch.float32, device=q.device)
+    $allocate_wanted
     if keys == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return out.zero_(), lse.fill_(float("-inf"))$zeroed
     $unpack_captures
     $grid
     if grid[0] == 0:
-        return out, lse
+        return out, lse$zeroed
+    $allocate_parts
     full = $full
     # Strides so long that offsets within a block need 64 bits.
     $wide
@@ -99,7 +104,8 @@ def launch(
         attention_kernel[grid](
             $launch_arguments
         )
-    return out, lse
+        $add_parts
+    return out, lse$wanted
 
 '''
 

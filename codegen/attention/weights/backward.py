@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fxopt.codegen.attention.weights.reference import exact_weights, reduction
+from fxopt.codegen.attention.weights.reference import exact_weights
+from fxopt.codegen.attention.weights.wants import Want, of_want
 from fxopt.ir.attention import AttentionSpec
 
 
@@ -17,7 +19,7 @@ def gradients(
     k: Tensor,
     captures: Sequence[Tensor],
     wanted: Sequence[bool],
-    kind: str,
+    want: Want,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The gradients of ``q``, ``k`` and of the captures that are ``wanted`` (``None`` for the others).
@@ -28,16 +30,16 @@ def gradients(
         k: ``[B, G, T, D]``.
         captures: the captured tensors.
         wanted: which of them need a gradient.
-        kind: ``"weights"``, ``"column_sum"`` or ``"diagonal"``.
+        want: what was computed of the weights.
         grad: of the result, in its shape.
     """
     places = [n for n, want in enumerate(wanted) if want]
 
     def result(q: Tensor, k: Tensor, *changing: Tensor) -> Tensor:
         given = dict(zip(places, changing, strict=True))
-        weights_BHST = exact_weights(spec, q, k, [given.get(n, c) for n, c in enumerate(captures)])
-        found = weights_BHST if kind == "weights" else reduction(kind)(weights_BHST)
-        return found.to(spec.out_dtype)
+        read = want.captures(spec, [given.get(n, c) for n, c in enumerate(captures)])
+        weights_BHST = exact_weights(of_want(spec, want, q.shape[2]), q[:, :, want.cut], k, read)
+        return replace(want, rows=None).of(weights_BHST)
 
     pull_back = torch.func.vjp(result, q, k, *(captures[n] for n in places))[1]
     dq, dk, *changing = pull_back(grad)

@@ -17,6 +17,8 @@ from fxopt.ir.attention import AttentionSpec
 KIND: Final = "attention_weights_triton"
 #: Configurations measured for a site.
 _TRIED: Final = 2
+#: Constants up to this size may stand in a score whose log-sum-exp is shared.
+_LARGE: Final = 64.0
 #: Best guess first, by the width that the head dimension is padded to; the last ones are for few rows. Each fits the
 #: shared memory of every device from compute capability 8.0 on.
 _HALF: Final[dict[int, tuple[str, ...]]] = {
@@ -62,7 +64,24 @@ def candidates(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, rows: int
     return tuple(found[:_TRIED])
 
 
-def source(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, kind: str, config: str) -> str:
+def sharing_objection(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
+    """Why a row's log-sum-exp does not tell its weights, as a sentence, or ``None`` when it does.
+
+    It is rounded to float32: where it is 4, weights are off by four times their own rounding, which is as nothing
+    beside that of products in half precision. Where all logits of a row share a large number, it doesn't hold the
+    logarithm of how many they are.
+    """
+    if dtype is torch.float32:
+        return "weights of float32 operands have more digits than a log-sum-exp"
+    leaves = [leaf for leaf in spec.score.walk() if not leaf.args]
+    if any(leaf.op == "capture" and spec.captures[int(leaf.value or 0)].kind != "bool" for leaf in leaves):
+        return "a captured tensor may shift a whole row of logits beyond what a log-sum-exp can tell apart"
+    if any(leaf.op == "const" and abs(float(leaf.value or 0)) > _LARGE for leaf in leaves):
+        return "a constant may shift a whole row of logits beyond what a log-sum-exp can tell apart"
+    return None
+
+
+def source(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, kind: str, config: str, known: bool = False) -> str:
     """The source of a module that defines ``launch(q, k, captures) -> out`` and runs alone.
 
     Args:
@@ -71,13 +90,16 @@ def source(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, kind: str, co
         dtype: of ``q`` and ``k``.
         kind: ``"weights"``, ``"column_sum"`` or ``"diagonal"``.
         config: a printed `Config` that reads by pointers.
+        known: whether ``launch`` is given the rows' log-sum-exp as well, so that one walk over the keys is enough.
 
     Raises:
         LoweringError: no kernel can be generated; `objection` says why.
     """
     reason = objection(spec, head_dim, dtype)
+    if known and reason is None:
+        reason = sharing_objection(spec, dtype)
     if kind not in KINDS:
         reason = f"{kind!r} is none of {', '.join(KINDS)}"
     if reason is not None:
         raise LoweringError(f"no Triton kernel for these attention weights: {reason}; lower them to ATen instead")
-    return str(WeightsText(replace(spec, dropout=0.0), head_dim, dtype, kind, read_config(config)))
+    return str(WeightsText(replace(spec, dropout=0.0), head_dim, dtype, kind, read_config(config), known))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,9 +19,14 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.weights.backward import gradients
 from fxopt.codegen.attention.weights.kernel import KIND, objection, source
 from fxopt.codegen.attention.weights.reference import exact_weights, reduction, result_size
-from fxopt.codegen.building import launcher
+from fxopt.codegen.attention.weights.wants import Want
+from fxopt.codegen.building import launcher, only_compiles
+from fxopt.codegen.replay import Replay, layouts, precision, record, remember
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
+
+#: Launches to repeat, by what they depend on.
+_REPLAYS: Final[dict[tuple[object, ...], Replay]] = {}
 
 
 @torch.library.custom_op("fxopt::attention_weights_forward", mutates_args=(), device_types="cpu")
@@ -53,19 +58,41 @@ def attention_weights_forward(
 @attention_weights_forward.register_kernel("cuda")
 def _cuda(q: Tensor, k: Tensor, captures: Sequence[Tensor], spec: str, kind: str, config: str) -> Tensor:
     _checked(q, k, captures, spec)
-    out: Tensor = launcher(module(spec, q.shape[3], q.dtype, kind, config))(q, k, captures)
-    return out
+    return walk(q, k, captures, spec, kind, config)
+
+
+def walk(
+    q: Tensor, k: Tensor, captures: Sequence[Tensor], spec: str, kind: str, config: str, lse: Tensor | None = None
+) -> Tensor:
+    """Run the kernel on CUDA; given the log-sum-exp ``[B, H, S]`` of the rows, in one walk over the keys."""
+    known = () if lse is None else (lse,)
+    operands = (q, k, *captures, *known)
+    key = (spec, kind, config, lse is None, precision(q.dtype), *layouts(operands))
+    replay = None if only_compiles() else _REPLAYS.get(key)
+    # A replay runs on the current device.
+    if replay is not None and q.get_device() == torch.cuda.current_device():
+        return replay(operands)[0]
+    kernel = module(spec, q.shape[3], q.dtype, kind, config, lse is not None)
+    launch = launcher(kernel)
+    if only_compiles():
+        out: Tensor = launch(q, k, captures, *known)
+        return out
+    results, replay = record(kernel, lambda: (launch(q, k, captures, *known),), operands)
+    remember(_REPLAYS, key, replay)
+    return results[0]
 
 
 @lru_cache(maxsize=1024)
-def module(spec: str, head_dim: int, dtype: torch.dtype, kind: str, config: str) -> ModuleType:
+def module(spec: str, head_dim: int, dtype: torch.dtype, kind: str, config: str, known: bool = False) -> ModuleType:
     """The generated module for printed ``spec`` and ``config``, from the source cache."""
-    return import_source(KIND, source_of(spec, head_dim, dtype, kind, config))
+    return import_source(KIND, source_of(spec, head_dim, dtype, kind, config, known))
 
 
-def source_of(spec: str, head_dim: int, dtype: torch.dtype, kind: str, config: str) -> str:
-    """The source that ``attention_weights_forward`` runs for printed ``spec`` and ``config``."""
-    return source(reference.specification(spec), head_dim, dtype, kind, config)
+def source_of(spec: str, head_dim: int, dtype: torch.dtype, kind: str, config: str, known: bool = False) -> str:
+    """The source that ``attention_weights_forward`` runs for printed ``spec`` and ``config``; ``known`` tells that the
+    log-sum-exp of the rows is given.
+    """
+    return source(reference.specification(spec), head_dim, dtype, kind, config, known)
 
 
 @attention_weights_forward.register_fake
@@ -107,7 +134,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, *captures = ctx.saved_tensors
     wanted = [bool(need) for need in ctx.needs_input_grad[2]]
     spec = reference.specification(ctx.spec)
-    return (*gradients(spec, q, k, captures, wanted, ctx.kind, grad), None, None, None)
+    return (*gradients(spec, q, k, captures, wanted, Want(ctx.kind, spec.out_dtype), grad), None, None, None)
 
 
 attention_weights_forward.register_autograd(_backward, setup_context=_setup_context)

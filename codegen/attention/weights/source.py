@@ -2,7 +2,7 @@
 
 Per block of rows the keys are gone over twice: once for the largest logit and the sum of exponentials, once for the
 weights themselves. Column sums keep the former for every row and go over the rows per block of keys; no atomics, so
-that two runs agree to the last bit.
+that two runs agree to the last bit. Where the log-sum-exp of the rows is given, the first walk is left out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.codegen.attention.portable.loops import key_range_text, loop_spans
 from fxopt.codegen.attention.portable.tiles import wide
 from fxopt.codegen.attention.script import script_holes
+from fxopt.codegen.attention.softmax import LOG2E
 from fxopt.codegen.attention.weights import template
 from fxopt.codegen.attention.weights.blocks import BlocksText
 from fxopt.codegen.printing import emit, helpers
@@ -35,6 +36,12 @@ WEIGHT: Final = {
     "zero": "tl.where(total == 0, 0.0, p / total)",
     "uniform": "tl.where(total == 0, 1.0 / Sk, p / total)",
 }
+#: The same, and the exponent of 2, where the log-sum-exp of a row is known.
+_KNOWN_WEIGHT: Final = {
+    "nan": "p",
+    "zero": 'tl.where(lse == float("-inf"), 0.0, p)',
+    "uniform": 'tl.where(lse == float("-inf"), 1.0 / Sk, p)',
+}
 #: The same in the script's reference.
 _REFERENCE: Final = {
     row: f'torch.where((x == float("-inf")).all(-1, keepdim=True), {value}, out)' if value else "out"
@@ -42,7 +49,16 @@ _REFERENCE: Final = {
 }
 _EMPTY: Final = {"nan": "NaN", "zero": "0", "uniform": "1/T for every key"}
 _CONSTANTS: Final = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "PRECISION", "FAST_TANH", "EVEN", "WIDE")
-_STRIDES: Final = {"q": ("bhid", (0, 1, 2, 3)), "k": ("bhjd", (0, 1, 2, 3))}
+_STRIDES: Final = {"q": ("bhid", (0, 1, 2, 3)), "k": ("bhjd", (0, 1, 2, 3)), "lse": ("bhi", (0, 1, 2))}
+_SIGNATURE: Final = {
+    False: "def launch(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor] = ()) -> torch.Tensor:",
+    True: "def launch(\n    q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor], lse: torch.Tensor\n"
+    ") -> torch.Tensor:",
+}
+
+
+#: What the kernel of the rows does before its work where nothing is known of their sums.
+_FIRST: Final = "the sums of its softmax, then "
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +77,15 @@ class Kind:
 
 KINDS: Final[dict[str, Kind]] = {
     "weights": Kind(
-        "weights", "out = P", "the sums of its softmax, then its weights", "(batch, heads, rows, keys)",
-        "P [B, H, Sq, Sk]", "out", template.FINISH_WEIGHTS,
+        "weights", "out = P", "its weights", "(batch, heads, rows, keys)", "P [B, H, Sq, Sk]", "out",
+        template.FINISH_WEIGHTS,
     ),
     "column_sum": Kind(
         "column sums", "out[b,h,j] = Σ_i P[b,h,i,j]", "the maxima and sums of its softmax", "(batch, heads, keys)",
         "Σ_i P [B, H, Sk]", "out.sum(2)", template.FINISH_SUMS, ("peak", "total"),
     ),
     "diagonal": Kind(
-        "diagonal", "out[b,h,n] = P[b,h,n,n]", "the sums of its softmax, then its weights on the diagonal",
+        "diagonal", "out[b,h,n] = P[b,h,n,n]", "its weights on the diagonal",
         "(batch, heads, min(rows, keys))", "the diagonal of P [B, H, min(Sq, Sk)]", "out.diagonal(dim1=2, dim2=3)",
         template.FINISH_DIAGONAL,
     ),
@@ -78,21 +94,26 @@ KINDS: Final[dict[str, Kind]] = {
 
 @dataclass(frozen=True)
 class WeightsText:
-    """The source for one specification, head dimension, input dtype, kind and configuration."""
+    """The source for one specification, head dimension, input dtype, kind and configuration; ``known`` tells that the
+    log-sum-exp of the rows is given.
+    """
 
     spec: AttentionSpec
     head_dim: int
     dtype: torch.dtype
     kind: str
     config: Config
+    known: bool = False
 
     def __str__(self) -> str:
-        holes = {**self._description, **self._logits.holes, "weight": WEIGHT[self.spec.empty_rows]}
+        holes = {**self._description, **self._logits.holes, **self._sums}
         holes |= self._kernel(holes)
-        holes |= self._rows(holes)
-        columns = "" if self.kind != "column_sum" else fill(template.COLUMNS, holes | self._columns(holes))
+        summed = self.kind == "column_sum"
+        rows = "" if summed and self.known else fill(template.ROWS, holes | self._rows(holes))
+        columns = fill(template.COLUMNS, holes | self._columns(holes)) if summed else ""
         holes |= self._launch
-        body = fill(template.BLOCKS, holes) + fill(template.ROWS, holes) + columns + fill(template.LAUNCH, holes)
+        sums = template.SUMS_KNOWN if self.known else template.SUMS_WALKED
+        body = fill(template.BLOCKS + sums, holes) + rows + columns + fill(template.LAUNCH, holes)
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         script = {**holes, **script_holes(self.spec, self.dtype)}
         script |= {"reference_result": _REFERENCE[self.spec.empty_rows], "reference_reduced": self._kind.reduced}
@@ -124,6 +145,14 @@ class WeightsText:
             "head_dim": str(self.head_dim),
         }
 
+    @property
+    def _sums(self) -> dict[str, str]:
+        """The holes that say how a logit becomes a weight."""
+        if not self.known:
+            return {"weight": WEIGHT[self.spec.empty_rows], "sums": "total, peak"}
+        text = f"x * {self._logits.exponent.scale} - lse * {LOG2E!r}"
+        return {"weight": _KNOWN_WEIGHT[self.spec.empty_rows], "sums": "lse", "known_exponent": text}
+
     def _kernel(self, holes: Mapping[str, str]) -> dict[str, str]:
         """The holes that the kernels share."""
         inside = self._logits.inside("d[None, :]")
@@ -145,26 +174,39 @@ class WeightsText:
         finish = {
             "write_loops": self._loops(template.WRITE, holes),
             "outside": self._outside,
-            "diagonal_loop": _text(template.LOOP, {**holes, **diagonal, "body": template.PICK}),
+            "diagonal_loop": _text(template.LOOP, {**holes, **diagonal, "body": _text(template.PICK, holes)}),
         }
         return {
-            "rows_parameters": self._parameters(self._kind.writes),
-            "rows_work": self._kind.work,
+            "rows_parameters": self._parameters(self._writes),
+            "rows_work": self._kind.work if self.known or self.kind == "column_sum" else f"{_FIRST}{self._kind.work}",
             "row_block": "blocks - 1 - program % blocks" if ranged else "program % blocks",
-            "fold_loops": self._loops(template.FOLD, holes),
-            "finish": _text(self._kind.finish, finish),
+            "sums_found": self._sums_found(holes),
+            "finish": _text(self._kind.finish, {**holes, **finish}),
         }
+
+    @property
+    def _writes(self) -> tuple[str, ...]:
+        """The tensors besides the operands that the kernel of the rows is given."""
+        return ("lse", *self._kind.writes) if self.known else self._kind.writes
+
+    def _sums_found(self, holes: Mapping[str, str]) -> str:
+        """The lines that find the sums of the rows, and the limits of the keys that later lines read."""
+        if not self.known:
+            return _text(template.WALK, {**holes, "fold_loops": self._loops(template.FOLD, holes)})
+        return template.LOAD_LSE + (f"\n{holes['key_range']}" if self.kind == "weights" else "")
 
     def _loops(self, body: str, holes: Mapping[str, str]) -> str:
         spans = loop_spans(self._logits.range)
-        texts = [{"first": s.first, "last": s.last, "bounded": str(s.bounded), "body": body} for s in spans]
+        texts = [
+            {"first": s.first, "last": s.last, "bounded": str(s.bounded), "body": _text(body, holes)} for s in spans
+        ]
         return "\n".join(_text(template.LOOP, {**holes, **text}) for text in texts)
 
     @property
     def _outside(self) -> str:
         if not self._logits.range.bounds:
             return ""
-        write = {"write": template.WRITE}
+        write = {"write": _text(template.WRITE, self._sums)}
         lower = bool(self._logits.range.side("lower"))
         end = "tl.maximum(stop, start_block)" if lower else "tl.maximum(stop, 0)"
         before = _text(template.BEFORE, write) if lower else ""
@@ -178,11 +220,20 @@ class WeightsText:
         lower = " & (start + BLOCK_N > start_block)" if found.side("lower") else ""
         skipped = {"inside": f"(start < stop){lower}" if lower else "start < stop", "column": column}
         return {
-            "columns_parameters": self._parameters(("peak", "total", "out")),
-            "sums_of_rows": template.SUMS_OF_ROWS,
+            "columns_parameters": self._parameters((*self._summed, "out")),
+            "sums_of_rows": template.LOAD_LSE if self.known else template.SUMS_OF_ROWS,
             "columns_range": "\n".join([*self._limit_captures, *limits]) if found.bounds else "",
             "columns_body": _text(template.SKIPPED_COLUMN, skipped) if found.bounds else column,
         }
+
+    @property
+    def _summed(self) -> tuple[str, ...]:
+        """The tensors that tell the sums of the rows."""
+        return ("lse",) if self.known else ("peak", "total")
+
+    @property
+    def _strides(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {name: axes for name, axes in _STRIDES.items() if self.known or name != "lse"}
 
     @property
     def _limit_captures(self) -> list[str]:
@@ -193,14 +244,14 @@ class WeightsText:
     def _parameters(self, writes: Sequence[str]) -> str:
         captures = self._logits.captures
         tensors = (f"{name}_ptr" for name in ("q", "k", *(c.name for c in captures), *writes))
-        strides = (f"{name}_stride_{axis}" for name, (axes, _) in _STRIDES.items() for axis in axes)
+        strides = (f"{name}_stride_{axis}" for name, (axes, _) in self._strides.items() for axis in axes)
         captured = (name for c in captures for name in c.strides)
         sizes = ("heads", "kv_heads", "Sq", "Sk", *(p for c in captures for p in c.period))
         return listing((*tensors, *strides, *captured, *sizes, *_CONSTANTS), annotate=True)
 
     def _arguments(self, writes: Sequence[str]) -> str:
         captures, config = self._logits.captures, self.config
-        strides = (f"{name}.stride({axis})" for name, (_, axes) in _STRIDES.items() for axis in axes)
+        strides = (f"{name}.stride({axis})" for name, (_, axes) in self._strides.items() for axis in axes)
         captured = (value for c in captures for value in c.stride_values)
         sizes = ("heads", "kv_heads", "rows", "keys", *(f"{c.name}.shape[0]" for c in captures if c.period))
         blocks = (f"BLOCK_M={config.block_m}", f"BLOCK_N={config.block_n}", f"BLOCK_D={padded(self.head_dim)}")
@@ -215,16 +266,20 @@ class WeightsText:
         """The holes of the host side."""
         names = [c.name for c in self._logits.captures]
         summed = self.kind == "column_sum"
-        columns = {"block_n": str(self.config.block_n), "columns_arguments": self._arguments(("peak", "total", "out"))}
+        columns = {"block_n": str(self.config.block_n), "columns_arguments": self._arguments((*self._summed, "out"))}
+        rows = {"block_m": str(self.config.block_m), "rows_arguments": self._arguments(self._writes)}
         return {
+            "signature": _SIGNATURE[self.known],
+            "lse_shape": ", lse [B, H, Sq]" if self.known else "",
+            "given": "q, k, captures, lse" if self.known else "q, k, captures",
+            "main_lse": "lse = torch.logsumexp(exact_logits(q, k, captures), -1).float()" if self.known else "",
             "result_shape": self._kind.shape,
             "result_size": self._kind.size,
             "torch_dtype": str(self.spec.out_dtype),
             "unpack_captures": f"({', '.join(names)},) = captures" if names else "",
             "wide": wide(self._reaches),
-            "sums": template.SUMS if summed else "",
-            "block_m": str(self.config.block_m),
-            "rows_arguments": self._arguments(self._kind.writes),
+            "scratch": template.SCRATCH if summed and not self.known else "",
+            "launch_rows": "" if summed and self.known else _text(template.LAUNCH_ROWS, rows),
             "launch_columns": _text(template.LAUNCH_COLUMNS, columns) if summed else "",
         }
 

@@ -60,7 +60,10 @@ def logits(
     $masks
     return x
 
+'''
 
+#: From logits to weights by the largest logit and the sum of each row, which a first walk over the keys finds.
+SUMS_WALKED: Final = '''
 @triton.jit
 def exponentials(x, highest):
     """The weights of rows whose largest logit is ``highest``, before they are divided by their sum."""
@@ -88,6 +91,17 @@ def normalise(x, total, peak, Sk):
 
 '''
 
+#: The same by the log-sum-exp of each row, which is given.
+SUMS_KNOWN: Final = '''
+@triton.jit
+def normalise(x, lse, Sk):
+    """The weights of one block of logits, given the log-sum-exp of its rows."""
+    lse = lse[:, None]
+    p = tl.exp2($known_exponent)
+    return $weight
+
+'''
+
 ROWS: Final = '''
 @triton.jit(do_not_specialize=$unspecialized)
 def rows_kernel(
@@ -102,10 +116,7 @@ def rows_kernel(
     $load_q
     $capture_bases
 
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    $key_range
-    $fold_loops
+    $sums_found
 
     $finish
 
@@ -132,12 +143,24 @@ def columns_kernel(
         $sums_of_rows
         $columns_range
         $columns_body
-        p = normalise(x, total, peak, Sk)
+        p = normalise(x, $sums, Sk)
         columns += tl.sum(tl.where(rows < Sq, p, 0.0), 0)
     j = start + n
     tl.store(out_ptr + (b_wide * heads + h_wide) * Sk + j, columns.to(out_ptr.dtype.element_ty), mask=j < Sk)
 
 '''
+
+#: The rows' sums, by a walk over the keys.
+WALK: Final = """\
+total = tl.zeros([BLOCK_M], tl.float32)
+peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+$key_range
+$fold_loops"""
+
+#: The rows' sums as they are given.
+LOAD_LSE: Final = """\
+at = tl.minimum(first + tl.arange(0, BLOCK_M), Sq - 1).to(tl.int64)
+lse = tl.load(lse_ptr + b_wide * lse_stride_b + h_wide * lse_stride_h + at * lse_stride_i)"""
 
 #: Which head a program works on, and the tiles that no block changes.
 PLACE: Final = """\
@@ -178,7 +201,7 @@ for start in range($first, $last, BLOCK_N):
 FOLD: Final = "total, peak = fold(x, total, peak)"
 
 WRITE: Final = """\
-p = normalise(x, total, peak, Sk)
+p = normalise(x, $sums, Sk)
 inside = (rows < Sq) & (start + n[None, :] < Sk)
 tl.store(out_base + start + out_tile, p.to(out_ptr.dtype.element_ty), mask=inside)"""
 
@@ -212,7 +235,7 @@ at = (b_wide * heads + h_wide) * width + rows
 tl.store(out_ptr + at, found[:, None].to(out_ptr.dtype.element_ty), mask=rows < width)"""
 
 PICK: Final = """\
-p = normalise(x, total, peak, Sk)
+p = normalise(x, $sums, Sk)
 found += tl.sum(tl.where(start + n[None, :] == rows, p, 0.0), 1)"""
 
 SUMS_OF_ROWS: Final = """\
@@ -234,8 +257,8 @@ else:
     x = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)"""
 
 LAUNCH: Final = '''
-def launch(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """q [B, H, Sq, $head_dim], k [B, G, Sk, $head_dim] -> $result_shape."""
+$signature
+    """q [B, H, Sq, $head_dim], k [B, G, Sk, $head_dim]$lse_shape -> $result_shape."""
     batch, heads, rows, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     out = torch.empty($result_size, dtype=$torch_dtype, device=q.device)
@@ -246,20 +269,22 @@ def launch(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor] = 
     $wide
     exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     fast = q.is_cuda and q.dtype != torch.float32
-    $sums
-    grid = (-(-rows // $block_m) * batch * heads,)
+    $scratch
     with torch.cuda.device_of(q):
-        rows_kernel[grid](
-            $rows_arguments
-        )
+        $launch_rows
         $launch_columns
     return out
 
 '''
 
-SUMS: Final = """\
+SCRATCH: Final = """\
 peak = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
 total = torch.empty_like(peak)"""
+
+LAUNCH_ROWS: Final = """\
+rows_kernel[(-(-rows // $block_m) * batch * heads,)](
+    $rows_arguments
+)"""
 
 LAUNCH_COLUMNS: Final = """\
 columns_kernel[(-(-keys // $block_n) * batch * heads,)](
@@ -267,8 +292,8 @@ columns_kernel[(-(-keys // $block_n) * batch * heads,)](
 )"""
 
 MAIN: Final = '''
-def reference(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """The same in plain PyTorch, in float64."""
+def exact_logits(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """The masked logits in plain PyTorch, in float64."""
     q, k = q.double(), k.double()
     head = torch.arange(q.shape[1], device=q.device)
     served = $served
@@ -277,6 +302,12 @@ def reference(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor]
     x = $reference_score
     x = torch.as_tensor(x, dtype=s.dtype, device=s.device).expand_as(s)
     $reference_mask
+    return x
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """The same as `launch` in plain PyTorch, in float64."""
+    x = exact_logits(q, k, captures)
     out = torch.softmax(x, -1)
     out = $reference_result
     return $reference_reduced
@@ -288,11 +319,12 @@ def main() -> None:
         q = torch.randn(batch, 8, length, $head_dim, device="cuda", dtype=torch.$dtype)
         k = torch.randn(batch, 4, length, $head_dim, device="cuda", dtype=torch.$dtype)
         $main_captures
+        $main_lse
         if length < 1000:
-            error = (launch(q, k, captures).double() - reference(q, k, captures)).abs().max().item()
+            error = (launch($given).double() - reference(q, k, captures)).abs().max().item()
             print(f"largest error against float64: {error:.3g}")
         else:
-            milliseconds = triton.testing.do_bench(lambda: launch(q, k, captures))
+            milliseconds = triton.testing.do_bench(lambda: launch($given))
             print(f"{batch} x 8 heads x {length}: {milliseconds:.3f} ms")
 
 

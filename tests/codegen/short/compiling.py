@@ -15,6 +15,7 @@ from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.kernel import KIND
 from fxopt.codegen.attention.short.config import Config
 from fxopt.codegen.attention.short.kernel import source
+from fxopt.codegen.attention.weights.wants import Want
 from fxopt.ir.attention import AttentionSpec
 
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1"}
@@ -40,13 +41,15 @@ def compiled(
     architecture: int,
     keys: int,
     folder: Path,
+    *,
+    wants: tuple[Want, ...] = (),
 ) -> Compiled:
     """The kernel as Triton would specialise it for aligned operands and ``keys`` keys; captures have odd strides."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = import_source(KIND, source(spec, width, width, dtype, str(config))).attention_kernel
+    kernel = import_source(KIND, source(spec, width, width, dtype, str(config), wants=wants)).attention_kernel
     full = sum(keys >= start + size for start, size in zip(config.starts, config.pieces, strict=True))
     constants: dict[str, Any] = {
         "BLOCK_M": config.rows,
@@ -64,7 +67,7 @@ def compiled(
             signature[name] = "constexpr"
             values[position,] = constants[name]
             continue
-        signature[name] = _type(name, spec, dtype)
+        signature[name] = _type(name, spec, dtype) if not name.startswith("want_") else _wanted(name, wants)
         if name.endswith("_ptr") or ("_stride_" in name and name[0] != "c"):
             aligned[position,] = [["tt.divisibility", 16]]
     options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers or None}
@@ -82,6 +85,11 @@ def _usage(built: Any, folder: Path, package: Path) -> Compiled:
     assert found is not None, run.stdout + run.stderr
     registers, stack, local = map(int, found.groups())
     return Compiled(registers, stack, local, built.metadata.shared, built.asm)
+
+
+def _wanted(name: str, wants: tuple[Want, ...]) -> str:
+    want = wants[int(name.removeprefix("want_").removesuffix("_ptr"))]
+    return _POINTER[torch.float32 if want.kind == "column_sum" else want.dtype]
 
 
 def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short.config import read_config
-from fxopt.codegen.attention.short.kernel import candidates
+from fxopt.codegen.attention.short.kernel import candidates, candidates_with_weights
+from fxopt.codegen.attention.weights.wants import Want
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 from tests.codegen.short.compiling import compiled
@@ -58,6 +60,37 @@ def test_candidates_compile_without_spills(name: str, architecture: int, tmp_pat
         assert (kernel.stack, kernel.local) == (0, 0), text
         assert kernel.shared <= SHARED[architecture]
         assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (architecture == 90 and config.warps >= 4)
+
+
+#: As token pruning, models that return their weights, and graph reductions want them.
+WANTS = {
+    "class row and sums": (Want("weights", torch.float32, (0, 1, 1)), Want("column_sum", torch.float32)),
+    "diagonal and sums": (Want("diagonal", torch.float32), Want("column_sum", torch.float32)),
+    "whole": (Want("weights", HALF),),
+}
+
+
+@pytest.mark.parametrize(("name", "architecture", "wanted"), [
+    ("ViT", 90, "class row and sums"), ("ViT", 90, "diagonal and sums"), ("ViT", 90, "whole"), ("BERT", 90, "whole"),
+    ("BERT", 80, "class row and sums"), ("BERT", 100, "diagonal and sums"), ("Swin", 90, "class row and sums"),
+    ("wide heads", 90, "class row and sums"),
+])  # fmt: skip
+def test_kernels_that_write_weights_compile_without_spills(
+    name: str, architecture: int, wanted: str, tmp_path: Path
+) -> None:
+    given = problem(name, architecture)
+    text = candidates_with_weights(given)[0]
+    sizes = (architecture, given.keys or 0, tmp_path)
+    kernel = compiled(given.spec, given.head_dim, HALF, read_config(text), *sizes, wants=WANTS[wanted])
+    # The diagonal takes four words more than there are registers.
+    assert kernel.stack <= (16 if (name, wanted) == ("ViT", "diagonal and sums") else 0), text
+    assert kernel.local == 0 and kernel.shared <= SHARED[architecture]
+    assert not re.search(r"(?<![\w.])(atom|red)\.", kernel.asm["ptx"]), "sums must not depend on the order"
+
+
+def test_more_keys_leave_no_registers_for_weights() -> None:
+    assert candidates(problem("256", 90)) and not candidates_with_weights(problem("256", 90))
+    assert not any("m" in text for text in candidates_with_weights(problem("Swin", 90)))
 
 
 def test_single_precision_windows_do_not_spill(tmp_path: Path) -> None:

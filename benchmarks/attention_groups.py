@@ -107,7 +107,9 @@ def windows(tiny: bool) -> Iterator[Case]:
 
 def backward(tiny: bool) -> Iterator[Case]:
     """Gradients, alone and with the forward pass before them."""
-    for kinds, peers in (((PLAIN, CAUSAL), _SDPA[:2]), ((SOFTCAP, RELATIVE, ALIBI), ("flex",))):
+    sparse = (longformer(5, 2), sinks(9, 2)) if tiny else (longformer(256, 64), sinks(1024))
+    flex = (SOFTCAP, RELATIVE, ALIBI, *sparse)
+    for kinds, peers in (((PLAIN, CAUSAL), _SDPA[:2]), (flex, ("flex",))):
         for case in _squares("backward", kinds, (64, 128), (2048, 8192), peers, tiny):
             quick = case.sizes.rows == _LENGTH and case.sizes.width == 128
             for mode in _MODES:

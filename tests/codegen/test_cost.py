@@ -124,7 +124,8 @@ def test_lists_leave_blocks(mask: str | None, counts: list[int]) -> None:
     ("(c0 == c1) & (j <= i)", 8192, "perhaps"),
     ("c1 != 0", 8192, "few"),
     ("((abs(i - j) < 9) | (c0 == 1)) | (c1 == 1)", 8192, "perhaps"),
-    ("(c2 & (j <= i)) & ((j < 4) | ((i - j) < 512))", 8192, "few"),
+    ("(c2 & (j <= i)) & ((j < 4) | ((i - j) < 512))", 8192, "many"),
+    ("c2 & (j <= i)", 8192, "few"),
 ])  # fmt: skip
 def test_lists_are_for_masks_that_bounds_do_not_tell(mask: str | None, length: int, expected: str) -> None:
     captures = (Capture("b-i-", torch.int64), Capture("b--j", torch.int64), Capture("b-ij", torch.bool))

@@ -118,7 +118,9 @@ def candidates(
         return ()
     found = fitting(head_dim, value_dim, dtype, capability, _captured(spec), rows, drops=spec.dropout > 0)
     lists = _lists_of(spec, capability, rows or keys or cost.LENGTH, keys or rows or cost.LENGTH)
-    listed = tuple(replace(config, listed=True) for config in found if config.loads == "pointer")[:2]
+    # Narrow blocks leave out more, and descriptors spill.
+    narrow = (config for config in found if config.loads == "pointer" and config.block_n <= 64)
+    listed = tuple(replace(config, listed=True) for config in narrow)[:2]
     if lists == "few" or not listed:
         return found
     return (*listed, *found[:2]) if lists == "many" else (found[0], listed[0], *found[1:3])

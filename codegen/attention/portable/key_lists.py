@@ -23,6 +23,7 @@ from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.cost import Sizes, device_of
 from fxopt.codegen.attention.interval import key_range
 from fxopt.codegen.attention.kept import kept_blocks, listed_blocks
+from fxopt.codegen.attention.portable.turned import turned_device, turned_host
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
@@ -38,44 +39,45 @@ _WORTH, _SIDE = 0.8, 64
 _LAUNCHES, _LOOKED_AT = 5e-6, 12 / 128
 #: Blocks of keys that one program of the first kernel looks at, and that one step of the second gathers.
 _BLOCKS, _STEP = 8, 128
-_KERNELS: Final = '''
+_KINDS: Final = '''
 @triton.jit(do_not_specialize=$unspecialized)
-def kinds_kernel(
+def ${whose}_kinds_kernel(
     $parameters
 ):
-    """What each block of query rows keeps of some blocks of keys: 0 for nothing, 1 for a part, 2 for all.
+    """What each block of $kept keeps of some blocks of $moving: 0 for nothing, 1 for a part, 2 for all.
 
     $maths
     """
-    blocks, key_blocks = tl.cdiv(Sq, BLOCK_M), tl.cdiv(Sk, BLOCK_N)
+    blocks, others = tl.cdiv(Sq, BLOCK_M), tl.cdiv(Sk, BLOCK_N)
     program = tl.program_id(0)
     first = program % blocks * BLOCK_M
     last = tl.minimum(first + BLOCK_M, Sq) - 1
     $place
     i = tl.minimum(first + tl.arange(0, BLOCK_M), Sq - 1)[:, None]
     $rows
-    kinds = kinds_ptr + program.to(tl.int64) * key_blocks
+    kinds = kinds_ptr + program.to(tl.int64) * others
     begin = tl.program_id(1) * BLOCKS
-    for block in range(begin, tl.minimum(begin + BLOCKS, key_blocks)):
+    for block in range(begin, tl.minimum(begin + BLOCKS, others)):
         start = block * BLOCK_N
         $told
         tl.store(kinds + block, kind)
 
-
-@triton.jit(do_not_specialize=["Sk"])
-def lists_kernel(kinds_ptr, lists_ptr, Sk, BLOCK_N: tl.constexpr, STEP: tl.constexpr):
-    """The list of a block of query rows: its blocks of keys kept in part, and from the end those kept whole."""
-    key_blocks = tl.cdiv(Sk, BLOCK_N)
+'''
+LISTS: Final = '''
+@triton.jit(do_not_specialize=["length"])
+def lists_kernel(kinds_ptr, lists_ptr, length, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """The list of one block: the others that are kept in part, and from the end those that are kept whole."""
+    blocks = tl.cdiv(length, BLOCK)
     program = tl.program_id(0).to(tl.int64)
-    kinds = kinds_ptr + program * key_blocks
-    listed = lists_ptr + program * (key_blocks + 2)
+    kinds = kinds_ptr + program * blocks
+    listed = lists_ptr + program * (blocks + 2)
     partly, wholly = 0, 0
-    for begin in range(0, key_blocks, STEP):
+    for begin in range(0, blocks, STEP):
         block = begin + tl.arange(0, STEP)
-        kind = tl.load(kinds + block, mask=block < key_blocks, other=0)
+        kind = tl.load(kinds + block, mask=block < blocks, other=0)
         part, whole = (kind == 1).to(tl.int32), (kind == 2).to(tl.int32)
-        tl.store(listed + 1 + partly + tl.cumsum(part, 0), block * BLOCK_N, mask=kind == 1)
-        tl.store(listed + 2 + key_blocks - wholly - tl.cumsum(whole, 0), block * BLOCK_N, mask=kind == 2)
+        tl.store(listed + 1 + partly + tl.cumsum(part, 0), block * BLOCK, mask=kind == 1)
+        tl.store(listed + 2 + blocks - wholly - tl.cumsum(whole, 0), block * BLOCK, mask=kind == 2)
         partly += tl.sum(part, 0)
         wholly += tl.sum(whole, 0)
     tl.store(listed, partly)
@@ -94,25 +96,32 @@ kept = ((j < Sk) & ($mask)).to(tl.int32)
 kind = tl.max(kept) + tl.min(kept)
 """
 _LIMITS: Final = """\
-listed = lists_ptr + ({plane}first // BLOCK_M).to(tl.int64) * (tl.cdiv(Sk, BLOCK_N) + 2)
-partly, wholly = tl.load(listed), tl.load(listed + 1)
-listed_end = listed + tl.cdiv(Sk, BLOCK_N) + 1"""
-_LOOP: Final = """\
-for place in range(0, {count}):
-    start = tl.multiple_of(tl.load({address}), BLOCK_N)
-    acc, total, peak = attend(
-        {arguments}
-    )"""
+listed = {whose}_lists_ptr + ({plane}first // BLOCK_M).to(tl.int64) * (tl.cdiv(Sk, BLOCK_N) + 2)
+partly = tl.load(listed)"""
+#: The loops over blocks kept in part and whole; little is held over the first one for the second.
+_LOOPS: Final = {
+    True: """\
+for place in range(0, partly):
+    start = tl.multiple_of(tl.load(listed + 2 + place), BLOCK_N)
+    {update}""",
+    False: """\
+wholly = tl.load(listed + 1)
+listed += tl.cdiv(Sk, BLOCK_N) + 1
+for place in range(0, wholly):
+    start = tl.multiple_of(tl.load(listed - place), BLOCK_N)
+    {update}""",
+}
 _ALLOCATE: Final = """\
-key_blocks = -(-keys // {block_n})
-lists = {count}-(-rows // {block_m})
-kinds = torch.empty((lists, key_blocks), dtype=torch.int8, device=q.device)
-key_lists = torch.empty((lists, key_blocks + 2), dtype=torch.int32, device=q.device)"""
+{whose}_blocks, {whose}_list_count = -(-keys // {block_n}), {count}-(-rows // {block_m})
+{whose}_kinds = torch.empty(({whose}_list_count, {whose}_blocks), dtype=torch.int8, device=q.device)
+{whose}_lists = torch.empty(({whose}_list_count, {whose}_blocks + 2), dtype=torch.int32, device=q.device)"""
 _LAUNCH: Final = """\
-kinds_kernel[(lists, -(-key_blocks // {blocks}))](
+{whose}_kinds_kernel[({whose}_list_count, -(-{whose}_blocks // {blocks}))](
     {arguments}
 )
-lists_kernel[(lists,)](kinds, key_lists, keys, BLOCK_N={block_n}, STEP={step}, num_warps=1)"""
+lists_kernel[({whose}_list_count,)]({whose}_kinds, {whose}_lists, keys, BLOCK={block_n}, STEP={step}, num_warps=1)"""
+#: What is said of the lists of either kind.
+_KEPT: Final = {"key": {"kept": "query rows", "moving": "keys"}, "row": {"kept": "keys ``i``", "moving": "rows ``j``"}}
 
 
 def can_list(spec: AttentionSpec) -> bool:
@@ -125,13 +134,19 @@ def left_out(spec: AttentionSpec, rows: int, keys: int) -> LeftOut:
 
     ``perhaps`` where captured vectors tell of rows and keys: documents, tokens that all rows keep.
     """
-    if not can_list(spec) or any(c.is_tile for c in spec.captures):
+    rest = key_range(spec, further=True).rest
+    if not rest or not can_list(spec):
         return "few"
     sizes = (spec, rows, keys, _SIDE, _SIDE)
     if sum(listed_blocks(*sizes)) <= _WORTH * sum(kept_blocks(*sizes)):
         return "many"
-    told = (reads(term, spec) for term in key_range(spec, further=True).rest)
+    # What is captured by row and key is a mask of any kind, and most are of parts everywhere.
+    told = (reads(term, spec) for term in rest if not any(_is_tile(leaf, spec) for leaf in term.leaves))
     return "perhaps" if any({"i", "j", "captured"} <= found for found in told) else "few"
+
+
+def _is_tile(leaf: Expr, spec: AttentionSpec) -> bool:
+    return leaf.op == "capture" and spec.captures[int(leaf.value or 0)].is_tile
 
 
 def seconds(problem: Problem, block_m: int, block_n: int) -> float:
@@ -161,15 +176,19 @@ def reads(term: Expr, spec: AttentionSpec) -> set[str]:
 
 @dataclass(frozen=True)
 class KeyLists:
-    """The text around the lists of blocks of ``block_n`` keys for blocks of ``block_m`` rows."""
+    """The text around the lists of blocks of ``block_n`` keys for blocks of ``block_m`` rows.
+
+    Lists of blocks of rows (``whose="row"``) are the same of a specification with rows and keys in each other's place.
+    """
 
     spec: AttentionSpec
     block_m: int
     block_n: int
+    whose: Literal["key", "row"] = "key"
 
     @property
-    def kernels(self) -> str:
-        """The small kernels."""
+    def kernel(self) -> str:
+        """The first kernel, beside `LISTS`."""
         parameters = (*self._pointers, "kinds_ptr", *self._strides, *self._sizes, "BLOCK_M", "BLOCK_N", "BLOCKS")
         holes = {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in self._sizes) + "]",
@@ -178,27 +197,30 @@ class KeyLists:
             "place": self._place,
             "rows": "\n".join(c.base for c in self._read if not c.in_loop),
             "told": self._told,
+            "whose": self.whose,
+            **_KEPT[self.whose],
         }
-        return fill(_KERNELS, holes)
+        return fill(_KINDS, holes)
 
     @property
     def limits(self) -> str:
         """The lines of the main kernel that find the list of a block of rows."""
         planes = {(): "", ("b",): "b * blocks + ", ("h",): "h * blocks + ", ("b", "h"): "(b * heads + h) * blocks + "}
-        return _LIMITS.format(plane=planes[self._planes])
+        text = _LIMITS.format(plane=planes[self._planes], whose=self.whose)
+        return text if self.whose == "key" else turned_device(text)
 
-    @staticmethod
-    def loop(arguments: str, bounded: bool) -> str:
-        """The loop of the main kernel over the blocks kept in part (``bounded``) or whole."""
-        count, address = ("partly", "listed + 2 + place") if bounded else ("wholly", "listed_end - place")
-        return _LOOP.format(count=count, address=address, arguments=arguments.replace("\n", "\n        "))
+    def loop(self, update: str, bounded: bool) -> str:
+        """The loop of the main kernel, with this ``update``, over the blocks kept in part (``bounded``) or whole."""
+        text = _LOOPS[bounded] if self.whose == "key" else turned_device(_LOOPS[bounded])
+        return text.format(update=update.replace("\n", "\n    "))
 
     @property
     def allocate(self) -> str:
         """The launcher's lines that allocate the lists."""
         names = {"b": "batch * ", "h": "heads * "}
         count = "".join(names[axis] for axis in self._planes)
-        return _ALLOCATE.format(count=count, block_m=self.block_m, block_n=self.block_n)
+        text = _ALLOCATE.format(whose=self.whose, count=count, block_m=self.block_m, block_n=self.block_n)
+        return text if self.whose == "key" else turned_host(text)
 
     @property
     def launch(self) -> str:
@@ -209,13 +231,14 @@ class KeyLists:
         constants = (f"BLOCK_M={self.block_m}", f"BLOCK_N={self.block_n}", f"BLOCKS={_BLOCKS}")
         arguments = (
             *(c.name for c in self._read),
-            "kinds",
+            f"{self.whose}_kinds",
             *strides,
             *map(values.__getitem__, self._sizes),
             *constants,
         )
         text = listing(arguments).replace("\n", "\n    ")
-        return _LAUNCH.format(blocks=_BLOCKS, arguments=text, block_n=self.block_n, step=_STEP)
+        text = _LAUNCH.format(whose=self.whose, blocks=_BLOCKS, arguments=text, block_n=self.block_n, step=_STEP)
+        return text if self.whose == "key" else turned_host(text)
 
     @property
     def _mask(self) -> Expr:

@@ -28,9 +28,9 @@ from fxopt.codegen.attention.logits import LogitsText
 from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.codegen.attention.portable.hull import Hull
-from fxopt.codegen.attention.portable.key_lists import KeyLists
+from fxopt.codegen.attention.portable.key_lists import LISTS, KeyLists
 from fxopt.codegen.attention.portable.loops import Span, key_range_text, loop_spans
-from fxopt.codegen.attention.portable.template import ATTEND, AVERAGE, KERNEL, LAST, LAUNCH, LOOP, USE_AVERAGE
+from fxopt.codegen.attention.portable.template import ATTEND, AVERAGE, KERNEL, LAST, LAUNCH, LOOP, UPDATE, USE_AVERAGE
 from fxopt.codegen.attention.portable.tiles import DESCRIBABLE, IMPORT, Tiles, wide
 from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.script import script_holes
@@ -61,7 +61,7 @@ class KernelText(LogitsText):
         describable = DESCRIBABLE if self._tiles.described else ""
         average = fill(AVERAGE, holes) if self._averages else ""
         hull = "" if self._hull is None else self._hull.kernel
-        lists = "" if self._lists is None else self._lists.kernels
+        lists = "" if self._lists is None else self._lists.kernel + LISTS
         copies = phases.PHASES if self._bands else ""
         kernels = (self._dropout.function, fill(ATTEND, holes), average, hull, lists, copies, fill(KERNEL, holes))
         texts = (*kernels, describable, fill(LAUNCH, holes))
@@ -192,7 +192,10 @@ class KernelText(LogitsText):
     def _loops(self) -> dict[str, str]:
         """The holes of the loops over blocks of keys."""
         if self._lists is not None:
-            loops = (self._lists.loop(self._arguments("start", bounded), bounded) for bounded in (True, False))
+            updates = {
+                bounded: fill(UPDATE, {"arguments": self._arguments("start", bounded)}) for bounded in (True, False)
+            }
+            loops = (self._lists.loop(update.rstrip("\n"), bounded) for bounded, update in updates.items())
             return {"list_limits": self._lists.limits, "key_range": "", "loops": "\n".join(loops)}
         return {
             "list_limits": "",
@@ -227,7 +230,7 @@ class KernelText(LogitsText):
 
     @property
     def _pointers(self) -> tuple[str, ...]:
-        further = (*self._dropout.tensors, *(("hull",) if self._hull else ()), *(("lists",) if self._lists else ()))
+        further = (*self._dropout.tensors, *(("hull",) if self._hull else ()), *(("key_lists",) if self._lists else ()))
         names = ("q", "k", "v", *(c.name for c in self.captures), *further, "out", "lse")
         return tuple(f"{name}_ptr" for name in names)
 

@@ -119,6 +119,12 @@ for start in range($first, $last, BLOCK_N):
     )
 """
 
+UPDATE: Final = """\
+acc, total, peak = attend(
+    $arguments
+)
+"""
+
 LAST: Final = """\
 if $first < $last:
     acc, total, peak = attend(

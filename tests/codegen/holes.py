@@ -71,4 +71,5 @@ def kinds(spec: AttentionSpec, sizes: Shape, captures: list[Tensor], block_m: in
     beyond = ~inside.any(-1, keepdim=True)
     blocks = [x.unflatten(3, (-1, block_n)).unflatten(2, (-1, block_m)) for x in (kept & inside, kept | beyond)]
     some, every = blocks[0].any(5).any(3), blocks[1].all(5).all(3)
-    return some.int() + every.int()
+    told: Tensor = some.int() + every.int()
+    return told

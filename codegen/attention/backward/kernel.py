@@ -88,6 +88,7 @@ def source(
     reason = objection(spec, head_dim, value_dim, dtype, averages=True)
     if reason is not None:
         raise LoweringError(f"no Triton kernels for the backward of this attention: {reason} ({spec})")
-    if config.listed and not can_list(spec):
-        raise LoweringError(f"{config} goes through lists of the blocks that a mask keeps, and there is none ({spec})")
+    if config.listed and (not can_list(spec) or any(c.is_band for c in spec.captures)):
+        lacking = "bands have none" if can_list(spec) else "there is none"
+        raise LoweringError(f"{config} goes through lists of the blocks that a mask keeps, and {lacking} ({spec})")
     return str(BackwardText(spec, head_dim, value_dim, dtype, config, tuple(wanted)))

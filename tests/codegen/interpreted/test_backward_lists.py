@@ -10,7 +10,7 @@ import torch
 from fxopt.cache import import_source
 from fxopt.codegen.attention.backward.kernel import KIND, candidates, read_backward, source
 from fxopt.errors import LoweringError
-from fxopt.ir.attention import AttentionSpec, EmptyRows
+from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
 from tests.codegen.cases import Shape, operands
 from tests.codegen.gradients import assert_gradients_within_budget
@@ -111,3 +111,6 @@ def test_lists_are_for_both_kernels(text: str) -> None:
         read_backward(text)
     with pytest.raises(LoweringError, match="there is none"):
         source(AttentionSpec(parse("s")), 16, 16, torch.float32, read_backward(CONFIG), [])
+    band = AttentionSpec(parse("s + c0"), parse("(j < 4) | (j >= i)"), (Capture("-h-d", torch.float32),))
+    with pytest.raises(LoweringError, match="bands have none"):
+        source(band, 16, 16, torch.float32, read_backward(CONFIG), [True])

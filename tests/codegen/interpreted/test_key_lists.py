@@ -14,7 +14,7 @@ from torch import Tensor
 from fxopt.cache import import_source
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.portable.kernel import KIND, read_config, source
-from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import Shape, operands
@@ -166,6 +166,17 @@ def test_lists_of_any_mask_and_size(
     cut = read_config(config)
     lists = lists_of(spec, sizes, [], config, monkeypatch)
     assert read(lists) == gathered(kinds(spec, sizes, [], cut.block_m, cut.block_n), cut.block_n)
+
+
+def test_lists_of_masks_by_a_captured_band() -> None:
+    """Each head keeps the distances that its band says."""
+    sizes = Shape(16, 16, 40, 70, 1, batch=1, heads=2)
+    spec = AttentionSpec(parse("s * 0.25"), parse("c0 > 0.0"), (Capture("-h-d", torch.float32),), empty_rows="zero")
+    q, k, v = operands(sizes, torch.float32)
+    band = torch.full((1, 2, 1, 109), -1.0)
+    band[:, 0, :, 30:45], band[:, 1, :, 100:] = 1.0, 1.0
+    out, _ = launch(spec, q, k, v, [band], config=read_config("16x16w4s2list"))
+    torch.testing.assert_close(out, exact(spec, q, k, v, [band]).float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("keys", [0, 5])

@@ -244,16 +244,18 @@ def test_lists_of_blocks_do_not_spill_and_keep_copies_in_flight(
     spec = SPECS[name]
     found = candidates(spec, width, width, HALF, (architecture // 10, 0), 8192, 8192)
     listed = [c for c in found if c.listed]
-    assert len(listed) == (2 if name != "causal-documents" else architecture != 90)
+    assert bool(listed) == ((architecture, name) != (90, "causal-documents"))
     for config in listed:
         kernel = compiled(spec, width, HALF, config, architecture, even=True)
         plain = compiled(spec, width, HALF, dataclasses.replace(config, listed=False), architecture, even=True)
         # Wide heads on sm_80 spill a little in the second configuration, with and without lists.
         spills = [stack_bytes(x.asm["cubin"], tmp_path) for x in (kernel, plain)]
         assert spills[0] == 0 or (config is not listed[0] and 0 < spills[0] <= spills[1] + 8), config
-        assert kernel.metadata.shared == plain.metadata.shared
-        waits = [set(re.findall(r"cp\.async\.wait_group\s+(\w+)", x.asm["ptx"])) for x in (kernel, plain)]
-        assert waits[0] == waits[1] and any(int(wait) > 0 for wait in waits[0]), config
+        # A block in flight takes 8 KiB and more, reductions around them up to one.
+        assert abs(kernel.metadata.shared - plain.metadata.shared) <= 1024
+        waits = [re.findall(r"cp\.async\.wait_group\s+(\w+)", x.asm["ptx"]) for x in (kernel, plain)]
+        deepest = [max(map(int, found)) for found in waits]
+        assert deepest[0] == deepest[1] > 0, config
 
 
 @pytest.mark.parametrize("name", ["longformer", "causal-documents"])

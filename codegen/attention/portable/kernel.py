@@ -118,12 +118,16 @@ def candidates(
         return ()
     found = fitting(head_dim, value_dim, dtype, capability, _captured(spec), rows, drops=spec.dropout > 0)
     lists = _lists_of(spec, capability, rows or keys or cost.LENGTH, keys or rows or cost.LENGTH)
-    # Narrow blocks leave out more, and descriptors spill.
-    narrow = (config for config in found if config.loads == "pointer" and config.block_n <= 64)
-    listed = tuple(replace(config, listed=True) for config in narrow)[:2]
+    listed = tuple(replace(config, listed=True) for config in found if _suits_lists(config, capability))[:2]
     if lists == "few" or not listed:
         return found
     return (*listed, *found[:2]) if lists == "many" else (found[0], listed[0], *found[1:3])
+
+
+def _suits_lists(config: Config, capability: tuple[int, int]) -> bool:
+    """Narrow blocks leave out more; descriptors spill, and on Blackwell warps of more than 16 rows."""
+    spills = config.loads == "tma" or (capability[0] > 9 and config.block_m > 16 * config.num_warps)
+    return config.block_n <= 64 and not spills
 
 
 def _lists_of(spec: AttentionSpec, capability: tuple[int, int], rows: int, keys: int) -> key_lists.LeftOut:

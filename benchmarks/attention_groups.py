@@ -18,10 +18,15 @@ from benchmarks.attention_kinds import (
     UNAWARE,
     Kind,
     Sizes,
+    block_causal,
     documents,
+    interleaved,
+    longformer,
     padding,
     prefix,
     shifted_windows,
+    sinks,
+    strided,
     window,
 )
 
@@ -69,6 +74,14 @@ def modified(tiny: bool) -> Iterator[Case]:
         yield replace(case, baselines=(PLAIN,))
 
 
+def holes(tiny: bool) -> Iterator[Case]:
+    """Masks that leave out blocks between those that they keep; FlexAttention's block mask is made beforehand."""
+    small = (longformer(5, 2), sinks(9, 2), strided(8, 2), interleaved(3, 4), block_causal(12))
+    large = (longformer(256, 64), sinks(1024), strided(128, 8), interleaved(4, 256), block_causal(1024))
+    for case in _squares("holes", small if tiny else large, (64, 128), (2048, 8192), ("flex",), tiny):
+        yield replace(case, quick=case.sizes.rows == 8192 and case.sizes.width == 64, baselines=(PLAIN,))
+
+
 def bias(tiny: bool) -> Iterator[Case]:
     """A bias of its own for every head, query and key."""
     peers = ("sdpa-efficient", "sdpa-cudnn", "flex")
@@ -94,7 +107,9 @@ def windows(tiny: bool) -> Iterator[Case]:
 
 def backward(tiny: bool) -> Iterator[Case]:
     """Gradients, alone and with the forward pass before them."""
-    for kinds, peers in (((PLAIN, CAUSAL), _SDPA[:2]), ((SOFTCAP, RELATIVE, ALIBI), ("flex",))):
+    sparse = (longformer(5, 2), sinks(9, 2)) if tiny else (longformer(256, 64), sinks(1024))
+    flex = (SOFTCAP, RELATIVE, ALIBI, *sparse)
+    for kinds, peers in (((PLAIN, CAUSAL), _SDPA[:2]), (flex, ("flex",))):
         for case in _squares("backward", kinds, (64, 128), (2048, 8192), peers, tiny):
             quick = case.sizes.rows == _LENGTH and case.sizes.width == 128
             for mode in _MODES:
@@ -123,5 +138,5 @@ def padded(tiny: bool) -> Iterator[Case]:
 
 
 GROUPS: Final[dict[str, Callable[[bool], Iterator[Case]]]] = {
-    group.__name__: group for group in (forward, modified, bias, short, windows, backward, decode, padded)
+    group.__name__: group for group in (forward, modified, holes, bias, short, windows, backward, decode, padded)
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -156,6 +156,41 @@ def prefix(size: int) -> Kind:
     return Kind("prefix", mask=mask, mask_mod=lambda data: lambda b, h, i, j: (j <= i) | (j < size))
 
 
+def longformer(side: int, everywhere: int) -> Kind:
+    """Keys up to ``side`` away, and ``everywhere`` first tokens that see and are seen by all (arXiv 2004.05150)."""
+    mask = f"((abs(i - j) <= {side}) | (j < {everywhere})) | (i < {everywhere})"
+
+    def mod(data: Data) -> MaskMod:
+        return lambda b, h, i, j: ((i - j).abs() <= side) | (j < everywhere) | (i < everywhere)
+
+    return Kind("longformer", mask=mask, mask_mod=mod)
+
+
+def sinks(size: int, first: int = 4) -> Kind:
+    """The ``size`` latest keys and the ``first`` ones (StreamingLLM, arXiv 2309.17453)."""
+    mask = f"(j <= i) & ((j < {first}) | ((i - j) < {size}))"
+    return Kind("sinks", mask=mask, mask_mod=lambda data: lambda b, h, i, j: (j <= i) & ((j < first) | (i - j < size)))
+
+
+def strided(stride: int, kept: int) -> Kind:
+    """The ``stride`` latest keys and the last ``kept`` of each earlier ``stride`` (arXiv 1904.10509)."""
+    mask = f"(j <= i) & (((i - j) < {stride}) | ((j % {stride}) >= {stride - kept}))"
+
+    def mod(data: Data) -> MaskMod:
+        return lambda b, h, i, j: (j <= i) & ((i - j < stride) | (j % stride >= stride - kept))
+
+    return Kind("strided", mask=mask, mask_mod=mod)
+
+
+def block_causal(size: int) -> Kind:
+    """All keys of earlier chunks of ``size`` tokens and of the row's own."""
+
+    def mod(data: Data) -> MaskMod:
+        return lambda b, h, i, j: j // size <= i // size
+
+    return Kind("block-causal", mask=f"(j // {size}) <= (i // {size})", mask_mod=mod)
+
+
 def _same_document(data: Data) -> MaskMod:
     (document_BN,) = data
     return lambda b, h, i, j: (document_BN[b, i] == document_BN[b, j]) & (j <= i)
@@ -172,6 +207,15 @@ def documents(count: int) -> Kind:
         mask_mod=_same_document,
         per_batch=True,
     )
+
+
+def interleaved(count: int, run: int) -> Kind:
+    """The same with documents that take turns, ``run`` tokens each: their numbers are in no order."""
+
+    def data(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Data:
+        return ((torch.arange(sizes.keys) // run % count).int().expand(sizes.batch, -1).contiguous(),)
+
+    return replace(documents(count), name="interleaved", data=data)
 
 
 def _dense_data(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Data:

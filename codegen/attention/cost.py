@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from fxopt.codegen.attention.kept import kept_blocks
+from fxopt.codegen.attention.kept import kept_blocks, listed_blocks
 from fxopt.codegen.attention.problem import Problem
 
 
@@ -47,7 +47,7 @@ _OTHERS: Final = Device(84, 1.7e9, 1024, 0.8e12, 24.0)
 _EXPONENTIALS: Final = 16
 _SINGLE_PRODUCTS: Final = 256
 #: What is assumed of sizes that are not known: a large problem.
-_BATCH, _HEADS, _LENGTH = 16, 16, 2048
+_BATCH, _HEADS, LENGTH = 16, 16, 2048
 #: Cycles per score of what stands around its product, on an H100 (`benchmarks/results/h100-attention.json`: N = 8192
 #: with and without a bias): a captured tensor read by row and key, one read by their distance, another operation.
 _TILE, _BAND, _OPERATION = 0.07, 0.06, 0.005
@@ -69,8 +69,8 @@ class Sizes:
     def of(cls, problem: Problem) -> Sizes:
         """Those of ``problem``."""
         heads = problem.heads or problem.kv_heads or _HEADS
-        rows = problem.rows or problem.keys or _LENGTH
-        keys = problem.keys or (_LENGTH if problem.rows is None else max(problem.rows, _LENGTH))
+        rows = problem.rows or problem.keys or LENGTH
+        keys = problem.keys or (LENGTH if problem.rows is None else max(problem.rows, LENGTH))
         return cls(problem.batch or _BATCH, heads, problem.kv_heads or heads, rows, keys)
 
 
@@ -89,6 +89,7 @@ class Schedule:
         served: query heads whose rows lie in the same block.
         even: whether the work is cut evenly over the device, whatever the number of blocks.
         tile: cycles per score of a captured tensor read by row and key that comes by TMA, ``None`` where none does.
+        listed: whether it goes through a list of the blocks that the mask keeps, which is made before.
     """
 
     rows: int
@@ -101,6 +102,7 @@ class Schedule:
     served: int = 1
     even: bool = False
     tile: float | None = None
+    listed: bool = False
 
 
 def device_of(capability: tuple[int, int]) -> Device:
@@ -112,7 +114,8 @@ def seconds(problem: Problem, schedule: Schedule) -> float:
     """How long ``schedule`` should take on ``problem``, launching it left out."""
     sizes, device = Sizes.of(problem), device_of(problem.capability)
     rows = sizes.rows * schedule.served
-    counts = kept_blocks(problem.spec, sizes.rows, sizes.keys, schedule.rows, schedule.keys)
+    leaves = listed_blocks if schedule.listed else kept_blocks
+    counts = leaves(problem.spec, sizes.rows, sizes.keys, schedule.rows, schedule.keys)
     if schedule.served > 1:
         counts = (max(counts),) * -(-rows // schedule.rows)
     heads = sizes.batch * sizes.heads // schedule.served
@@ -146,7 +149,7 @@ def _step(problem: Problem, schedule: Schedule, device: Device) -> float:
 def around(problem: Problem, streamed: float | None = None) -> float:
     """Cycles per score of what is read and computed around its product; ``streamed`` as `Schedule.tile`."""
     spec = problem.spec
-    aligned = (problem.keys or _LENGTH) * 2 % 16 == 0
+    aligned = (problem.keys or LENGTH) * 2 % 16 == 0
     tile = _TILE * (1 if aligned else _UNALIGNED) if streamed is None else streamed
     read = sum(_BAND if c.is_band else tile if c.is_tile else 0.0 for c in spec.captures)
     return read + _OPERATION * sum(bool(node.args) for node in spec.score.walk())

@@ -71,7 +71,8 @@ class Linear:
 def key_range(spec: AttentionSpec, further: bool = False) -> KeyRange:
     """Split the mask of ``spec`` into bounds and the rest.
 
-    ``further`` asks for bounds with ``others`` (a causal mask with a prefix) and by ``chunk`` (block-diagonal) as well.
+    ``further`` asks for bounds with ``others`` (a causal mask with a prefix) and by ``chunk`` (block-diagonal,
+    block-causal) as well.
     """
     terms = {term: _bounds(term, spec.captures, further) for term in conjuncts(spec.mask)}
     bounds = tuple(bound for found in terms.values() for bound in found)
@@ -103,11 +104,28 @@ def _chunk(term: Expr) -> tuple[Bound, ...]:
 
 def _union(term: Expr, captures: Sequence[Capture]) -> Bound | None:
     if term.op != "or":
-        return _bound(term, captures)
+        return _bound(term, captures) or _chunk_bound(term, captures)
     first, second = (_union(a, captures) for a in term.args)
     if first is None or second is None or first.side != second.side:
         return None
     return replace(first, others=(*first.others, *second.all))
+
+
+def _chunk_bound(term: Expr, captures: Sequence[Capture]) -> Bound | None:
+    """The bound that a comparison of ``j // n`` with ``i // n``, or with what is the same for all rows, sets."""
+    chunks = {node for node in term.walk() if node.op == "floordiv" and node.args[0] in (I, J)}
+    sizes = {node.args[1] for node in chunks}
+    without = term.replace(lambda node: const(0) if node in chunks else node)
+    n = sizes.pop().value if len(sizes) == 1 else None
+    if type(n) is not int or n < 1 or without.reads(I) or without.reads(J):
+        return None
+    bound = _bound(term.replace(lambda node: node.args[0] if node in chunks else node), captures)
+    if bound is None:
+        return None
+    # The last key of a chunk, or the first one.
+    beyond = n - 1 if bound.side == "upper" else 0
+    offset = simplify(call("add", simplify(call("mul", bound.offset, const(n))), const(beyond)))
+    return replace(bound, offset=offset, chunk=n if bound.slope else 1)
 
 
 def _bound(term: Expr, captures: Sequence[Capture]) -> Bound | None:

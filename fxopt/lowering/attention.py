@@ -105,7 +105,7 @@ def _with_backward(
 ) -> tuple[str, ...]:
     """Every configuration of the forward with the best guess for the backward, and the first one with the second."""
     sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
-    guesses, reasons = backward.candidates(*sizes, problem.capability, wanted)
+    guesses, reasons = backward.candidates(*sizes, problem.capability, wanted, problem.rows, problem.keys)
     found = list(guesses)
     refused |= {f"triton-{prefix}-backward" if prefix else "triton-backward": why for prefix, why in reasons.items()}
     if not found:

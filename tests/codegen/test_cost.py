@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from fxopt.codegen.attention import cost, kernels
-from fxopt.codegen.attention.kept import kept_blocks
+from fxopt.codegen.attention.kept import kept_blocks, listed_blocks
+from fxopt.codegen.attention.portable.key_lists import left_out
 from fxopt.codegen.attention.problem import Problem
+from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 
@@ -84,6 +86,9 @@ def family(config: str) -> str:
     ("(j <= i) & (j > i - 128)", [1, 2, 3, 3, 3, 3, 3, 3]),
     ("(j <= i) | (j < 256)", [4, 4, 4, 4, 5, 6, 7, 8]),
     ("i // 128 == j // 128", [2] * 8),
+    ("j // 128 <= i // 128", [2, 2, 4, 4, 6, 6, 8, 8]),
+    ("(j // 128 <= i // 128) & (j // 128 > i // 128 - 2)", [2, 2, 4, 4, 4, 4, 4, 4]),
+    ("(j // 128 < i // 128) | (j < 65)", [2, 2, 2, 2, 4, 4, 6, 6]),
     ("j <= i + (Sk - Sq)", [1, 2, 3, 4, 5, 6, 7, 8]),
     ("j < 65", [2] * 8),
     ("j < 0", [0] * 8),
@@ -93,6 +98,62 @@ def family(config: str) -> str:
 def test_masks_leave_blocks(mask: str | None, counts: list[int]) -> None:
     spec = AttentionSpec(parse("s"), None if mask is None else parse(mask), (Capture("b---", torch.int64),))
     assert list(kept_blocks(spec, 512, 512, 64, 64)) == counts
+
+
+@pytest.mark.parametrize(("mask", "counts"), [
+    (None, [8] * 8),
+    ("j <= i", [1, 2, 3, 4, 5, 6, 7, 8]),
+    ("((abs(i - j) < 64) | (j < 4)) | (i < 4)", [8, 3, 4, 4, 4, 4, 4, 3]),
+    ("(j <= i) & ((j < 4) | ((i - j) < 64))", [1, 2, 3, 3, 3, 3, 3, 3]),
+    ("(j <= i) & ((j % 256) >= 250)", [0, 0, 0, 1, 1, 1, 1, 2]),
+    ("(j <= i) & c1", [1, 2, 3, 4, 5, 6, 7, 8]),
+    ("(j < c0) & (abs(i - j - b) < 4)", [8] * 8),
+])  # fmt: skip
+def test_lists_leave_blocks(mask: str | None, counts: list[int]) -> None:
+    captures = (Capture("b---", torch.int64), Capture("b--j", torch.bool))
+    spec = AttentionSpec(parse("s"), None if mask is None else parse(mask), captures)
+    assert list(listed_blocks(spec, 512, 512, 64, 64)) == counts
+
+
+@pytest.mark.parametrize(("mask", "length", "expected"), [
+    (None, 8192, "few"),
+    ("j <= i", 8192, "few"),
+    ("(j <= i) & (((i - j) % 3) == 0)", 8192, "few"),
+    ("(j <= i) & ((j < 4) | ((i - j) < 512))", 8192, "many"),
+    ("(j <= i) & ((j < 4) | ((i - j) < 512))", 512, "few"),
+    ("(c0 == c1) & (j <= i)", 8192, "perhaps"),
+    ("c1 != 0", 8192, "few"),
+    ("((abs(i - j) < 9) | (c0 == 1)) | (c1 == 1)", 8192, "perhaps"),
+    ("(c2 & (j <= i)) & ((j < 4) | ((i - j) < 512))", 8192, "many"),
+    ("c2 & (j <= i)", 8192, "few"),
+])  # fmt: skip
+def test_lists_are_for_masks_that_bounds_do_not_tell(mask: str | None, length: int, expected: str) -> None:
+    captures = (Capture("b-i-", torch.int64), Capture("b--j", torch.int64), Capture("b-ij", torch.bool))
+    read = captures if mask and "c2" in mask else captures[:2]
+    spec = AttentionSpec(parse("s"), None if mask is None else parse(mask), read)
+    assert left_out(spec, length, length) == expected
+
+
+HOLES = AttentionSpec(parse("s * 0.125"), parse("((abs(i - j) <= 256) | (j < 64)) | (i < 64)"), out_dtype=HALF)
+DOCUMENTS = AttentionSpec(
+    parse("s * 0.125"), parse("c0 == c1"), (Capture("b-i-", torch.int64), Capture("b--j", torch.int64)), out_dtype=HALF
+)
+
+
+def test_lists_are_tried_where_they_should_take_less_time() -> None:
+    """First on long sequences with holes; not on short ones; for documents beside hulls where nothing is known."""
+    problems = {n: Problem(HOLES, 64, 64, HALF, HOPPER, 16384 // n, 16, 16, n, n) for n in (256, 2048, 8192)}
+    tried = {n: kernels.ranking(p).tried for n, p in problems.items()}
+    assert all("list" in config for n in (2048, 8192) for config in tried[n])
+    assert not any("list" in config for config in tried[256])
+    for capability in (HOPPER, (8, 0)):
+        found = kernels.ranking(Problem(DOCUMENTS, 64, 64, HALF, capability, 4, 16, 16, 2048, 2048)).tried
+        assert [config.endswith("list") for config in found if ":" not in config].count(True) == (capability != HOPPER)
+
+
+def test_a_list_needs_a_mask() -> None:
+    with pytest.raises(LoweringError, match="64x64w4s3list goes through a list of the blocks that a mask keeps"):
+        kernels.source(AttentionSpec(parse("s")), 64, 64, HALF, "64x64w4s3list")
 
 
 def test_blocks_follow_both_lengths_and_the_tiles() -> None:

@@ -146,6 +146,32 @@ def test_chunks_bound_the_keys_from_both_sides(term: str) -> None:
     assert "start_block = tl.maximum(0, floor_divide(first, 32) * 32) // BLOCK_N * BLOCK_N" in text
 
 
+@pytest.mark.parametrize(("term", "expected"), [
+    ("(j // 32) <= (i // 32)", ("upper", 1, 32, "31")),
+    ("(i // 32) >= (j // 32)", ("upper", 1, 32, "31")),
+    ("(j // 32) < (i // 32)", ("upper", 1, 32, "-1")),
+    ("~((j // 32) > (i // 32))", ("upper", 1, 32, "31")),
+    ("((i // 32) - (j // 32)) < 3", ("lower", 1, 32, "-64")),
+    ("(j // 32) >= (i // 32) + c0", ("lower", 1, 32, "(c0 * 32)")),
+    ("(j // 32) <= 2", ("upper", 0, 1, "95")),
+])  # fmt: skip
+def test_comparisons_of_chunks_bound_the_keys(term: str, expected: tuple[str, int, int, str]) -> None:
+    spec = AttentionSpec(parse("s"), parse(term), (Capture("b---", torch.int64),))
+    assert key_range(spec).bounds == ()
+    (bound,) = key_range(spec, further=True).bounds
+    assert (bound.side, bound.slope, bound.chunk, str(bound.offset)) == expected
+    assert not key_range(spec, further=True).rest
+
+
+@pytest.mark.parametrize("term", [
+    "(j // 32) <= (i // 16)", "(j // 32) <= i", "((j + 1) // 32) <= (i // 32)", "(j // 32) + j <= (i // 32)",
+    "(j // 32) <= 2 * (i // 32)", "(j // c0) <= (i // c0)", "(j // -4) <= (i // -4)", "(j // 4) <= (h + (i // 4) % 2)",
+])  # fmt: skip
+def test_what_is_nearly_a_comparison_of_chunks_bounds_nothing(term: str) -> None:
+    spec = AttentionSpec(parse("s"), parse(term), (Capture("b---", torch.int64),))
+    assert key_range(spec, further=True).bounds == ()
+
+
 @pytest.mark.parametrize("term", ["(i // 32) == (j // 16)", "(i // 32) == ((j + 1) // 32)", "(i // 32) != (j // 32)"])
 def test_what_is_nearly_a_chunk_bounds_nothing(term: str) -> None:
     assert key_range(AttentionSpec(parse("s"), parse(term)), further=True).bounds == ()

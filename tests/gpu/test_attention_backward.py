@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxopt.codegen.attention.backward.kernel import candidates
+from fxopt.codegen.attention.backward.kernel import candidates, listed
 from fxopt.codegen.attention.backward.operator import attention_backward, module
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
-from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, Shape, in_turn, pairwise, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget
+from tests.codegen.holes import HOLES
 from tests.codegen.vectors import VECTORS
 from tests.gpu.test_attention_kernels import ALL_SHAPES, DTYPES, LARGE, on_gpu
 
@@ -103,6 +104,21 @@ def test_rows_that_give_the_mean(name: str) -> None:
     for config in configurations(spec, shape, torch.bfloat16):
         found = backward(spec, (q, k, v), captures, dout, config)
         assert_gradients_within_budget(spec, (q, k, v), captures, found, dout)
+
+
+@pytest.mark.parametrize("empty_rows", ["zero", "uniform"])
+@pytest.mark.parametrize("name", HOLES)
+def test_lists_leave_out_blocks(name: str, empty_rows: EmptyRows) -> None:
+    torch.manual_seed(0)
+    shape = Shape(64, 64, 400, 600, 2, "group", "bshd", batch=2, heads=4)
+    spec = HOLES[name].specification(torch.bfloat16, empty_rows)
+    (q, k, v), _ = on_gpu("plain", shape, specification("plain", shape, torch.bfloat16), torch.bfloat16)
+    captures = [x.cuda() for x in HOLES[name].draw(shape)]
+    dout = torch.randn_like(q)
+    for config in candidates(spec, 64, 64, torch.bfloat16, torch.cuda.get_device_capability()):
+        first, *others = (backward(spec, (q, k, v), captures, dout, str(listed(config))) for _ in range(3))
+        assert_gradients_within_budget(spec, (q, k, v), captures, first, dout)
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("lengths", [(1000, 1000), (17, 900), (900, 65)])

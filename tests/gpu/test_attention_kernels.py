@@ -15,6 +15,7 @@ from fxopt.codegen.attention.portable.kernel import candidates
 from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.testing import assert_within_budget, evaluate, oracle_gradients
 from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, in_turn, operands, pairwise, specification
+from tests.codegen.holes import HOLES
 from tests.codegen.vectors import VECTORS
 
 pytestmark = pytest.mark.gpu
@@ -69,6 +70,46 @@ def test_captured_vectors_limit_the_keys(name: str, empty_rows: EmptyRows, dtype
     for config in candidates(spec, 64, 64, q.dtype, torch.cuda.get_device_capability()):
         out, _ = attention_forward(q, k, v, captures, str(spec), str(config), False)
         assert_within_budget(out, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("empty_rows", get_args(EmptyRows))
+@pytest.mark.parametrize("name", HOLES)
+def test_lists_leave_out_blocks(name: str, empty_rows: EmptyRows, dtype: str) -> None:
+    torch.manual_seed(0)
+    shape = Shape(64, 64, 400, 600, 1, heads=2, batch=2)
+    spec = HOLES[name].specification(DTYPES[dtype], empty_rows)
+    q, k, v = (x.cuda() for x in operands(shape, DTYPES[dtype]))
+    captures = [c.cuda() for c in HOLES[name].draw(shape)]
+    wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
+    exact = reference.attention(q.double(), k.double(), v.double(), captures, wide_spec)
+    eager = reference.attention(q, k, v, captures, str(spec))
+    found = candidates(spec, 64, 64, q.dtype, torch.cuda.get_device_capability())
+    for config in dict.fromkeys(dataclasses.replace(config, listed=True) for config in found):
+        out, lse = attention_forward(q, k, v, captures, str(spec), str(config), True)
+        assert_within_budget(out, eager, exact)
+        wanted = torch.logsumexp(reference.logits(spec, q.double(), k.double(), captures), -1)
+        torch.testing.assert_close(lse.double(), wanted, rtol=1e-3, atol=1e-3)
+        again = [attention_forward(q, k, v, captures, str(spec), str(config), True)[0] for _ in range(2)]
+        assert all(torch.equal(x.nan_to_num(), out.nan_to_num()) for x in again), "blocks come in one order"
+
+
+def test_lists_may_change_between_replays_of_a_graph() -> None:
+    torch.manual_seed(0)
+    shape = Shape(64, 64, 512, 512, 2, heads=2, batch=2)
+    spec = HOLES["interleaved documents"].specification(torch.bfloat16, "zero")
+    q, k, v = (x.cuda().contiguous() for x in operands(shape, torch.bfloat16))
+    captures = [c.cuda() for c in HOLES["interleaved documents"].draw(shape)]
+    attention_forward(q, k, v, captures, str(spec), "64x64w4s3list", False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = attention_forward(q, k, v, captures, str(spec), "64x64w4s3list", False)
+    for shift in (0, 100, 300):
+        for x, axis in zip(captures, (2, 3), strict=True):
+            x.copy_(x.roll(shift, axis))
+        graph.replay()
+        torch.testing.assert_close(out, attention_forward(q, k, v, captures, str(spec), "64x64w4s3", False)[0])
 
 
 def test_vectors_may_change_between_replays_of_a_graph() -> None:

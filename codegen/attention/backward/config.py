@@ -21,6 +21,8 @@ _TRIED: Final = 2
 class BackwardConfig:
     """The blocks of the kernels, rows by keys each; prints as ``64x128w8s2-128x64w8s2``.
 
+    Both go through lists of the blocks that the mask keeps, or none does (``64x128w8s2list-128x64w8s2list``).
+
     Attributes:
         keys: of the kernel of dk and dv, which keeps a block of keys and goes through the rows.
         rows: of the kernel of dq, which keeps a block of rows and goes through the keys.
@@ -32,10 +34,19 @@ class BackwardConfig:
     bands: Config | None = None
 
     def __post_init__(self) -> None:
+        if self.keys.listed != self.rows.listed or (self.listed and self.bands is not None):
+            raise LoweringError(
+                f"{self} is no configuration of the backward: lists are for both kernels, and for none along diagonals"
+            )
         if self.bands is not None and self.bands.block_m % self.bands.block_n:
             raise LoweringError(
                 f"{self} is no configuration of the backward: blocks along diagonals have whole blocks of keys as rows"
             )
+
+    @property
+    def listed(self) -> bool:
+        """Whether the kernels go through lists of the blocks that the mask keeps."""
+        return self.keys.listed
 
     def __str__(self) -> str:
         return "-".join(str(part) for part in (self.keys, self.rows, self.bands) if part is not None)

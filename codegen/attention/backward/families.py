@@ -26,11 +26,13 @@ def candidates(
     dtype: torch.dtype,
     capability: tuple[int, int],
     wanted: Sequence[bool] = (),
+    rows: int | None = None,
+    keys: int | None = None,
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The printed configurations worth measuring, best guess first, at most three; and why a family can't serve.
 
     The reasons are kept by family, ``""`` for the portable one. ``wanted`` says which captured tensors may need a
-    gradient.
+    gradient. ``rows`` and ``keys`` are as many as there are, where that is known.
     """
     sizes = (spec, head_dim, value_dim, dtype)
     refused: dict[str, str] = {}
@@ -38,9 +40,13 @@ def candidates(
     if reason is not None:
         refused["hopper"] = reason
     found = [] if reason else [str(config) for config in hopper.candidates(*sizes, capability)]
-    general = [str(config) for config in portable.candidates(*sizes, capability)]
+    portables = portable.candidates(*sizes, capability, rows, keys)
+    general = [str(config) for config in portables]
     if not general:
         refused[""] = portable.objection(*sizes) or "no configuration of the backward fits the device"
+    if any(config.listed for config in portables):
+        # The others compute all that lists leave out.
+        return tuple((general[0], *found[:1], *general[1:])[:_TRIED]), refused
     # Two of a family at most: the portable one stays among them.
     return tuple((*found[:2], *general[:2])[:_TRIED]), refused
 

@@ -19,10 +19,11 @@ from fxopt.codegen.attention.backward.diagonals import (
 )
 from fxopt.codegen.attention.backward.plan import Flow, Weights
 from fxopt.codegen.attention.backward.row_range import row_spans
-from fxopt.codegen.attention.backward.template import BY_ROW, COUNT_FLOW, LAST, LOOP
+from fxopt.codegen.attention.backward.template import BY_ROW, COUNT_FLOW, LAST, LOOP, UPDATE
 from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.dropout import Dropout
 from fxopt.codegen.attention.interval import KeyRange, key_range
+from fxopt.codegen.attention.portable.key_lists import KeyLists
 from fxopt.codegen.attention.portable.loops import Span, loop_spans
 from fxopt.codegen.attention.portable.phases import PhasedBand, phased
 from fxopt.codegen.printing import emit
@@ -49,7 +50,8 @@ delta = tl.where(far, precise, delta)"""
 class Folds:
     """The text of the inner loops for one specification.
 
-    ``d_inside`` and ``e_inside`` are the conditions on the head dimensions, empty where those need no padding.
+    ``d_inside`` and ``e_inside`` are the conditions on the head dimensions, empty where those need no padding. With
+    ``lists``, of blocks of keys and of rows, the loops go through these.
     """
 
     spec: AttentionSpec
@@ -58,11 +60,12 @@ class Folds:
     d_inside: str
     e_inside: str
     peeled: bool
+    lists: tuple[KeyLists, KeyLists] | None = None
 
     @cached_property
     def range(self) -> KeyRange:
-        """Which keys the rows need."""
-        return key_range(self.spec)
+        """Which keys the rows need, as far as bounds limit the loops."""
+        return KeyRange((), ()) if self.lists else key_range(self.spec)
 
     @cached_property
     def captures(self) -> tuple[CapturedTensor, ...]:
@@ -107,8 +110,8 @@ class Folds:
             "keys_returned": ", ".join(self._targets("keys")),
             "rows_parameters": self._parameters((*self._targets("rows"), *self._row_names), "BLOCK_N"),
             "keys_parameters": self._parameters((*self._targets("keys"), *self._key_names), "BLOCK_M"),
-            "loops_over_keys": "\n".join(self._loop(span, over="keys") for span in loop_spans(self.range)),
-            "loops_over_rows": "\n".join(self._loop(span, over="rows") for span in row_spans(self.range)),
+            "loops_over_keys": self._loops("keys"),
+            "loops_over_rows": self._loops("rows"),
             "load_captures_by_key": "\n".join(c.load_in_loop for c in self.by_key if c.in_loop),
             "masks_by_key": self._masks("i < Sq"),
             "weight_by_key": self.weights.text.format("[None, :]"),
@@ -255,22 +258,31 @@ class Folds:
         constants = (f"{name}={name}" for name in self._constants(block))
         return listing((*names, *constants, f"BOUNDED={bounded}")).rstrip("\n")
 
+    def _loops(self, over: str) -> str:
+        if self.lists is None:
+            spans = loop_spans(self.range) if over == "keys" else row_spans(self.range)
+            return "\n".join(self._loop(span, over) for span in spans)
+        lists = self.lists[over == "rows"]
+        updates = {bounded: fill(UPDATE, self._update(over, bounded)).rstrip("\n") for bounded in (True, False)}
+        return "\n".join((lists.limits, *(lists.loop(text, bounded) for bounded, text in updates.items())))
+
     def _loop(self, span: Span, over: str) -> str:
-        by_row = over == "keys"
         loops = span.loops or not self.peeled
-        names = (*self._targets("rows"), *self._row_names) if by_row else (*self._targets("keys"), *self._key_names)
-        placed = (name if loops or name != "start" else span.first for name in names)
-        block = "BLOCK_N" if by_row else "BLOCK_M"
-        holes = {
-            "first": span.first,
-            "last": span.last,
-            "step": block,
-            "targets": ", ".join(self._targets("rows" if by_row else "keys")),
-            "function": "fold_keys" if by_row else "fold_rows",
-            "arguments": self._arguments(placed, block, span.bounded),
-        }
+        update = self._update(over, span.bounded, "start" if loops else span.first)
+        holes = {"first": span.first, "last": span.last, "step": "BLOCK_N" if over == "keys" else "BLOCK_M", **update}
         text = fill(LOOP if loops else LAST, holes).rstrip("\n")
         return f"if not EVEN:\n{_indented(text)}" if span.beyond else text
+
+    def _update(self, over: str, bounded: bool, start: str = "start") -> dict[str, str]:
+        """The holes of the call that folds the block from ``start`` on."""
+        by_row = over == "keys"
+        names = (*self._targets("rows"), *self._row_names) if by_row else (*self._targets("keys"), *self._key_names)
+        placed = (start if name == "start" else name for name in names)
+        return {
+            "targets": ", ".join(self._targets("rows" if by_row else "keys")),
+            "function": "fold_keys" if by_row else "fold_rows",
+            "arguments": self._arguments(placed, "BLOCK_N" if by_row else "BLOCK_M", bounded),
+        }
 
     @staticmethod
     def _load(name: str, inside: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -10,11 +11,13 @@ import torch
 from fxopt.codegen.attention.backward import plan
 from fxopt.codegen.attention.backward.config import BackwardConfig, fitting, read_backward
 from fxopt.codegen.attention.backward.source import BackwardText
+from fxopt.codegen.attention.cost import LENGTH
 from fxopt.codegen.attention.portable.kernel import objection as forward_objection
+from fxopt.codegen.attention.portable.key_lists import can_list, left_out
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
-__all__ = ["KIND", "candidates", "objection", "read_backward", "source"]
+__all__ = ["KIND", "candidates", "listed", "objection", "read_backward", "source"]
 
 #: The kind under which generated sources are kept in the cache.
 KIND: Final = "attention_backward"
@@ -39,14 +42,30 @@ def objection(
 
 
 def candidates(
-    spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    spec: AttentionSpec,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    rows: int | None = None,
+    keys: int | None = None,
 ) -> tuple[BackwardConfig, ...]:
-    """The configurations worth measuring, best guess first, at most two; none where no kernels can be generated."""
+    """The configurations worth measuring, best guess first, at most two; none where no kernels can be generated.
+
+    The first one goes through lists of blocks where these leave out many of those that ``rows`` and ``keys`` make.
+    """
     if objection(spec, head_dim, value_dim, dtype, averages=True) is not None:
         return ()
     heavy = plan.slope(spec)[0] is not None or any(c.is_tile for c in spec.captures)
     bands = any(c.is_band for c in spec.captures)
-    return fitting(head_dim, value_dim, dtype, capability, heavy, drops=spec.dropout > 0, bands=bands)
+    found = fitting(head_dim, value_dim, dtype, capability, heavy, drops=spec.dropout > 0, bands=bands)
+    lists = left_out(spec, rows or keys or LENGTH, keys or rows or LENGTH)
+    return (listed(found[0]), found[0]) if found and lists == "many" and not bands else found
+
+
+def listed(config: BackwardConfig) -> BackwardConfig:
+    """``config`` with lists."""
+    return BackwardConfig(replace(config.keys, listed=True), replace(config.rows, listed=True))
 
 
 def source(
@@ -69,4 +88,7 @@ def source(
     reason = objection(spec, head_dim, value_dim, dtype, averages=True)
     if reason is not None:
         raise LoweringError(f"no Triton kernels for the backward of this attention: {reason} ({spec})")
+    if config.listed and (not can_list(spec) or any(c.is_band for c in spec.captures)):
+        lacking = "bands have none" if can_list(spec) else "there is none"
+        raise LoweringError(f"{config} goes through lists of the blocks that a mask keeps, and {lacking} ({spec})")
     return str(BackwardText(spec, head_dim, value_dim, dtype, config, tuple(wanted)))

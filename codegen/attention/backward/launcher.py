@@ -186,6 +186,7 @@ def _statistics(text: BackwardText) -> str:
         lines.append(f"shares = torch.empty(({blocks}, {width}), dtype=torch.float32, device=q.device)")
     config = text.config
     keys = max(cut.block_n for cut in (config.keys, config.rows, band_config(config)))
+    lines += [found.allocate for found in text.lists or ()]
     return "\n".join((*lines, *(total.allocate for total in totals(text)), allocate_phases(text.bands, keys))).rstrip()
 
 
@@ -211,7 +212,12 @@ def _launches(text: BackwardText) -> list[str]:
         grid = f"{flow.name}_programs * {flow.name}_parts"
         launch = _launch(flow.name, config, grid, "keys", config.block_n)
         lines.append(launch.replace("*sizes,", f"*sizes[:-1], {flow.name}_parts,"))
-    return [launch_phases(text.bands), *lines, *(total.launch for total in totals(text))]
+    return [
+        launch_phases(text.bands),
+        *(found.launch for found in text.lists or ()),
+        *lines,
+        *(total.launch for total in totals(text)),
+    ]
 
 
 def prepare_text(text: BackwardText) -> str:

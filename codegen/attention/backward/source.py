@@ -17,9 +17,12 @@ from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes
 from fxopt.codegen.attention.backward.plan import Flow, Weights
 from fxopt.codegen.attention.backward.row_range import row_range_text
 from fxopt.codegen.attention.dropout import Dropout
+from fxopt.codegen.attention.interval import key_range
 from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.key_lists import LISTS, KeyLists
 from fxopt.codegen.attention.portable.loops import key_range_text
 from fxopt.codegen.attention.portable.phases import PHASES, PhasedBand
+from fxopt.codegen.attention.portable.turned import turn
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.attention.softmax import LOG2E
 from fxopt.codegen.printing import emit, helpers
@@ -59,7 +62,8 @@ class BackwardText:
         bands = [flow for flow in self.flows if flow.side == "band"]
         texts += [fill(BAND, {**holes, **self._folds.band_holes(flow, holes)}) for flow in bands]
         texts += dict.fromkeys(text for total in totals(self) for text in total.kernels)
-        texts = [self.dropout.function, PHASES if self.bands else "", *texts]
+        lists = [*(found.kernel for found in self.lists), LISTS] if self.lists else []
+        texts = [self.dropout.function, PHASES if self.bands else "", *lists, *texts]
         body = "".join(texts) + fill(LAUNCH, {**holes, **launch_holes(self)})
         devices = "".join(f"\n{text}\n" for text in helpers(body))
         script = {**holes, **self._script}
@@ -99,7 +103,18 @@ class BackwardText:
         d_inside, e_inside = self.inside("d", self.head_dim), self.inside("e", self.value_dim)
         # A block peeled off a loop of float32 products spills.
         peeled = self.dtype is not torch.float32
-        return Folds(self.spec, self._weights, self.flows, d_inside, e_inside, peeled)
+        return Folds(self.spec, self._weights, self.flows, d_inside, e_inside, peeled, self.lists)
+
+    @cached_property
+    def lists(self) -> tuple[KeyLists, KeyLists] | None:
+        """The blocks of keys that blocks of rows keep, and the other way round, where the loops go through these."""
+        if not self.config.listed:
+            return None
+        rows, keys = self.config.rows, self.config.keys
+        return (
+            KeyLists(self.spec, rows.block_m, rows.block_n),
+            KeyLists(turn(self.spec), keys.block_n, keys.block_m, whose="row"),
+        )
 
     @property
     def recounted(self) -> bool:
@@ -109,7 +124,7 @@ class BackwardText:
     @property
     def spoils(self) -> bool:
         """Whether a row of NaN weights must be told to keys whose loops leave it out."""
-        return bool(self._folds.range.bounds)
+        return self.config.listed or bool(self._folds.range.bounds)
 
     @property
     def averages(self) -> bool:
@@ -138,6 +153,7 @@ class BackwardText:
         captures = tuple(c.name for c in self._folds.captures)
         statistics = (*self.statistics, *(("spoilt",) if self.spoils else ()))
         statistics += ("shares",) if self.averages else ()
+        statistics += ("key_lists", "row_lists") if self.lists else ()
         results = ("dq", "dk", "dv", *(f"{flow.name}_grad" for flow in self.flows))
         return ("q", "k", "v", *captures, *self.dropout.tensors, "out", "lse", "dout", "dlse", *statistics, *results)
 
@@ -217,7 +233,7 @@ class BackwardText:
             "d_masked": f", mask={d_inside}, other=0.0" if d_inside else "",
             "e_masked": f", mask={e_inside}, other=0.0" if e_inside else "",
             "row_block": "blocks - 1 - program % blocks"
-            if any(b.slope for b in found.side("upper"))
+            if any(b.slope for b in key_range(spec).side("upper"))
             else "program % blocks",
             "capture_bases": "\n".join(c.base for c in self._folds.captures),
             "key_range": key_range_text(found, lambda e, names: emit(e, names, spec.capture_kinds)),

@@ -378,6 +378,12 @@ for start in range($first, $last, $step):
     )
 """
 
+UPDATE: Final = """\
+$targets = $function(
+    $arguments
+)
+"""
+
 LAST: Final = """\
 if $first < $last:
     $targets = $function(

@@ -10,7 +10,7 @@ import torch
 
 from fxopt.errors import LoweringError
 
-_TEXT: Final = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)(?:r(\d+))?(tma)?")
+_TEXT: Final = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)(?:r(\d+))?(tma)?(list)?")
 #: Largest shared memory of one block in bytes, by compute capability (others: 99 KiB, what every later one has).
 _SHARED: Final[dict[tuple[int, int], int]] = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448}
 _SHARED_DEFAULT: Final = 101_376
@@ -27,9 +27,10 @@ class Config:
     """``block_m`` query rows against ``block_n`` keys at a time, by ``num_warps`` warps, ``num_stages`` loads deep.
 
     ``registers`` caps those of a thread, so that more blocks share a multiprocessor (0: no cap). ``loads`` says how
-    keys and values are read: by pointers, or by tensor descriptors, for compute capability 9.0 and later.
-    Prints as ``128x64w8s3``, with its cap ``128x64w8s2r128``, by descriptors ``128x64w8s3tma``; `read_config` is the
-    inverse.
+    keys and values are read: by pointers, or by tensor descriptors, for compute capability 9.0 and later. ``listed``
+    kernels go through a list of the blocks of keys that the mask keeps (`fxopt.codegen.attention.portable.key_lists`).
+    Prints as ``128x64w8s3``, with its cap ``128x64w8s2r128``, by descriptors ``128x64w8s3tma``, with lists
+    ``128x64w8s3list``; `read_config` is the inverse.
     """
 
     block_m: int
@@ -38,6 +39,7 @@ class Config:
     num_stages: int
     registers: int = 0
     loads: Loads = "pointer"
+    listed: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.block_m, self.block_n, self.num_warps, self.num_stages)
@@ -49,7 +51,8 @@ class Config:
 
     def __str__(self) -> str:
         blocks = f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}"
-        return f"{blocks}{f'r{self.registers}' if self.registers else ''}{'tma' if self.loads == 'tma' else ''}"
+        loads = "tma" if self.loads == "tma" else ""
+        return f"{blocks}{f'r{self.registers}' if self.registers else ''}{loads}{'list' if self.listed else ''}"
 
 
 def read_config(text: str) -> Config:
@@ -58,7 +61,8 @@ def read_config(text: str) -> Config:
     if match is None:
         raise LoweringError(f"not a kernel configuration: {text!r}; an example is '128x64w8s3'")
     block_m, block_n, num_warps, num_stages, registers = (int(n or 0) for n in match.groups()[:5])
-    return Config(block_m, block_n, num_warps, num_stages, registers, "tma" if match[6] else "pointer")
+    loads: Loads = "tma" if match[6] else "pointer"
+    return Config(block_m, block_n, num_warps, num_stages, registers, loads, match[7] is not None)
 
 
 #: Best first as measured on an H100, by padded head dimension. Caps on registers let two blocks of eight warps, or four

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import torch
 
 from fxopt.codegen.attention import cost
+from fxopt.codegen.attention.portable import key_lists
 from fxopt.codegen.attention.portable.config import (
     Captured,
     Config,
@@ -64,15 +66,17 @@ def candidates_for(problem: Problem) -> tuple[str, ...]:
 
 def _candidates(problem: Problem) -> tuple[Config, ...]:
     sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype, problem.capability, problem.rows)
-    return candidates(*sizes)
+    return candidates(*sizes, problem.keys)
 
 
 def seconds(problem: Problem, config: str) -> float:
     """How long a configuration should take on a problem (`fxopt.codegen.attention.cost`)."""
-    cut, places = read_config(config), _candidates(problem)
+    cut = read_config(config)
+    plain = replace(cut, listed=False)
+    places = list(dict.fromkeys(replace(c, listed=False) for c in _candidates(problem)))
     key, value = padded(problem.head_dim), padded(problem.value_dim)
     width = max(key, value)
-    behind = places.index(cut) if cut in places else 0
+    behind = places.index(plain) if plain in places else 0
     schedule = cost.Schedule(
         cut.block_m,
         cut.block_n,
@@ -81,8 +85,10 @@ def seconds(problem: Problem, config: str) -> float:
         pace=_PACE[width] * (1 + _PACE_BEHIND * behind),
         start=_START + _START_ELEMENT * width * cut.block_m,
         latency=_LATENCY / cut.num_warps,
+        listed=cut.listed,
     )
-    return cost.seconds(problem, schedule)
+    made = key_lists.seconds(problem, cut.block_m, cut.block_n) if cut.listed else 0.0
+    return made + cost.seconds(problem, schedule)
 
 
 def candidates(
@@ -92,8 +98,12 @@ def candidates(
     dtype: torch.dtype,
     capability: tuple[int, int],
     rows: int | None = None,
+    keys: int | None = None,
 ) -> tuple[Config, ...]:
     """The configurations worth measuring, best guess first, at most four; none where no kernel can be generated.
+
+    Those that go through lists of blocks of keys come first where these leave out many, and are among them where they
+    perhaps do.
 
     Args:
         spec: the attention.
@@ -102,10 +112,28 @@ def candidates(
         dtype: of ``q``, ``k`` and ``v``.
         capability: of the device, as ``torch.cuda.get_device_capability`` gives it.
         rows: the number of queries, where that is known: few of them want small blocks.
+        keys: the number of keys, where that is known.
     """
     if objection(spec, head_dim, value_dim, dtype) is not None:
         return ()
-    return fitting(head_dim, value_dim, dtype, capability, _captured(spec), rows, drops=spec.dropout > 0)
+    found = fitting(head_dim, value_dim, dtype, capability, _captured(spec), rows, drops=spec.dropout > 0)
+    lists = _lists_of(spec, capability, rows or keys or cost.LENGTH, keys or rows or cost.LENGTH)
+    listed = tuple(replace(config, listed=True) for config in found if _suits_lists(config, capability))[:2]
+    if lists == "few" or not listed:
+        return found
+    return (*listed, *found[:2]) if lists == "many" else (found[0], listed[0], *found[1:3])
+
+
+def _suits_lists(config: Config, capability: tuple[int, int]) -> bool:
+    """Narrow blocks leave out more; descriptors spill, and on Blackwell warps of more than 16 rows."""
+    spills = config.loads == "tma" or (capability[0] > 9 and config.block_m > 16 * config.num_warps)
+    return config.block_n <= 64 and not spills
+
+
+def _lists_of(spec: AttentionSpec, capability: tuple[int, int], rows: int, keys: int) -> key_lists.LeftOut:
+    lists = key_lists.left_out(spec, rows, keys)
+    # What is measured is vectors that leave out nothing. Where the Hopper kernel serves them it takes less time then.
+    return "few" if lists == "perhaps" and capability == (9, 0) else lists
 
 
 def _captured(spec: AttentionSpec) -> Captured:
@@ -125,4 +153,6 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
     reason = objection(spec, head_dim, value_dim, dtype)
     if reason is not None:
         raise LoweringError(f"no Triton kernel for this attention: {reason}; lower it to ATen instead ({spec})")
+    if config.listed and not key_lists.can_list(spec):
+        raise LoweringError(f"{config} goes through a list of the blocks that a mask keeps, and there is none ({spec})")
     return str(KernelText(spec, head_dim, value_dim, dtype, config))

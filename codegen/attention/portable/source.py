@@ -23,12 +23,14 @@ from fxopt.codegen.attention.frame import (
     description,
     unpacked,
 )
+from fxopt.codegen.attention.interval import KeyRange, key_range
 from fxopt.codegen.attention.logits import LogitsText
 from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.config import Config, padded
 from fxopt.codegen.attention.portable.hull import Hull
+from fxopt.codegen.attention.portable.key_lists import LISTS, KeyLists
 from fxopt.codegen.attention.portable.loops import Span, key_range_text, loop_spans
-from fxopt.codegen.attention.portable.template import ATTEND, AVERAGE, KERNEL, LAST, LAUNCH, LOOP, USE_AVERAGE
+from fxopt.codegen.attention.portable.template import ATTEND, AVERAGE, KERNEL, LAST, LAUNCH, LOOP, UPDATE, USE_AVERAGE
 from fxopt.codegen.attention.portable.tiles import DESCRIBABLE, IMPORT, Tiles, wide
 from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.script import script_holes
@@ -59,8 +61,9 @@ class KernelText(LogitsText):
         describable = DESCRIBABLE if self._tiles.described else ""
         average = fill(AVERAGE, holes) if self._averages else ""
         hull = "" if self._hull is None else self._hull.kernel
+        lists = "" if self._lists is None else self._lists.kernel + LISTS
         copies = phases.PHASES if self._bands else ""
-        kernels = (self._dropout.function, fill(ATTEND, holes), average, hull, copies, fill(KERNEL, holes))
+        kernels = (self._dropout.function, fill(ATTEND, holes), average, hull, lists, copies, fill(KERNEL, holes))
         texts = (*kernels, describable, fill(LAUNCH, holes))
         body = "".join(texts)
         devices = "".join(f"\n{text}\n" for text in helpers(body))
@@ -82,8 +85,17 @@ class KernelText(LogitsText):
         return tuple(c for c in self.captures if isinstance(c, phases.PhasedBand))
 
     @cached_property
+    def _lists(self) -> KeyLists | None:
+        return KeyLists(self.spec, self.config.block_m, self.config.block_n) if self.config.listed else None
+
+    @cached_property
+    def range(self) -> KeyRange:
+        """The bounds that limit the loops: none where lists of blocks do."""
+        return KeyRange((), ()) if self._lists else key_range(self.spec, self.further_bounds)
+
+    @cached_property
     def _hull(self) -> Hull | None:
-        found = possible_keys(self.spec)
+        found = None if self._lists else possible_keys(self.spec)
         return None if found is None else Hull(self.spec, found, self.config.block_m, self.config.block_n)
 
     @property
@@ -141,7 +153,6 @@ class KernelText(LogitsText):
     @property
     def _kernel(self) -> dict[str, str]:
         """The holes of the kernel around it."""
-        ranged = any(b.follows_rows for b in self.range.side("upper"))
         e_inside = self._inside("e[None, :]", self.value_dim)
         d_inside = self._inside("d[None, :]", self.head_dim)
         hull = ("HULL",) if self._hull else ()
@@ -151,20 +162,51 @@ class KernelText(LogitsText):
         return {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in sizes) + "]",
             "kernel_parameters": listing((*self._pointers, *self._strides, *sizes, *constants), annotate=True),
-            "row_block": "blocks - 1 - program % blocks" if ranged else "program % blocks",
+            **self._order,
             "kv_head": KV_HEAD[self.spec.kv_map],
             "q_mask": f", mask={d_inside}, other=0.0" if d_inside else "",
             "tiles": self._tiles.bases,
             "capture_bases": "\n".join(c.base for c in self.captures),
             "hull_limits": "" if self._hull is None else self._hull.limits,
-            "key_range": key_range_text(self.range, self.emit, self._hull is not None),
-            "loops": "\n".join(self._loop(span) for span in loop_spans(self.range, self._hull is not None)),
+            **self._loops,
             **self._average,
             "load_seed": self._dropout.load,
             "result": _RESULT[self.spec.empty_rows].format(self._dropout.scaled("acc") + " / total[:, None]"),
             "out_mask": both(both("rows < Sq", e_inside), "total[:, None] != 0" if self._averages else ""),
             "lse_factor": f" * {factor!r}" if factor != 1.0 else "",
         }
+
+    @property
+    def _order(self) -> dict[str, str]:
+        """The holes of the order of programs: blocks of many keys first.
+
+        Lists may be of any length: those of one block of rows, alike in all heads, come together.
+        """
+        ranged = any(b.follows_rows for b in key_range(self.spec, self.further_bounds).side("upper"))
+        pairs = "(tl.num_programs(0) // blocks)"
+        block, pair = ("//", f"program % {pairs}") if self._lists else ("%", "program // blocks")
+        turn = f"program {block} {pairs if self._lists else 'blocks'}"
+        return {"row_block": f"blocks - 1 - {turn}" if ranged else turn, "pair": pair}
+
+    @property
+    def _loops(self) -> dict[str, str]:
+        """The holes of the loops over blocks of keys."""
+        if self._lists is not None:
+            updates = {
+                bounded: fill(UPDATE, {"arguments": self._arguments("start", bounded)}) for bounded in (True, False)
+            }
+            loops = (self._lists.loop(update.rstrip("\n"), bounded) for bounded, update in updates.items())
+            return {"list_limits": self._lists.limits, "key_range": "", "loops": "\n".join(loops)}
+        return {
+            "list_limits": "",
+            "key_range": key_range_text(self.range, self.emit, self._hull is not None),
+            "loops": "\n".join(self._loop(span) for span in loop_spans(self.range, self._hull is not None)),
+        }
+
+    def _arguments(self, start: str, bounded: bool) -> str:
+        """The arguments of the update with the block of keys from ``start`` on."""
+        names = (start if name == "start" else name for name in self._attend_names)
+        return listing((*names, *(f"{name}={name}" for name in self._constants), f"BOUNDED={bounded}"))
 
     @property
     def _average(self) -> dict[str, str]:
@@ -182,15 +224,13 @@ class KernelText(LogitsText):
         # A block peeled off a loop of float32 products spills.
         loops = span.loops or self.dtype is torch.float32
         start = "start" if loops else span.first
-        names = (start if name == "start" else name for name in self._attend_names)
-        arguments = (*names, *(f"{name}={name}" for name in self._constants), f"BOUNDED={span.bounded}")
-        holes = {"first": span.first, "last": span.last, "arguments": listing(arguments)}
+        holes = {"first": span.first, "last": span.last, "arguments": self._arguments(start, span.bounded)}
         text = fill(LOOP if loops else LAST, holes).rstrip("\n")
         return f"if not EVEN:\n{textwrap.indent(text, '    ')}" if span.beyond else text
 
     @property
     def _pointers(self) -> tuple[str, ...]:
-        further = (*self._dropout.tensors, *(("hull",) if self._hull else ()))
+        further = (*self._dropout.tensors, *(("hull",) if self._hull else ()), *(("key_lists",) if self._lists else ()))
         names = ("q", "k", "v", *(c.name for c in self.captures), *further, "out", "lse")
         return tuple(f"{name}_ptr" for name in names)
 
@@ -218,7 +258,8 @@ class KernelText(LogitsText):
         switches = ('PRECISION="ieee" if exact else "tf32"', "FAST_TANH=fast", even, *tma, "WIDE=wide", *hulled)
         sizes = ("heads", "kv_heads", "rows", "keys", *periods)
         given = (c.argument for c in self.captures)
-        tensors = ("q", *self._tiles.arguments, *given, *self._dropout.tensors, *hull, "out", "lse")
+        lists = ("key_lists",) if self._lists else ()
+        tensors = ("q", *self._tiles.arguments, *given, *self._dropout.tensors, *hull, *lists, "out", "lse")
         arguments = (*tensors, *self._stride_values, *sizes, *blocks, *switches, "WITH_LSE=with_lse", *self._options)
         return {
             **self._dropout.launch_holes,
@@ -229,6 +270,8 @@ class KernelText(LogitsText):
             "launch_phases": phases.launch(self._bands),
             "allocate_hull": "" if self._hull is None else self._hull.allocate,
             "launch_hull": "" if self._hull is None else self._hull.launch,
+            "allocate_lists": "" if self._lists is None else self._lists.allocate,
+            "launch_lists": "" if self._lists is None else self._lists.launch,
             "wide": wide(self._reaches),
             "block_m": str(self.config.block_m),
             "launch_arguments": listing(arguments),

@@ -72,8 +72,8 @@ def attention_kernel(
     program = tl.program_id(0)
     first = ($row_block) * BLOCK_M
     last = tl.minimum(first + BLOCK_M, Sq) - 1
-    b = program // blocks // heads
-    h = program // blocks % heads
+    b = $pair // heads
+    h = $pair % heads
     g = $kv_head
     b_wide, h_wide, g_wide = b.to(tl.int64), h.to(tl.int64), g.to(tl.int64)
     rows = (first + tl.arange(0, BLOCK_M))[:, None]
@@ -95,6 +95,7 @@ def attention_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
     $hull_limits
+    $list_limits
     $key_range
     $loops
 
@@ -116,6 +117,12 @@ for start in range($first, $last, BLOCK_N):
     acc, total, peak = attend(
         $arguments
     )
+"""
+
+UPDATE: Final = """\
+acc, total, peak = attend(
+    $arguments
+)
 """
 
 LAST: Final = """\
@@ -147,6 +154,7 @@ def launch(
     $describe
     $allocate_phases
     $allocate_hull
+    $allocate_lists
     # Strides so long that offsets within a block need 64 bits.
     $wide
     exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
@@ -154,6 +162,7 @@ def launch(
     with torch.cuda.device_of(q):
         $launch_phases
         $launch_hull
+        $launch_lists
         attention_kernel[grid](
             $launch_arguments
         )

@@ -16,6 +16,7 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.hopper.config import read_config
 from fxopt.codegen.attention.hopper.kernel import source
 from fxopt.ir.attention import AttentionSpec, EmptyRows
+from fxopt.ir.expression import parse
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, specification
 from tests.codegen.emulated_gluon import emulated
@@ -73,6 +74,22 @@ def test_streams_are_within_the_budget_of_eager(
     wide = [c.double() if c.is_floating_point() else c for c in captures]
     wanted = torch.logsumexp(reference.logits(spec, q.double(), k.double(), wide), -1)
     torch.testing.assert_close(lse.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("mask", [
+    "(j // 50) <= (i // 50)",
+    "((j // 24) < (i // 24)) & ((j // 24) >= (i // 24) - 5)",
+    "((j // 70) < (i // 70)) | (j < 9)",
+])  # fmt: skip
+def test_comparisons_of_chunks_bound_the_blocks_of_streams(
+    mask: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = SHAPES["square"]
+    spec = dataclasses.replace(specification("causal", sizes, HALF, "zero"), mask=parse(mask))
+    q, k, v = operands(sizes, HALF)
+    out, _ = launch(spec, q, k, v, [], config, monkeypatch)
+    assert_within_budget(out, reference.attention(q, k, v, [], str(spec)), exact(spec, q, k, v, []))
 
 
 @pytest.mark.parametrize("name", ["causal", "additive-mask"])

@@ -7,17 +7,14 @@ entry and block of keys the first row that can possibly keep one of them, and on
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Final
 
 from fxopt.codegen.attention.gluon import as_gluon
 from fxopt.codegen.attention.portable.hull import Hull
+from fxopt.codegen.attention.portable.turned import turn, turned_host
 from fxopt.codegen.attention.possible import possible_keys
-from fxopt.ir.attention import AttentionSpec, Capture
-from fxopt.ir.expression import I, J, symbol
+from fxopt.ir.attention import AttentionSpec
 
-_OTHER: Final = {"rows": "keys", "keys": "rows", "stride(2)": "stride(3)", "stride(3)": "stride(2)"}
-_PLACES: Final = {I: J, J: I, symbol("Sq"): symbol("Sk"), symbol("Sk"): symbol("Sq")}
 _WHOSE: Final = "keys that a block of query rows can possibly keep"
 _TURNED: Final = "rows ``j`` that can possibly keep a key ``i`` of a block"
 #: On an H100 2048 rows gain what is left out; with 512 the launch of one more kernel costs as much.
@@ -46,12 +43,12 @@ class Needed:
     def allocate(self) -> str:
         """The launcher's lines that allocate the limits."""
         _, *lines = self.hull.allocate.splitlines()
-        return "\n".join((_FEW, *map(_turned, lines)))
+        return "\n".join((_FEW, *map(turned_host, lines)))
 
     @property
     def launch(self) -> str:
         """The launcher's lines that run the small kernel."""
-        return _turned(self.hull.launch)
+        return turned_host(self.hull.launch)
 
 
 def needed_rows(spec: AttentionSpec, rows: int, keys: int) -> Needed | None:
@@ -66,21 +63,3 @@ def hull_holes(needed: Needed | None) -> dict[str, str]:
     if needed is None:
         return dict.fromkeys(("hull_limits", "allocate_hull", "launch_hull"), "")
     return {"hull_limits": as_gluon(needed.limits), "allocate_hull": needed.allocate, "launch_hull": needed.launch}
-
-
-def turn(spec: AttentionSpec) -> AttentionSpec:
-    """``spec`` with rows and keys in each other's place in its mask and captured tensors; its score stays as it is."""
-    if spec.mask is None:
-        return spec
-    captures = tuple(_turned_capture(c) for c in spec.captures)
-    return dataclasses.replace(spec, mask=spec.mask.replace(lambda node: _PLACES.get(node, node)), captures=captures)
-
-
-def _turned_capture(captured: Capture) -> Capture:
-    row, key = captured.dims[2], captured.dims[3]
-    letters = {"i": "j", "j": "i"}
-    return dataclasses.replace(captured, dims=f"{captured.dims[:2]}{letters.get(key, key)}{letters.get(row, row)}")
-
-
-def _turned(line: str) -> str:
-    return re.sub(r"\b(rows|keys)\b|stride\([23]\)", lambda found: _OTHER[found[0]], line)

@@ -25,7 +25,8 @@ class Attention(nn.Module):
         length = q.shape[2]
         scores = q @ k.mT * q.shape[-1] ** -0.5
         hidden = self.get_buffer("bias")[:, :, :length, :length] == 0
-        return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+        attended: Tensor = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+        return attended
 
 
 class Layers(nn.Module):

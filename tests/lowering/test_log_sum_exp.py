@@ -95,7 +95,7 @@ def test_both_gradients_are_timed(training: bool, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("fxopt.codegen.attention.operator.attention_backward", noted)
     found, _ = candidates(site, training)
-    real = lowering._real(site, found)
+    real = lowering.real_operands(site, found)
     with torch.set_grad_enabled(training):
         for candidate in (found[0], found[-1]):
             lowering._timed_call(candidate, site, real, training)()

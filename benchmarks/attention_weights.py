@@ -10,17 +10,14 @@ scores twice, for each thing that is read; *walks* shares the attention's log-su
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment
+from benchmarks.sweep import parser, sweep
 from benchmarks.timing import Timing, cuda_graph, interleave
 from fxopt.codegen.attention import kernels, reference
 from fxopt.codegen.attention.operator import attention_forward
@@ -151,23 +148,8 @@ def show(case: Case, timings: dict[str, Timing]) -> None:
 
 def main() -> None:
     """Parse the command line, run the cases, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default="", help="only cases whose name contains this, such as 'ViT'")
-    parser.add_argument("--rounds", type=int, default=20, help="samples per way")
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.attention_weights needs an NVIDIA GPU; torch sees none")
-    facts = environment("cuda")
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    results = []
-    for case in (case for case in CASES if options.case in case.name):
-        timings = measure(case, options.rounds)
-        show(case, timings)
-        results.append({"case": case.name, "timings": {name: asdict(timing) for name, timing in timings.items()}})
-        torch.cuda.empty_cache()
-        if options.output:
-            options.output.write_text(json.dumps({"environment": facts, "results": results}, indent=1))
+    options = parser(__doc__, "ViT").parse_args()
+    sweep(options, CASES, lambda case: measure(case, options.rounds), show)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ candidate is checked against float64 before it is timed, forward and backward; a
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment
+from benchmarks.sweep import parser, show_modes, sweep
 from benchmarks.timing import Timing, interleave
 
 #: A few roundings to bfloat16 of results of the size of one.
@@ -118,36 +116,13 @@ def _is_right(case: Case, name: str, attention: Attention, operands: Sequence[Te
     return error < _TOLERANCE
 
 
-def show(case: Case, timings: dict[str, Timing]) -> None:
-    """Print milliseconds, and how much faster each is than the best of the others."""
-    print(f"\n{case.name}")
-    for mode in ("forward", "training"):
-        chosen = {name: timing for name, timing in timings.items() if name.startswith(mode)}
-        best = min(timing.median_ms for name, timing in chosen.items() if "fxopt" not in name)
-        for name, timing in sorted(chosen.items(), key=lambda item: item[1].median_ms):
-            gain = best / timing.median_ms
-            print(f"  {name:24} {timing.median_ms:8.3f} ms  {gain:5.2f}x  ±{timing.spread:4.0%}", flush=True)
+show: Final = partial(show_modes, width=24)
 
 
 def main() -> None:
     """Parse the command line, run the cases, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default="", help="only cases whose name contains this, such as 'BERT'")
-    parser.add_argument("--rounds", type=int, default=20, help="samples per candidate")
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.log_sum_exp needs an NVIDIA GPU; torch sees none")
-    facts = environment("cuda")
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    results = []
-    for case in (case for case in CASES if options.case in case.name):
-        timings = measure(case, options.rounds)
-        show(case, timings)
-        results.append({**asdict(case), "timings": {name: asdict(timing) for name, timing in timings.items()}})
-        torch.cuda.empty_cache()
-        if options.output:
-            options.output.write_text(json.dumps({"environment": facts, "results": results}, indent=1))
+    options = parser(__doc__, "BERT").parse_args()
+    sweep(options, CASES, lambda case: measure(case, options.rounds), show)
 
 
 if __name__ == "__main__":

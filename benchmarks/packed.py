@@ -10,13 +10,10 @@ checked against float64 within the budget of eager before anything is timed.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -25,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from benchmarks.environment import environment
+from benchmarks.sweep import parser, sweep
 from benchmarks.timing import Timing, interleave
 from fxopt.lowering.candidate import Candidate
 from fxopt.testing import compare
@@ -159,23 +156,8 @@ def show(case: Case, timings: dict[str, Timing]) -> None:
 
 def main() -> None:
     """Parse the command line, run the cases, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default="", help="only cases whose name contains this, such as 'ViT'")
-    parser.add_argument("--rounds", type=int, default=20, help="samples per candidate")
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.packed needs an NVIDIA GPU; torch sees none")
-    facts = environment("cuda")
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    results = []
-    for case in (case for case in CASES if options.case in case.name):
-        timings = measure(case, options.rounds)
-        show(case, timings)
-        results.append({**asdict(case), "timings": {name: asdict(timing) for name, timing in timings.items()}})
-        torch.cuda.empty_cache()
-        if options.output:
-            options.output.write_text(json.dumps({"environment": facts, "results": results}, indent=1))
+    options = parser(__doc__, "ViT").parse_args()
+    sweep(options, CASES, lambda case: measure(case, options.rounds), show)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,8 @@ from fxopt.errors import CaptureError
 from fxopt.ir.held import Held, Unchanged, contents, doubt_of
 from fxopt.ir.nodes import has_effect, readable_path
 from fxopt.ir.program import Program
+
+_HOLDS: Final = "___fxopt_holds"
 
 
 def buffers_of(module: fx.GraphModule, traced: fx.Graph, inputs: Sequence[Any]) -> dict[str, Held]:
@@ -68,12 +70,12 @@ def _told(program: Program) -> str:
 
 
 def _check(builder: Any, guard: Guard, unchanged: Unchanged) -> None:
-    told = [f"{guard.name} holds what it held when fxopt read it"]
-    add = builder.get_guard_manager(guard).add_lambda_guard
-    try:
-        add(unchanged, told, None)
-    except TypeError:  # older versions of PyTorch take no stack of the user's
-        add(unchanged, told)
+    """Add the check to the guards that come last: those below a dictionary may be skipped while it is the same one."""
+    from torch._dynamo.guards import _get_closure_vars
+
+    told = f"{guard.name} holds what it held when fxopt read it"
+    names = {**_get_closure_vars(), _HOLDS: unchanged}
+    builder.add_python_lambda_leaf_guard_to_root([f"{_HOLDS}({builder.arg_ref(guard)})"], [told], closure_vars=names)
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:

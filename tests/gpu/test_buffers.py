@@ -62,6 +62,7 @@ def test_masks_in_buffers_are_proved_and_a_change_is_noticed() -> None:
             layer.get_buffer("bias").triu_(-127)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @torch.no_grad()
 def test_the_check_does_not_wait_for_the_device() -> None:
     mask = torch.ones(1, 1, 512, 512, device="cuda").tril()
@@ -69,8 +70,8 @@ def test_the_check_does_not_wait_for_the_device() -> None:
     assert digest is not None
     unchanged = Unchanged(digest)
     assert unchanged(mask) and unchanged(mask.cpu())
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         assert unchanged(mask)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -42,7 +42,9 @@ def drawn(family: Family, lengths: tuple[int, int], dtype: torch.dtype, training
     """Operands, with gradients in ``training``, and the family's own data, which need none."""
     rows, keys = lengths[0], lengths[0] if family.square else lengths[1]
     torch.manual_seed(rows)
-    operands = (torch.randn(2, HEADS, n, WIDTH, device=DEVICE, dtype=dtype) for n in (rows, keys, keys))
+    operands = [torch.randn(2, HEADS, n, WIDTH, device=DEVICE, dtype=dtype) for n in (rows, keys, keys)]
+    for x in operands:
+        torch._dynamo.mark_static(x, 3)  # kernels are generated for a width
     return (*(x.requires_grad_(training) for x in operands), *(x.to(DEVICE) for x in family.data(rows, keys)))
 
 

@@ -42,8 +42,8 @@ LIMITS: dict[str, tuple[Mask, int]] = {
     "summed in bf16": (lambda i, j: ones(j, BF16).float() <= i + 1, 256),
     "subtracted in bf16": (lambda i, j: (j.to(BF16) - i.to(BF16)).float() <= 0, 257),
     "moved in bf16": (lambda i, j: (j.to(BF16) + 56).float() <= i + 56, 201),
-    "doubled in bf16": (lambda i, j: (j.to(BF16) * 2).float() <= 2 * i, 129),
-    "scaled sum in bf16": (lambda i, j: torch.add(j.to(BF16), j.to(BF16), alpha=2).float() <= 3 * i, 86),
+    "doubled in bf16": (lambda i, j: (j.to(BF16) * 2).float() <= 2 * i, 257),
+    "scaled sum in bf16": (lambda i, j: torch.add(j.to(BF16), j.to(BF16), alpha=2).float() <= 3 * i, 89),
     "chosen in bf16": (lambda i, j: torch.where(j < 3, j.to(BF16), j.to(BF16)).float() <= i, 257),
     "float16 to float": (lambda i, j: j.to(F16).float() <= i.to(F16).float(), 2049),
     "float32": (lambda i, j: (j + (2**24 - 40)).float() <= (i + (2**24 - 40)).float(), 41),
@@ -101,7 +101,7 @@ def test_lengths_without_a_limit_stay_exact_in_wide_dtypes(dtype: torch.dtype) -
 ROUNDED: dict[str, Mask] = {
     "there and back by a quotient": lambda i, j: j.float() / 49 * 49 <= i.float(),
     "there and back to integers": lambda i, j: (j.float() / 49 * 49).long() <= i,
-    "a number that bf16 rounds": lambda i, j: (j.to(BF16) - 257).float() <= i - 257,
+    "a number that bf16 rounds": lambda i, j: (j.to(BF16) * 3 + 257).float() <= 3 * i + 257,
     "a number that bf16 rounds, compared": lambda i, j: j.to(BF16) + i.to(BF16) < 257,
 }
 

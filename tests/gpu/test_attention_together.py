@@ -53,6 +53,7 @@ def check(
     captures: Sequence[Tensor],
     config: str,
     wants: Sequence[Want],
+    floor: float = 0.0,
 ) -> None:
     """The results, twice and the same: the second time launches are replayed."""
     q, k, v = inputs
@@ -63,7 +64,7 @@ def check(
     exact_spec = dataclasses.replace(spec, out_dtype=torch.float64)
     exactly = [dataclasses.replace(want, dtype=torch.float64) for want in wants]
     exact = meaning(exact_spec, (q.double(), k.double(), v.double()), wide, exactly)
-    assert_within_budget([found[0], *found[2:]], eager, exact)
+    assert_within_budget([found[0], *found[2:]], eager, exact, floor=floor)
     torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
 
 
@@ -103,7 +104,8 @@ def test_walks_by_the_log_sum_exp_are_within_the_budget_of_eager(
     spec = specification(name, sizes, DTYPES[dtype])
     inputs, captures = on_gpu_at_length(name, sizes, spec, DTYPES[dtype])
     (walk,) = candidates(spec, sizes.head_dim, DTYPES[dtype])[:1]
-    check(spec, inputs, captures, f"64x32w4s2|{','.join([str(walk)] * len(wants))}", wants)
+    # The weight of a row's only key is 1 up to the last digit, as its log-sum-exp is rounded as a natural logarithm.
+    check(spec, inputs, captures, f"64x32w4s2|{','.join([str(walk)] * len(wants))}", wants, floor=2.0)
 
 
 def pruned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

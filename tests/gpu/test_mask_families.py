@@ -32,6 +32,7 @@ class Attention(nn.Module):
         self.build, self.lowest = family.build, lowest
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *data: Tensor) -> Tensor:
+        torch._check(q.shape[3] == WIDTH)  # kernels are generated for a width, which is dynamic in no model
         scores, mask = q @ k.transpose(-2, -1) * WIDTH**-0.5, self.build(q, k, *data)
         fill = torch.finfo(q.dtype).min if self.lowest else -torch.inf
         scores = scores.masked_fill(~mask, fill) if mask.dtype is torch.bool else scores + mask
@@ -43,8 +44,6 @@ def drawn(family: Family, lengths: tuple[int, int], dtype: torch.dtype, training
     rows, keys = lengths[0], lengths[0] if family.square else lengths[1]
     torch.manual_seed(rows)
     operands = [torch.randn(2, HEADS, n, WIDTH, device=DEVICE, dtype=dtype) for n in (rows, keys, keys)]
-    for x in operands:
-        torch._dynamo.mark_static(x, 3)  # kernels are generated for a width
     return (*(x.requires_grad_(training) for x in operands), *(x.to(DEVICE) for x in family.data(rows, keys)))
 
 

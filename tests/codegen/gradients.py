@@ -36,6 +36,9 @@ FLOWS = {
     "periodic-band": ("s * 0.125 + c0", "(i + j) % 3 != 0", "p--d"),
 }
 
+#: In single precision eager's own error depends on how the processor's library sums: roundings of terms of size one.
+_FLOORS = {torch.float32: 32.0}
+
 
 def autograd(
     spec: AttentionSpec,
@@ -76,11 +79,12 @@ def assert_gradients_within_budget(
     read = [c.double() if c.is_floating_point() else c for c in captures]
     exact = autograd(wide, doubles, read, dout.double(), None if dlse is None else dlse.double(), seed)
     precision = inputs[0].dtype
-    assert_within_budget(list(found[:3]), eager[:3], exact[:3], floor=1.0, precision=precision)
+    floor = _FLOORS.get(precision, 1.0)
+    assert_within_budget(list(found[:3]), eager[:3], exact[:3], floor=floor, precision=precision)
     scales = _terms(wide, doubles, read, dout.double(), dlse, seed)
     assert len(found) == len(eager) == 3 + len(scales)
     for n, scale in enumerate(scales, start=3):
-        assert_within_budget(found[n], eager[n], exact[n], floor=max(scale, 1.0), precision=precision)
+        assert_within_budget(found[n], eager[n], exact[n], floor=max(scale, floor), precision=precision)
 
 
 def assert_input_gradients_within_budget(
@@ -96,7 +100,9 @@ def assert_input_gradients_within_budget(
     wide = dataclasses.replace(spec, out_dtype=torch.float64)
     read = [c.double() if c.is_floating_point() else c for c in captures]
     exact = autograd(wide, [x.double() for x in inputs], read, dout.double(), None if dlse is None else dlse.double())
-    assert_within_budget(list(found), eager, exact[:3], floor=1.0, precision=inputs[0].dtype)
+    assert_within_budget(
+        list(found), eager, exact[:3], floor=_FLOORS.get(inputs[0].dtype, 1.0), precision=inputs[0].dtype
+    )
 
 
 def _terms(

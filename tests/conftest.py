@@ -6,6 +6,7 @@ find tests that hold for some draws only.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import zlib
@@ -22,6 +23,8 @@ hypothesis.settings.load_profile("fxopt")
 _SEED: Final = os.environ.get("FXOPT_TEST_SEED", "0")
 # Tests that look into a compilation need one, whatever ran before. Inductor reads this when it is imported.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+# Compilations and interpreted kernels make many objects that live shortly: collecting them took a seventh of the time.
+gc.set_threshold(50_000, 20, 100)
 
 
 def _seed(name: str) -> None:

@@ -69,7 +69,11 @@ def from_export(
     """
     module = model if isinstance(model, nn.Module) else _Function(model)
     try:
-        exported = torch.export.export(module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+        # Of symbolic sizes, making an entry of this cache takes longer than what the entry saves in one graph.
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=not dynamic_shapes):
+            exported = torch.export.export(
+                module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+            )
     except Exception as error:
         name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "the function")
         remedy = _REMEDY if _UNKNOWN_RESULT in str(error) else ""

@@ -11,9 +11,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-import fxopt
 from fxopt.testing import DISTINCT, SIZE_COLLISIONS, Evaluation, assert_within_budget, evaluate, oracle_gradients
 from tests.attention.case import Args, Case, Mode
+from tests.watched import Watched
 
 SEED: Final = 11
 _SHORT: Final = {
@@ -61,17 +61,21 @@ def runs(cases: Iterable[Case], conditions: Callable[[int], Iterable[tuple[Mode,
     return list(planned.values())
 
 
-def compiled(module: nn.Module, dynamic: bool) -> Callable[..., Any]:
-    """``module`` through the backend; the rewritten graph itself runs eagerly, so no time goes to Inductor."""
-    return torch.compile(module, backend="fxopt", dynamic=dynamic, options={"base": "eager"})
+def check_compiled(run: Run) -> list[Any]:
+    """Check the numbers of the run through the backend, gradients included; the attention sites that it reports.
 
+    The rewritten graph itself runs eagerly, so no time goes to Inductor.
+    """
+    programs: list[Watched] = []
 
-def attention_sites(run: Run) -> list[Any]:
-    """The attention sites that `fxopt.explain` lists for the run."""
-    torch._dynamo.reset()
-    module, args, _ = run.build()
-    with torch._dynamo.config.patch(assume_static_by_default=not run.dynamic), _gradients(run):
-        report = fxopt.explain(module, *args)
+    def compiled(module: nn.Module, _: Args) -> Watched:
+        program = torch.compile(module, backend="fxopt", dynamic=run.dynamic, options={"base": "eager"})
+        programs.append(Watched(program))
+        return programs[-1]
+
+    check_numbers(run, compiled)
+    report = programs[0].report
+    assert report is not None
     sites = [site for site in report.sites if site.kind == "attention"]
     for status in ("rewritten", "kept"):
         assert report.count("attention", status) == sum(site.status == status for site in sites)

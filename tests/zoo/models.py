@@ -34,14 +34,14 @@ class Zoo:
         implementation: transformers' ``attn_implementation``.
         model: name of the class in transformers.
         config: the configuration's own arguments, over the class's defaults.
-        inputs: makes the keyword arguments of the forward call.
+        inputs: makes the keyword arguments of the forward call, of the same sizes for every draw.
     """
 
     name: str
     implementation: Implementation
     model: str
     config: Mapping[str, Any]
-    inputs: Callable[[], Inputs] = field(repr=False)
+    inputs: Callable[[int], Inputs] = field(repr=False)
 
     def build(self) -> tuple[nn.Module, Inputs]:
         """The model, in eval mode, and the keyword arguments of its forward call."""
@@ -50,7 +50,7 @@ class Zoo:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = model_class._from_config(config, attn_implementation=self.implementation)
-        return model.eval(), self.inputs()
+        return model.eval(), self.inputs(0)
 
     def __str__(self) -> str:
         return f"{self.name}-{self.implementation}"
@@ -62,62 +62,62 @@ def _ids(seed: int = 0, length: int = LENGTH) -> Tensor:
     return ids
 
 
-def text() -> Inputs:
+def text(draw: int = 0) -> Inputs:
     """Token ids alone, as for sentences of one length."""
-    return {"input_ids": _ids()}
+    return {"input_ids": _ids(draw)}
 
 
-def padded() -> Inputs:
+def padded(draw: int = 0) -> Inputs:
     """Token ids with a padding mask: the second sentence is shorter."""
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[1, LENGTH * 2 // 3 :] = 0
-    return {"input_ids": _ids() * mask, "attention_mask": mask}
+    return {"input_ids": _ids(draw) * mask, "attention_mask": mask}
 
 
-def text_with_weights() -> Inputs:
+def text_with_weights(draw: int = 0) -> Inputs:
     """Token ids with a padding mask, and the wish to see the attention weights of every layer."""
-    return {**padded(), "output_attentions": True}  # type: ignore[dict-item]
+    return {**padded(draw), "output_attentions": True}  # type: ignore[dict-item]
 
 
-def image_with_weights() -> Inputs:
+def image_with_weights(draw: int = 0) -> Inputs:
     """Images, and the wish to see the attention weights of every layer."""
-    return {**image(), "output_attentions": True}  # type: ignore[dict-item]
+    return {**image(draw), "output_attentions": True}  # type: ignore[dict-item]
 
 
-def decoder() -> Inputs:
+def decoder(draw: int = 0) -> Inputs:
     """Token ids for a decoder that keeps no cache."""
-    return {"input_ids": _ids(), "use_cache": False}  # type: ignore[dict-item]
+    return {"input_ids": _ids(draw), "use_cache": False}  # type: ignore[dict-item]
 
 
-def padded_decoder() -> Inputs:
+def padded_decoder(draw: int = 0) -> Inputs:
     """The same with a padding mask on the right."""
-    return {**padded(), "use_cache": False}  # type: ignore[dict-item]
+    return {**padded(draw), "use_cache": False}  # type: ignore[dict-item]
 
 
-def text_to_text() -> Inputs:
+def text_to_text(draw: int = 0) -> Inputs:
     """Token ids for an encoder and, shorter, for its decoder."""
-    return {**decoder(), "decoder_input_ids": _ids(1, LENGTH - 4)}
+    return {**decoder(draw), "decoder_input_ids": _ids(draw + 1, LENGTH - 4)}
 
 
-def padded_text_to_text() -> Inputs:
+def padded_text_to_text(draw: int = 0) -> Inputs:
     """The same with a padding mask for the encoder."""
-    return {**padded_decoder(), "decoder_input_ids": _ids(1, LENGTH - 4)}
+    return {**padded_decoder(draw), "decoder_input_ids": _ids(draw + 1, LENGTH - 4)}
 
 
-def image() -> Inputs:
+def image(draw: int = 0) -> Inputs:
     """Images of 32 by 32 pixels."""
-    return {"pixel_values": torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
+    return {"pixel_values": torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(draw + 2))}
 
 
-def speech() -> Inputs:
+def speech(draw: int = 0) -> Inputs:
     """Log-mel features of 24 frames, and token ids for the decoder."""
-    features = torch.randn(BATCH, 16, 24, generator=torch.Generator().manual_seed(3))
-    return {"input_features": features, "decoder_input_ids": _ids(1, LENGTH - 4), "use_cache": False}  # type: ignore[dict-item]
+    features = torch.randn(BATCH, 16, 24, generator=torch.Generator().manual_seed(draw + 3))
+    return {"input_features": features, "decoder_input_ids": _ids(draw + 1, LENGTH - 4), "use_cache": False}  # type: ignore[dict-item]
 
 
-def image_and_text() -> Inputs:
+def image_and_text(draw: int = 0) -> Inputs:
     """Images and token ids with a padding mask."""
-    return {**image(), **padded()}
+    return {**image(draw), **padded(draw)}
 
 
 _COMMON: Final = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": _EOS}

@@ -33,7 +33,7 @@ demo: $(ready) ## A pretrained sentence encoder on real sentences: report, error
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(run) examples/demo.py
 
 test: lint type ## Lint, types, and every test that needs no GPU
-	OMP_NUM_THREADS=1 $(run) -m pytest -n 2 -m "not gpu" $(PYTEST)
+	OMP_NUM_THREADS=1 $(run) -m pytest -n 2 --dist worksteal -m "not gpu" $(PYTEST)
 
 test-gpu: $(ready) ## The tests that need an NVIDIA GPU
 	@$(run) -c "import sys, torch; sys.exit(not torch.cuda.is_available() and 'torch sees no GPU on this machine')"

@@ -69,6 +69,19 @@ def pairwise(first: Iterable[str], second: Iterable[str], third: Iterable[str]) 
     return [(a, b, turns[turn % len(turns)]) for a, turn, b in pairs]
 
 
+def twice(first: Iterable[str], second: Iterable[str], third: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Triples in which each of ``first`` meets two of ``second``, and ``third`` comes in turn.
+
+    For the interpreter, in which a test takes seconds; all pairs meet on the GPU.
+    """
+    seconds, turns = list(second), list(third)
+    return [
+        (a, seconds[(n + 2 * m) % len(seconds)], turns[(n + m) % len(turns)])
+        for n, a in enumerate(first)
+        for m in range(2)
+    ]
+
+
 def in_turn(found: Sequence[T], name: str, shape: str, shapes: Mapping[str, Shape]) -> T:
     """One of the configurations ``found``, which takes minutes less than to compile them all.
 

@@ -14,7 +14,7 @@ from fxopt.codegen.attention.backward.kernel import KIND, read_backward, source
 from fxopt.codegen.attention.packed import read_places, unpacked
 from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
-from tests.codegen.cases import EXPRESSIONS, PLACES, SHAPES, Shape, captured, operands, specification
+from tests.codegen.cases import EXPRESSIONS, PLACES, SHAPES, Shape, captured, operands, specification, twice
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget, autograd
 from tests.codegen.interpreted.test_kernel import WIDE
 from tests.codegen.interpreted.test_kernel import launch as forward
@@ -55,12 +55,7 @@ def check(
     assert_gradients_within_budget(spec, inputs, captures, backward(spec, inputs, captures, dout, dlse), dout, dlse)
 
 
-#: Every expression with every shape, and every dtype with each of both.
-NAMES = sorted(EXPRESSIONS, key=lambda name: "band" in name)
-CROSS = [(name, shape, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(NAMES) for m, shape in enumerate(SHAPES)]
-
-
-@pytest.mark.parametrize(("name", "shape", "dtype"), CROSS)
+@pytest.mark.parametrize(("name", "shape", "dtype"), twice(EXPRESSIONS, SHAPES, DTYPES))
 def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
     sizes = SHAPES[shape]
     # Empty rows of bfloat16 are zero: torch's bfloat16 product on the CPU spreads a row of NaN to the next one.
@@ -76,8 +71,7 @@ def test_head_widths_between_powers_of_two(shape: str, dtype: str) -> None:
     check(spec, operands(sizes, DTYPES[dtype]), [])
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(("name", "dtype"), [(name, ("bf16", "f32")[n % 2]) for n, name in enumerate(FLOWS)])
 def test_gradients_of_captured_tensors(name: str, dtype: str) -> None:
     score, mask, dims = FLOWS[name]
     batch, rows, keys = 3, 35, 37

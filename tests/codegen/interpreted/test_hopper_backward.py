@@ -17,7 +17,7 @@ from fxopt.codegen.attention.backward.kernel import KIND
 from fxopt.codegen.attention.packed import Heads, Places, unpacked
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
-from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, pairwise, specification
+from tests.codegen.cases import EXPRESSIONS, Shape, captured, operands, specification, twice
 from tests.codegen.emulated_gluon import Descriptor, emulated
 from tests.codegen.fillings import lengths, padded, vectors
 from tests.codegen.gradients import assert_input_gradients_within_budget
@@ -72,7 +72,7 @@ def check(
     assert_input_gradients_within_budget(spec, inputs, captures, found, dout, dlse)
 
 
-@pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(NAMES, SHAPES, DTYPES))
+@pytest.mark.parametrize(("name", "shape", "dtype"), twice(NAMES, SHAPES, DTYPES))
 def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: str, tmp_path: Path) -> None:
     sizes = SHAPES[shape]
     spec = specification(name, sizes, DTYPES[dtype], "zero" if len(shape) % 2 else "nan")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,9 +28,15 @@ CASES: dict[str, tuple[type[Heads], list[fxopt.Pass]]] = {
 STEPS = 5
 
 
-def student_of(name: str) -> nn.Module:
+@functools.cache
+def _prepared(name: str) -> nn.Module:
     kind, passes = CASES[name]
-    return fxopt.prepare(mixer(kind).double(), (inputs(1)[0].double(),), passes=passes).train()
+    return fxopt.prepare(mixer(kind).double(), (inputs(1)[0].double(),), passes=passes)
+
+
+def student_of(name: str) -> nn.Module:
+    """A copy of its own, in training."""
+    return copy.deepcopy(_prepared(name)).train()
 
 
 def run(model: nn.Module, rows: slice) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable[
 
 
 def student_of(name: str, steps: int = 0) -> nn.Module:
+    """A copy of its own."""
+    return copy.deepcopy(_prepared(name, steps))
+
+
+@functools.cache
+def _prepared(name: str, steps: int) -> nn.Module:
     make, call, as_mask, _ = CASES[name]
     torch.manual_seed(0)
     (x,) = inputs(1)

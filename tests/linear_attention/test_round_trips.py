@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,9 +25,15 @@ CASES: dict[str, tuple[type[Heads], list[fxopt.Pass]]] = {
 each = pytest.mark.parametrize("name", CASES)
 
 
-def student_of(name: str, seed: int = 0) -> nn.Module:
+@functools.cache
+def _prepared(name: str, seed: int) -> nn.Module:
     kind, passes = CASES[name]
-    return fxopt.prepare(mixer(kind, seed).double(), (inputs(1)[0].double(),), passes=passes).train()
+    return fxopt.prepare(mixer(kind, seed).double(), (inputs(1)[0].double(),), passes=passes)
+
+
+def student_of(name: str, seed: int = 0) -> nn.Module:
+    """A copy of its own, in training."""
+    return copy.deepcopy(_prepared(name, seed)).train()
 
 
 def batches(count: int, seed: int = 1) -> list[Tensor]:

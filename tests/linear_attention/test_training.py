@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
@@ -23,8 +24,14 @@ PASSES: dict[str, fxopt.Pass] = {
 each = pytest.mark.parametrize("chosen", PASSES.values(), ids=PASSES)
 
 
+@functools.cache
+def _prepared(chosen: fxopt.Pass, seed: int) -> nn.Module:
+    return fxopt.prepare(mixer(Written, seed), (inputs(1)[0],), passes=[chosen])
+
+
 def student_of(chosen: fxopt.Pass, seed: int = 0) -> nn.Module:
-    return fxopt.prepare(mixer(Written, seed), (inputs(1)[0],), passes=[chosen]).train()
+    """A copy of its own, in training."""
+    return copy.deepcopy(_prepared(chosen, seed)).train()
 
 
 def layer_of(student: nn.Module) -> LinearisedModule:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
+from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward.kernel import KIND, read_backward, source
 from fxopt.codegen.attention.packed import read_places, unpacked
 from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
@@ -17,7 +18,6 @@ from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, PLACES, SHAPES, Shape, captured, operands, specification, twice
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget, autograd
 from tests.codegen.interpreted.test_kernel import WIDE
-from tests.codegen.interpreted.test_kernel import launch as forward
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
@@ -39,8 +39,9 @@ def backward(
     dlse: Tensor | None = None,
     into: Sequence[Tensor] = (),
 ) -> list[Tensor]:
+    """The gradients by the kernels, of what the reference gives; `test_lengths` takes what the forward kernel gives."""
     q, k, v = inputs
-    out, lse = forward(spec, q, k, v, captures, with_lse=True)
+    out, lse = reference.attention_with_lse(q.float(), k.float(), v.float(), captures, str(spec))
     text = source(spec, q.shape[3], v.shape[3], q.dtype, CONFIG, wanted_of(captures))
     found: list[Tensor] = import_source(KIND, text).launch(q, k, v, captures, out, lse, dout, dlse, into)
     return found

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fxopt.cache import import_source
+from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward.kernel import KIND, read_backward, source
 from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
 from tests.codegen.cases import Shape, operands
 from tests.codegen.gradients import assert_gradients_within_budget
 from tests.codegen.interpreted.test_backward import DTYPES, wanted_of
-from tests.codegen.interpreted.test_kernel import launch as forward
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
@@ -69,7 +69,7 @@ def drawn(how: Capture, shape: Shape) -> Tensor:
 def check(spec: AttentionSpec, shape: Shape, dtype: torch.dtype, blocks: str) -> list[Tensor]:
     inputs, captures = operands(shape, dtype), [drawn(how, shape) for how in spec.captures]
     dout = torch.randn(shape.batch, shape.heads, shape.rows, shape.value_dim).to(dtype)
-    out, lse = forward(spec, *inputs, captures, with_lse=True)
+    out, lse = reference.attention_with_lse(*(x.float() for x in inputs), captures, str(spec))
     text = source(spec, shape.head_dim, shape.value_dim, dtype, read_backward(blocks), wanted_of(captures))
     found: list[Tensor] = import_source(KIND, text).launch(*inputs, captures, out, lse, dout)
     assert_gradients_within_budget(spec, inputs, captures, found, dout)
@@ -140,7 +140,7 @@ def test_a_band_that_needs_no_gradient_is_read_only() -> None:
     spec = AttentionSpec(parse("s * 0.25 + c0"), None, (Capture("-h-d", torch.float32),), out_dtype=torch.float32)
     shape = Shape(16, 16, 19, 21)
     (q, k, v), band = operands(shape, torch.float32), drawn(spec.captures[0], shape)
-    out, lse = forward(spec, q, k, v, [band], with_lse=True)
+    out, lse = reference.attention_with_lse(q, k, v, [band], str(spec))
     dout, found = torch.randn_like(out), []
     for wanted in (True, False):
         text = source(spec, 16, 16, torch.float32, read_backward(BLOCKS[0]), (wanted,))

@@ -16,7 +16,7 @@ from fxopt.codegen.attention.portable.kernel import KIND, Config, read_config, s
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import ARITY, Expr, call, capture, const, parse
 from fxopt.testing import assert_within_budget
-from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification
+from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, operands, specification, twice
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
@@ -46,13 +46,7 @@ def exact(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: Sequen
     return reference.attention(q.double(), k.double(), v.double(), wide, str(spec))
 
 
-#: Every expression with every shape, and every dtype with each of both.
-CROSS = [
-    (name, shape, list(DTYPES)[(n + m) % 3]) for n, name in enumerate(EXPRESSIONS) for m, shape in enumerate(SHAPES)
-]
-
-
-@pytest.mark.parametrize(("name", "shape", "dtype"), CROSS)
+@pytest.mark.parametrize(("name", "shape", "dtype"), twice(EXPRESSIONS, SHAPES, DTYPES))
 def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str) -> None:
     sizes = SHAPES[shape]
     # Empty rows of bfloat16 are zero: torch's bfloat16 product on the CPU spreads a row of NaN to the next one.

@@ -223,6 +223,13 @@ def test_copies_and_files(model: Model) -> None:
         torch.save(copy.deepcopy(fast).freeze(), io.BytesIO())
 
 
+def test_a_copy_is_compiled_as_one_graph_before_its_first_call(model: Model) -> None:
+    fast = fxopt.rewrite(model, (X,))
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(fast), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), fast(X))
+
+
 class Tied(nn.Module):
     """Modules, parameters and buffers under two names, and under names that a rewritten module has itself."""
 

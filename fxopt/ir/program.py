@@ -94,8 +94,12 @@ class Program:
         return replace(self, module=module, notes=list(self.notes), assumed=set(self.assumed))
 
     def generated(self) -> fx.GraphModule:
-        """The module with its Python code generated, which it otherwise is when first run: Dynamo traces only code."""
-        _LazyGraphModule.force_recompile(self.module)
+        """The module with its Python code generated, in its copies too: Dynamo traces only code.
+
+        A lazy module generates it when it is first run, and so does each copy of one that was run.
+        """
+        if isinstance(self.module, _LazyGraphModule):
+            self.module = fx.GraphModule(self.module, self.graph, "Program")
         return self.module
 
     def operators(self) -> Counter[str]:

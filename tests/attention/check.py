@@ -61,19 +61,20 @@ def runs(cases: Iterable[Case], conditions: Callable[[int], Iterable[tuple[Mode,
     return list(planned.values())
 
 
-def check_compiled(run: Run) -> list[Any]:
-    """Check the numbers of the run through the backend, gradients included; the attention sites that it reports.
+def compiled(module: nn.Module, dynamic: bool) -> Callable[..., Any]:
+    """``module`` through the backend; the rewritten graph itself runs eagerly, so no time goes to Inductor."""
+    return torch.compile(module, backend="fxopt", dynamic=dynamic, options={"base": "eager"})
 
-    The rewritten graph itself runs eagerly, so no time goes to Inductor.
-    """
+
+def check_compiled(run: Run) -> list[Any]:
+    """Check the numbers of the run through the backend, gradients included; the attention sites that it reports."""
     programs: list[Watched] = []
 
-    def compiled(module: nn.Module, _: Args) -> Watched:
-        program = torch.compile(module, backend="fxopt", dynamic=run.dynamic, options={"base": "eager"})
-        programs.append(Watched(program))
+    def watched(module: nn.Module, _: Args) -> Watched:
+        programs.append(Watched(compiled(module, run.dynamic)))
         return programs[-1]
 
-    check_numbers(run, compiled)
+    check_numbers(run, watched)
     report = programs[0].report
     assert report is not None
     sites = [site for site in report.sites if site.kind == "attention"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 
 import pytest
@@ -24,14 +23,15 @@ PASSES: dict[str, fxopt.Pass] = {
 each = pytest.mark.parametrize("chosen", PASSES.values(), ids=PASSES)
 
 
-@functools.cache
-def _prepared(chosen: fxopt.Pass, seed: int) -> nn.Module:
-    return fxopt.prepare(mixer(Written, seed), (inputs(1)[0],), passes=[chosen])
+_STUDENTS: dict[tuple[str, int], nn.Module] = {}
 
 
 def student_of(chosen: fxopt.Pass, seed: int = 0) -> nn.Module:
     """A copy of its own, in training."""
-    return copy.deepcopy(_prepared(chosen, seed)).train()
+    key = repr(chosen), seed
+    if key not in _STUDENTS:
+        _STUDENTS[key] = fxopt.prepare(mixer(Written, seed), (inputs(1)[0],), passes=[chosen])
+    return copy.deepcopy(_STUDENTS[key]).train()
 
 
 def layer_of(student: nn.Module) -> LinearisedModule:

@@ -69,7 +69,8 @@ def drawn(how: Capture, shape: Shape) -> Tensor:
 def check(spec: AttentionSpec, shape: Shape, dtype: torch.dtype, blocks: str) -> list[Tensor]:
     inputs, captures = operands(shape, dtype), [drawn(how, shape) for how in spec.captures]
     dout = torch.randn(shape.batch, shape.heads, shape.rows, shape.value_dim).to(dtype)
-    out, lse = reference.attention_with_lse(*(x.float() for x in inputs), captures, str(spec))
+    q, k, v = (x.float() for x in inputs)
+    out, lse = reference.attention_with_lse(q, k, v, captures, str(spec))
     text = source(spec, shape.head_dim, shape.value_dim, dtype, read_backward(blocks), wanted_of(captures))
     found: list[Tensor] = import_source(KIND, text).launch(*inputs, captures, out, lse, dout)
     assert_gradients_within_budget(spec, inputs, captures, found, dout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from fxopt.codegen.printing import HELPERS
 from fxopt.codegen.template import listing
 
 
@@ -18,3 +19,8 @@ def as_gluon(text: str) -> str:
 def parameters(names: Iterable[str]) -> str:
     """Parameters, one a line; those in capitals are compile-time constants."""
     return listing(names, annotate=True).replace("tl.constexpr", "gl.constexpr")
+
+
+def named_apart(text: str) -> str:
+    """Text of Gluon whose device functions are named apart from those of Triton in the same module."""
+    return re.sub(rf"(?<![.\w])({'|'.join(HELPERS)})\(", r"gluon_\1(", text)

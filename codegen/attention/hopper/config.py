@@ -9,7 +9,7 @@ from typing import Final
 from fxopt.errors import LoweringError
 
 PREFIX: Final = "hopper"
-_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)q(\d+)(?:a([01]))?(b)?")
+_TEXT: Final = re.compile(r"hopper:(\d+)x(\d+)s(\d+)q(\d+)(?:a([01]))?(b)?(list)?")
 #: Registers of a thread that multiplies, by the number of its groups; the loading group keeps 24.
 _REGISTERS: Final = {1: 240, 2: 240, 3: 160}
 
@@ -23,8 +23,10 @@ class Config:
     their softmax; the blocks of all tiles of a program are one stream then, while ``None`` begins every tile anew.
     With a ``baton`` the groups of a stream take turns at asking for products, so that the softmax of one runs beside
     the products of another (`fxopt.codegen.attention.hopper.baton`).
-    Prints as ``hopper:128x128s2q2`` or, with one block ahead, ``hopper:128x64s4q3a1``, and with a baton as
-    ``hopper:192x128s3q2a0b``; `read_config` is the inverse.
+    What is ``listed`` is a stream that goes through a list of the blocks of keys that the mask keeps
+    (`fxopt.codegen.attention.portable.key_lists`).
+    Prints as ``hopper:128x128s2q2`` or, with one block ahead, ``hopper:128x64s4q3a1``, with a baton as
+    ``hopper:192x128s3q2a0b`` and with lists as ``hopper:128x128s4q2a0list``; `read_config` is the inverse.
     """
 
     rows: int
@@ -33,6 +35,7 @@ class Config:
     queries: int
     ahead: int | None = None
     baton: bool = False
+    listed: bool = False
 
     def __post_init__(self) -> None:
         if (
@@ -53,11 +56,13 @@ class Config:
             )
         if self.baton and (self.ahead is None or self.groups == 1):
             raise LoweringError(f"{self} is not a Hopper configuration: two groups or more of a stream pass batons")
+        if self.listed and self.ahead != 0:
+            raise LoweringError(f"{self} is not a Hopper configuration: lists are for streams that run 0 ahead")
 
     def __str__(self) -> str:
         ahead = "" if self.ahead is None else f"a{self.ahead}"
-        baton = "b" if self.baton else ""
-        return f"{PREFIX}:{self.rows}x{self.keys}s{self.stages}q{self.queries}{ahead}{baton}"
+        marks = f"{'b' if self.baton else ''}{'list' if self.listed else ''}"
+        return f"{PREFIX}:{self.rows}x{self.keys}s{self.stages}q{self.queries}{ahead}{marks}"
 
     @property
     def groups(self) -> int:
@@ -77,4 +82,4 @@ def read_config(text: str) -> Config:
         raise LoweringError(f"not a Hopper configuration: {text!r}; an example is 'hopper:128x128s2q2'")
     rows, keys, stages, queries = map(int, match.groups()[:4])
     ahead = None if match[5] is None else int(match[5])
-    return Config(rows, keys, stages, queries, ahead, match[6] is not None)
+    return Config(rows, keys, stages, queries, ahead, match[6] is not None, match[7] is not None)

@@ -6,6 +6,7 @@ another.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -20,6 +21,7 @@ from fxopt.codegen.attention.hopper.tile import is_tile
 from fxopt.codegen.attention.interval import key_range
 from fxopt.codegen.attention.machine import hopper_objection
 from fxopt.codegen.attention.portable import kernel as portable
+from fxopt.codegen.attention.portable import key_lists
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.softmax import split_factor
@@ -114,7 +116,20 @@ def candidates(problem: Problem) -> tuple[str, ...]:
         bare = width <= 64 and spec.mask is None and split_factor(_around_sums(spec, problem.dtype))[0] == S
         found = _PLAIN_TILED if bare else _CONFIGS_TILED[width]
     streams = any(c.is_tile for c in spec.captures)
-    return tuple(str(config) for config in found if config.ahead is not None or not streams)
+    plain = [config for config in found if config.ahead is not None or not streams]
+    listed = _listed(problem)
+    return tuple(map(str, (*listed, *plain[:1]) if listed else plain))
+
+
+def _listed(problem: Problem) -> tuple[Config, ...]:
+    """The configurations that go through lists of blocks, where these leave out many. Three groups would spill."""
+    spec, sizes = problem.spec, cost.Sizes.of(problem)
+    if key_lists.left_out(spec, sizes.rows, sizes.keys) != "many":
+        return ()
+    found = _CONFIGS_BY_KEY if any(c.dims[3] == "j" for c in spec.captures) else _CONFIGS_BY_PLACE
+    found = _CONFIGS_TILED if any(map(is_tile, spec.captures)) else found
+    streams = (config for config in found.get(padded(problem.head_dim), ()) if config.ahead == 0)
+    return tuple(replace(config, listed=True) for config in streams)
 
 
 def _by_captures(spec: AttentionSpec, width: int) -> dict[int, tuple[Config, ...]]:
@@ -144,8 +159,11 @@ def seconds(problem: Problem, config: str) -> float:
     pace = _PACE[width] * (1 + _PACE_BEHIND * behind)
     start = _START if cut.ahead is None else _START_STREAM
     read = _ADDED if tile.beneath(problem.spec, problem.dtype) is None else _BENEATH
-    schedule = cost.Schedule(cut.rows, cut.keys, 1, 2 * width, pace=pace, start=start, latency=0, tile=read)
-    return cost.seconds(problem, schedule)
+    schedule = cost.Schedule(
+        cut.rows, cut.keys, 1, 2 * width, pace=pace, start=start, latency=0, tile=read, listed=cut.listed
+    )
+    made = key_lists.seconds(problem, cut.rows, cut.keys) if cut.listed else 0.0
+    return made + cost.seconds(problem, schedule)
 
 
 def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, config: str) -> str:
@@ -162,5 +180,7 @@ def source(spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtyp
         raise LoweringError(f"no Hopper kernel for this attention: {config} reads no bands and tiles ({spec})")
     if cut.ahead and any(map(is_tile, spec.captures)):
         raise LoweringError(f"no Hopper kernel for this attention: {config} multiplies ahead of tiles ({spec})")
+    if cut.listed and not key_lists.can_list(spec):
+        raise LoweringError(f"{config} goes through a list of the blocks that a mask keeps, and there is none ({spec})")
     text = HopperText if cut.ahead is None else StreamText
     return str(text(spec, head_dim, value_dim, dtype, cut))

@@ -70,9 +70,14 @@ def masks(read: Sequence[CapturedTensor], rows: tuple[Expr, ...], rest: tuple[Ex
     by_row = [c for c in read if any(capture(c.index) in term.walk() for term in rows)]
     kept = conjunction(rows)
     stop = "run_stop" if kept is None else f"tl.where({emit(kept)}, run_stop, run_start)"
-    lines = ["kept = chosen(words, s, BLOCK_N)", *(f"kept &= {emit(term)}" for term in rest), _KEPT]
     chosen = fill(_CHOICE, {"rows": "\n".join(_loads(by_row)), "stop": stop})
-    return chosen + indent("\n".join((*_loads(read), *lines)), "    ")
+    return chosen + indent(every_mask(read, rest, emit), "    ")
+
+
+def every_mask(read: Sequence[CapturedTensor], rest: tuple[Expr, ...], emit: Emit) -> str:
+    """The lines that do so by ``rest``."""
+    lines = ["kept = chosen(words, s, BLOCK_N)", *(f"kept &= {emit(term)}" for term in rest), _KEPT]
+    return "\n".join((*_loads(read), *lines))
 
 
 def _loads(read: Sequence[CapturedTensor]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Final
@@ -11,6 +9,7 @@ from typing import ClassVar, Final
 import torch
 
 from fxopt.codegen.attention.frame import HEADER, KV_HEAD, MAIN, REFERENCE, allocation, description, unpacked
+from fxopt.codegen.attention.gluon import as_gluon, named_apart, parameters
 from fxopt.codegen.attention.hopper import order
 from fxopt.codegen.attention.hopper.average import KERNEL as AVERAGE
 from fxopt.codegen.attention.hopper.average import LAUNCH as LAUNCH_AVERAGE
@@ -37,6 +36,7 @@ from fxopt.codegen.attention.interval import is_uniform
 from fxopt.codegen.attention.logits import LogitsText
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.hull import Hull
+from fxopt.codegen.attention.portable.key_lists import LISTS, KeyLists
 from fxopt.codegen.attention.portable.loops import key_range_text
 from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.script import script_holes
@@ -79,16 +79,18 @@ class HopperText(LogitsText):
         places = (PLACE,) if self._order is None else (order.PLACE, order.CLEAR)
         parts = (*places, *((AWAIT,) if self._hull else ()), *self._parts)
         body = "".join(fill(part, holes) for part in parts)
-        devices = "".join(f"\n{as_gluon(text)}\n" for text in helpers(body))
+        functions = self._functions
+        called = (*helpers(functions), *(named_apart(as_gluon(text)) for text in helpers(body)))
+        devices = "".join(f"\n{text}\n" for text in called)
         average = fill(AVERAGE, holes) if self._averages else ""
         script = {**holes, **script_holes(self.spec, self.dtype)}
         check = fill(REFERENCE, script) + fill(MAIN, script)
         return (
             fill(HEADER, holes)
             + devices
-            + self._functions
+            + functions
             + average
-            + body
+            + named_apart(body)
             + fill(DESCRIBED, holes)
             + fill(LAUNCH, holes)
             + check
@@ -122,7 +124,8 @@ class HopperText(LogitsText):
     @property
     def _functions(self) -> str:
         """The text of what runs before the kernel."""
-        return "".join(found.kernel for found in (self._hull, self._order) if found is not None)
+        small = "".join(found.kernel for found in (self._hull, self._order, self._key_lists) if found is not None)
+        return small + LISTS * self.config.listed
 
     @property
     def _averages(self) -> bool:
@@ -145,7 +148,7 @@ class HopperText(LogitsText):
 
     @cached_property
     def _hull(self) -> Hull | None:
-        found = possible_keys(self.spec, sure=True)
+        found = None if self.config.listed else possible_keys(self.spec, sure=True)
         config, fewest = self.config, min(4, _FEWEST // self.config.keys)
         if found is None:
             return None
@@ -173,9 +176,15 @@ class HopperText(LogitsText):
         hull = ("hull_start", "hull_stop") if self._hull else ()
         return (*hull, *(("sure_start", "sure_stop") if self._sure else ()))
 
+    @cached_property
+    def _key_lists(self) -> KeyLists | None:
+        return KeyLists(self.spec, self.config.rows, self.config.keys) if self.config.listed else None
+
     @property
     def _hull_limits(self) -> str:
-        """The lines that read the hull of a tile."""
+        """The lines that read the hull of a tile, or find its list."""
+        if self._key_lists is not None:
+            return self._key_lists.address("row").replace("tl.cdiv", "gl.cdiv")
         if self._hull is None:
             return ""
         return self._hull.limits.replace("first // BLOCK_M", "row").replace("tl.cdiv", "gl.cdiv")
@@ -212,8 +221,8 @@ class HopperText(LogitsText):
 
     @property
     def _group(self) -> str:
-        """How many pairs of batch entry and head go together, as the launcher computes it."""
-        return self._fitting if self._ranged else "1"
+        """How many pairs of batch entry and head go together, as the launcher computes it: those of rows alike."""
+        return self._fitting if self._ranged or self.config.listed else "1"
 
     @property
     def _fitting(self) -> str:
@@ -233,6 +242,7 @@ class HopperText(LogitsText):
     def _pointers(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
         found = [c.parameter for c in self.captures] + ["hull_ptr"] * bool(self._hull)
+        found += ["key_lists_ptr"] * self.config.listed
         found += [name for c in self.captures for name in (*c.strides, *c.period)]
         return tuple(found)
 
@@ -345,7 +355,8 @@ class HopperText(LogitsText):
         sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
         switches = [f"{name}={value}" for name, value in self._constant_values.items()]
         hull, hulled = (("hull",), ("HULL=hulled",)) if self._hull else ((), ())
-        captured = (*(c.argument for c in self.captures), *hull, *values)
+        lists = ("key_lists",) if self._key_lists else ()
+        captured = (*(c.argument for c in self.captures), *hull, *lists, *values)
         options = (*switches, *hulled, "WITH_LSE=True" if self._averages else "WITH_LSE=with_lse")
         arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *options)
         return {
@@ -357,8 +368,7 @@ class HopperText(LogitsText):
             "rows": str(config.rows),
             "halves": "2 if blocks % 2 == 0 else 1" if self._ranged else "1",
             "group": self._group,
-            "allocate_hull": "" if self._hull is None else self._hull.allocate,
-            "launch_hull": "" if self._hull is None else (self._order or self._hull).launch,
+            **self._small_kernels,
             "lse_shape": "(batch, heads, rows)" + ("" if self._averages else " if with_lse else (0,)"),
             "lse": "lse if with_lse else torch.empty(0, dtype=lse.dtype, device=q.device)" if self._averages else "lse",
             "launch_average": self._launch_average,
@@ -367,6 +377,15 @@ class HopperText(LogitsText):
             "tiled": "",
             "launch_arguments": listing((*arguments, "num_warps=4", *(("launch_pdl=hulled",) if self._hull else ()))),
         }
+
+    @property
+    def _small_kernels(self) -> dict[str, str]:
+        """The launcher's lines around those that tell which blocks of keys are needed."""
+        if self._key_lists is not None:
+            return {"allocate_hull": self._key_lists.allocate, "launch_hull": self._key_lists.launch}
+        if self._hull is None:
+            return {"allocate_hull": "", "launch_hull": ""}
+        return {"allocate_hull": self._hull.allocate, "launch_hull": (self._order or self._hull).launch}
 
     @property
     def _launch_average(self) -> str:
@@ -378,18 +397,3 @@ class HopperText(LogitsText):
         config, width = self.config, padded(self.head_dim)
         cut = (config.rows, config.keys, width, config.stages, config.queries, config.groups)
         return {**dict(zip(CONSTANTS, cut, strict=True)), "REGISTERS": config.registers}
-
-
-def parameters(names: Iterable[str]) -> str:
-    """Parameters of a device function, one a line; those in capitals are compile-time constants."""
-    return listing(names, annotate=True).replace("tl.constexpr", "gl.constexpr")
-
-
-def as_gluon(text: str) -> str:
-    """Text of Triton as text of Gluon, whose language module repeats most of its functions.
-
-    Inputs are of half precision, for which the hardware's tanh is accurate enough.
-    """
-    text = text.replace("FAST_TANH", "True")
-    text = re.sub(r"\btl\.(?!PropagateNan)", "gl.", text)
-    return text.replace("@triton.jit", "@gluon.jit").replace("gl.sigmoid(", "sigmoid(")

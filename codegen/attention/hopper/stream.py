@@ -36,7 +36,7 @@ def load(
         for step in range(stop - start):
             slot = pair % STAGES
             mbarrier.wait(free.index(slot), ((pair // STAGES) & 1) ^ 1)
-            n = stop - 1 - step
+            n = $number
             if step == 0:
                 mbarrier.expect(ready.index(slot), k_source.block_type.nbytes + q_source.block_type.nbytes * GROUPS)
                 for member in gl.static_range(GROUPS):
@@ -85,11 +85,7 @@ def locate(
     """Where a tile lies, what its rows read, and its blocks of keys; those that group ``MEMBER`` needs, and in full."""
     $tile
     $run_limits
-    own_first = gl.minimum(first + MEMBER * 64, Sq - 1)
-    own_last = gl.minimum(own_first + 64, Sq) - 1
-    own_start, full_start, full_stop, own_stop = key_blocks(
-        $own_range_arguments
-    )
+    $own
     return (
         row, b, h, stop - 1, start, full_start, full_stop, own_start, own_stop,
         $located
@@ -237,6 +233,17 @@ def multiply(
     $clear
 
 '''
+
+#: The blocks of keys that a group needs.
+OWN: Final = """\
+own_first = gl.minimum(first + MEMBER * 64, Sq - 1)
+own_last = gl.minimum(own_first + 64, Sq) - 1
+own_start, full_start, full_stop, own_stop = key_blocks(
+    $own_range_arguments
+)
+"""
+#: The same where it needs those of its tile.
+ALL: Final = "own_start, own_stop = start, stop"
 
 #: At the beginning of a tile: where it lies.
 LOCATE: Final = """\

@@ -12,10 +12,11 @@ import torch
 
 from fxopt.codegen.attention.captured import CapturedTensor
 from fxopt.codegen.attention.distance import apart, split_distances
-from fxopt.codegen.attention.hopper import baton, key_run, stream, stream_softmax, tile
+from fxopt.codegen.attention.gluon import as_gluon, parameters
+from fxopt.codegen.attention.hopper import baton, key_run, listed, stream, stream_softmax, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
 from fxopt.codegen.attention.hopper.slopes import SLOPES, parts
-from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText, as_gluon, parameters
+from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText
 from fxopt.codegen.attention.hopper.template import RANGE
 from fxopt.codegen.attention.hopper.tile import StreamedTile
 from fxopt.codegen.attention.portable import phases
@@ -59,9 +60,13 @@ class Sums:
 class StreamText(HopperText):
     """The same where the blocks of keys of all tiles of a program are one stream."""
 
-    _parts: ClassVar[tuple[str, ...]] = (RANGE, stream.PRODUCER, stream_softmax.ATTEND, stream.CONSUMER, stream.KERNEL)
     _multiplied: ClassVar[tuple[str, ...]] = (*TILES, "out_tiles")
     _left: ClassVar[str] = "out_tiles.index(anew(MEMBER))"
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        limits = listed.RANGE if self.config.listed else RANGE
+        return (limits, stream.PRODUCER, stream_softmax.ATTEND, stream.CONSUMER, stream.KERNEL)
 
     @property
     def _barriers(self) -> tuple[str, ...]:
@@ -74,6 +79,10 @@ class StreamText(HopperText):
     @property
     def _scores(self) -> tuple[str, ...]:
         return ("s", self._tile.name) if self._tile and not self._beneath else ("s",)
+
+    @property
+    def _range_names(self) -> tuple[str, ...]:
+        return (listed.NAME,) if self.config.listed else super()._range_names
 
     @cached_property
     def captures(self) -> tuple[CapturedTensor, ...]:
@@ -179,7 +188,7 @@ class StreamText(HopperText):
             **found,
             "load_captures": loads,
             "attend_parameters": parameters((*names, "start", *constants)),
-            "attend_arguments": listing((*names, "block * BLOCK_N", *constants)),
+            "attend_arguments": listing((*names, "key" if self.config.listed else "block * BLOCK_N", *constants)),
             "weigh_parameters": parameters(weigh),
             "weigh_arguments": listing(weigh),
             "aside": as_gluon(self._sums.aside),
@@ -258,7 +267,8 @@ class StreamText(HopperText):
     @cached_property
     def _vectors(self) -> tuple[CapturedTensor, ...]:
         """The captured vectors that are read where the run of a tile's keys is not known."""
-        return key_run.vectors(self.spec, self.range, self.captures) if self._sure else ()
+        late = self._sure or self.config.listed
+        return key_run.vectors(self.spec, self.range, self.captures) if late else ()
 
     @property
     def given(self) -> tuple[CapturedTensor, ...]:
@@ -282,6 +292,9 @@ class StreamText(HopperText):
         if self._sure:
             masks = key_run.masks(self._vectors, row_terms(self.spec), tuple(self.range.rest), self.emit)
             return "\n".join((*lines, indent(masks, "    ")))
+        if self.config.listed:
+            masks = key_run.every_mask(self._vectors, tuple(self.range.rest), self.emit)
+            return "\n".join((*lines, indent(masks, "    ")))
         lines += ["    kept = chosen(words, s, BLOCK_N)", '    x = tl.where(kept, x, float("-inf"))']
         if rest is not None:
             lines += [f'x = tl.where({self.emit(rest)}, x, float("-inf"))']
@@ -296,15 +309,17 @@ class StreamText(HopperText):
             "locate_arguments": listing(self._locating),
         }
         found = fill(stream.LOCATE, places).rstrip("\n")
+        bounds = {"own_range_arguments": listing(own)}
         return {
             **super()._consumer,
             **places,
             "locate_parameters": parameters(self._locating),
-            "own_range_arguments": listing(own),
+            "own": stream.ALL if self.config.listed else fill(stream.OWN, bounds).rstrip("\n"),
+            "number": listed.NUMBER if self.config.listed else "stop - 1 - step",
             "located": listing(self._located),
             "run_limits": key_run.limits(bool(row_terms(self.spec))) if self._sure else "",
             "early": f"{found}\n{stream.QUERY_AHEAD}" if ahead else f"{stream.QUERY}\n{self._scaled}",
-            "late": "" if ahead else found,
+            "late": "" if ahead else "\n".join((found, *[listed.KEY] * self.config.listed)),
             "partial": " | ".join(self._cuts),
             **self._softmax,
             **baton.holes(self.config),
@@ -313,7 +328,7 @@ class StreamText(HopperText):
     @property
     def _softmax(self) -> dict[str, str]:
         """The lines from products to weights."""
-        follows = any(bound.follows_rows for bound in self.range.bounds)
+        follows = not self.config.listed and any(bound.follows_rows for bound in self.range.bounds)
         late = (
             (stream_softmax.SOFTEN_NEEDED, stream_softmax.WEIGH_NEEDED)
             if follows
@@ -332,7 +347,8 @@ class StreamText(HopperText):
     @property
     def _cuts(self) -> tuple[str, ...]:
         """When a block is partial."""
-        return ("(block >= full_stop)", *["(block < full_start)"] * self._partial_at_start)
+        starts = self._partial_at_start and not self.config.listed
+        return ("(block >= full_stop)", *["(block < full_start)"] * starts)
 
     @property
     def _locating(self) -> tuple[str, ...]:
@@ -344,7 +360,8 @@ class StreamText(HopperText):
     def _located(self) -> tuple[str, ...]:
         """What a block update needs of its tile."""
         given = (*self._pointers, *SIZES, "total", "peak", "i", *_PLACE)
-        return tuple(name for name in self._attend_names if name not in given)
+        found = tuple(name for name in self._attend_names if name not in given)
+        return (*found, listed.NAME) if self.config.listed else found
 
     @property
     def _constant_values(self) -> dict[str, object]:

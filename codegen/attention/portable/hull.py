@@ -13,18 +13,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.portable.possible_text import PossibleText
 from fxopt.codegen.attention.possible import Possible
-from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import Expr, Kind
 
 #: Keys that one step of the small kernel looks at.
 _STEP: Final = 1024
 #: Fewer blocks of keys than this are not worth a kernel that may save some.
 _FEWEST_BLOCKS: Final = 4
-#: The least and the greatest value over rows are integers.
-_EXTREME: Final[Kind] = "int"
 _KERNEL: Final = '''
 @triton.jit(do_not_specialize=$unspecialized)
 def hull_kernel(
@@ -131,9 +128,9 @@ class Hull:
             "whose": "a block of query rows" if self.by_rows else "any row of a batch element",
             "maths": self._maths,
             "place": self._place if self.by_rows else "b = tl.program_id(0)",
-            "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._extremes)),
+            "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._text.extremes)),
             "keys": self._keys,
-            "condition": self._emit(self.possible.condition),
+            "condition": self._text.emit(self.possible.condition),
             "hull": self._address("tl.program_id(0)"),
             **self._sure,
         }
@@ -170,8 +167,8 @@ class Hull:
         """The holes of what finds the keys that all rows keep."""
         if self.possible.sure is None:
             return {"sure_begin": "", "sure_first": "", "sure_run": ""}
-        condition, whole = self._emit(self.possible.sure), self.possible.whole
-        end = "tl.min(end)" if whole is None else _PARTLY.format(self._emit(whole))
+        condition, whole = self._text.emit(self.possible.sure), self.possible.whole
+        end = "tl.min(end)" if whole is None else _PARTLY.format(self._text.emit(whole))
         return {
             "sure_begin": "sure = tl.full([1, STEP], Sk, tl.int32)",
             "sure_first": _SURE_FIRST.format(condition=condition),
@@ -233,26 +230,12 @@ class Hull:
         return (*(("BLOCK_M",) if self.by_rows else ()), "STEP", *(("EARLY",) if self.early else ()))
 
     @property
-    def _extremes(self) -> list[str]:
-        """The lines that compute the least and the greatest value of each expression over the rows."""
-        texts = [self._emit(row) for row in self.possible.rows]
-        return [f"low{n}, high{n} = tl.min({text}), tl.max({text})" for n, text in enumerate(texts)]
+    def _text(self) -> PossibleText:
+        return PossibleText(self.spec, self.possible)
 
     @property
     def _maths(self) -> str:
-        rows = "".join(f"; low{n}, high{n} of {row} over the rows" for n, row in enumerate(self.possible.rows))
+        text = self._text
         known = (("sure", self.possible.sure), ("all rows keep any", self.possible.whole))
-        further = "".join(f"; {what}: {self._named(expr)}" for what, expr in known if expr is not None)
-        return f"Possible: {self._named(self.possible.condition)}{further}{rows}."
-
-    def _named(self, condition: Expr) -> Expr:
-        named = {name: Expr("symbol", value=text) for name, text in self._names.items()}
-        return condition.replace(lambda e: named.get(str(e), e))
-
-    @property
-    def _names(self) -> dict[str, str]:
-        return self.possible.names(len(self.spec.captures))
-
-    def _emit(self, expr: Expr) -> str:
-        extremes = (_EXTREME,) * len(self._names)
-        return emit(expr, self._names, (*self.spec.capture_kinds, *extremes))
+        further = "".join(f"; {what}: {text.named(expr)}" for what, expr in known if expr is not None)
+        return f"Possible: {text.named(self.possible.condition)}{further}{text.legend}."

@@ -1,8 +1,9 @@
 """Which blocks of keys a block of query rows goes through, as a list: masks with holes between the keys they keep.
 
-Two small kernels before the main one. The first tells of each block of rows and keys whether the mask keeps nothing,
-a part or all of it: by the borders of the block (`fxopt.codegen.attention.borders`), or by all its rows and keys where
-these don't decide. The second gathers the blocks of keys of a block of rows,
+Two small kernels before the main one. The first tells of each block of rows and keys whether the mask keeps nothing, a
+part or all of it: by its borders (`fxopt.codegen.attention.borders`), by its keys and the extremes of its rows
+(`fxopt.codegen.attention.possible`), or by all rows and keys where these don't decide. The second gathers the blocks of
+keys of a block of rows,
 
     list = [how many are kept in part, how many whole, the former …, …, the latter backwards],
 
@@ -23,12 +24,14 @@ from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.cost import Sizes, device_of
 from fxopt.codegen.attention.interval import key_range
 from fxopt.codegen.attention.kept import kept_blocks, listed_blocks
+from fxopt.codegen.attention.portable.possible_text import PossibleText
 from fxopt.codegen.attention.portable.turned import turned_device, turned_host
+from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.printing import emit
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
-from fxopt.ir.expression import Expr, S, capture, const
+from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts, const
 
 LeftOut = Literal["many", "perhaps", "few"]
 #: The part of the blocks that bounds leave which lists may keep at most, to be worth the kernels that make them; and
@@ -53,7 +56,7 @@ def ${whose}_kinds_kernel(
     first = program % blocks * BLOCK_M
     last = tl.minimum(first + BLOCK_M, Sq) - 1
     $place
-    i = tl.minimum(first + tl.arange(0, BLOCK_M), Sq - 1)[:, None]
+    i = tl.minimum(first + tl.arange(0, $power), last)[:, None]
     $rows
     kinds = kinds_ptr + program.to(tl.int64) * others
     begin = tl.program_id(1) * BLOCKS
@@ -82,22 +85,33 @@ def lists_kernel(kinds_ptr, lists_ptr, length, BLOCK: tl.constexpr, STEP: tl.con
         wholly += tl.sum(whole, 0)
     tl.store(listed, partly)
     tl.store(listed + 1, wholly)
+    # What needs a block to work on takes the first one, in part, where the mask keeps none.
+    tl.store(listed + 2, 0, mask=partly + wholly == 0)
 
 '''
 _TOLD: Final = """\
 end = tl.minimum(start + BLOCK_N, Sk) - 1
 kind = {kind}
+{narrowed}
 if kind == 1:
     {looked}"""
-_LOOKED: Final = """\
+#: What the keys of a block that borders leave tell of it, beside the extremes of its rows.
+_NARROWED: Final = """\
+if kind > 0:
+    {read}
+    possible = (j < Sk) & ({possible})
+    kind = tl.where(tl.max(possible.to(tl.int32)) == 0, 0, {else})"""
+_READ: Final = """\
 j = (start + tl.arange(0, BLOCK_N))[None, :]
-$keys
+{keys}"""
+_SURE: Final = "tl.where({0}, kind, 1)"
+_LOOKED: Final = """\
+$read
 kept = ((j < Sk) & ($mask)).to(tl.int32)
 kind = tl.max(kept) + tl.min(kept)
 """
-_LIMITS: Final = """\
-listed = {whose}_lists_ptr + ({plane}first // BLOCK_M).to(tl.int64) * (tl.cdiv(Sk, BLOCK_N) + 2)
-partly = tl.load(listed)"""
+_ADDRESS: Final = "listed = {whose}_lists_ptr + ({plane}{block}).to(tl.int64) * (tl.cdiv(Sk, BLOCK_N) + 2)"
+_COUNT: Final = "partly = tl.load(listed)"
 #: The loops over blocks kept in part and whole; little is held over the first one for the second.
 _LOOPS: Final = {
     True: """\
@@ -195,7 +209,8 @@ class KeyLists:
             "parameters": listing(parameters, annotate=True),
             "maths": self._maths,
             "place": self._place,
-            "rows": "\n".join(c.base for c in self._read if not c.in_loop),
+            "power": "BLOCK_M" if self._is_power else str(1 << self.block_m.bit_length()),
+            "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._extremes)),
             "told": self._told,
             "whose": self.whose,
             **_KEPT[self.whose],
@@ -204,10 +219,14 @@ class KeyLists:
 
     @property
     def limits(self) -> str:
-        """The lines of the main kernel that find the list of a block of rows."""
-        planes = {(): "", ("b",): "b * blocks + ", ("h",): "h * blocks + ", ("b", "h"): "(b * heads + h) * blocks + "}
-        text = _LIMITS.format(plane=planes[self._planes], whose=self.whose)
+        """The lines of the main kernel that find the list of a block of rows, and how many blocks it keeps in part."""
+        text = f"{self.address('first // BLOCK_M')}\n{_COUNT}"
         return text if self.whose == "key" else turned_device(text)
+
+    def address(self, block: str) -> str:
+        """The line of the main kernel that finds the list of a ``block`` of rows."""
+        planes = {(): "", ("b",): "b * blocks + ", ("h",): "h * blocks + ", ("b", "h"): "(b * heads + h) * blocks + "}
+        return _ADDRESS.format(plane=planes[self._planes], whose=self.whose, block=block)
 
     def loop(self, update: str, bounded: bool) -> str:
         """The loop of the main kernel, with this ``update``, over the blocks kept in part (``bounded``) or whole."""
@@ -241,6 +260,15 @@ class KeyLists:
         return text if self.whose == "key" else turned_host(text)
 
     @property
+    def _extremes(self) -> Iterable[str]:
+        return () if self._possible is None else self._possible.extremes
+
+    @property
+    def _is_power(self) -> bool:
+        """Whether the block of rows is a power of two, as ranges must be."""
+        return self.block_m & (self.block_m - 1) == 0
+
+    @property
     def _mask(self) -> Expr:
         assert self.spec.mask is not None
         return self.spec.mask
@@ -252,27 +280,64 @@ class KeyLists:
     @property
     def _told(self) -> str:
         """The lines that tell the kind of a block."""
-        keys = "\n".join(_load_keys(c) for c in self._read if c.in_loop)
-        looked = fill(_LOOKED, {"keys": keys, "mask": self._emit(self._mask)}).rstrip("\n")
-        if not self._decision.decides:
+        looked = fill(_LOOKED, {"read": self._keys, "mask": self._emit(self._mask)}).rstrip("\n")
+        if not self._decision.decides and self._possible is None:
             return looked
-        some, every = self._decision.some, self._decision.every
+        some, every = self._decision.some, self._every
         kind = str(int(bool(some.value))) if some.op == "const" else f"tl.where({self._emit(some)}, 1, 0)"
         if every != const(False):
             kind = f"tl.where(({self._emit(every)}) & (start + BLOCK_N <= Sk), 2, {kind})"
-        return _TOLD.format(kind=kind, looked=looked.replace("\n", "\n    "))
+        return _TOLD.format(kind=kind, narrowed=self._narrowed, looked=looked.replace("\n", "\n    "))
+
+    @property
+    def _narrowed(self) -> str:
+        """The lines that tell more of it by its keys."""
+        if self._possible is None:
+            return ""
+        text, sure, whole = self._possible, self._possible.possible.sure, self._possible.possible.whole
+        conditions = [] if sure is None else [f"(tl.min(({text.emit(sure)}).to(tl.int32)) == 1)"]
+        conditions += [] if whole is None else [f"({text.emit(whole)})"]
+        holes = {
+            "read": self._keys.replace("\n", "\n    "),
+            "possible": text.emit(text.possible.condition),
+            "else": _SURE.format(" & ".join(conditions)) if conditions else "kind",
+        }
+        return _NARROWED.format(**holes)
+
+    @property
+    def _keys(self) -> str:
+        """The lines that read what varies with the keys of a block."""
+        return _READ.format(keys="\n".join(_load_keys(c) for c in self._read if c.in_loop)).rstrip("\n")
+
+    @cached_property
+    def _possible(self) -> PossibleText | None:
+        """What captured vectors tell of the keys of a block, by the extremes of its rows."""
+        found = possible_keys(self.spec, sure=True)
+        return None if found is None else PossibleText(self.spec, found)
+
+    @cached_property
+    def _every(self) -> Expr:
+        """Where borders tell that all rows keep all keys, as far as keys and extremes of rows don't tell that later."""
+        if self._possible is None or self._possible.possible.sure is None:
+            return self._decision.every
+        rest = key_range(self.spec, further=True).rest
+        bounds = conjunction(tuple(term for term in conjuncts(self._mask) if term not in rest))
+        return const(True) if bounds is None else decision(bounds, self.spec.captures).every
 
     @property
     def _maths(self) -> str:
         told = f"Told by every row and key: {self._mask}."
+        if self._possible is not None:
+            text = self._possible
+            known = () if text.possible.sure is None else (f"; sure: {text.named(text.possible.sure)}",)
+            told = f"Possible: {text.named(text.possible.condition)}{''.join(known)}{text.legend}.\n{told}"
         if not self._decision.decides:
             return told
         named = {leaf: Expr("symbol", value=name) for leaf, name in self._borders.items()}
         some, every = (
-            found.replace(lambda node: named.get(str(node), node))
-            for found in (self._decision.some, self._decision.every)
+            found.replace(lambda node: named.get(str(node), node)) for found in (self._decision.some, self._every)
         )
-        return f"Some keys can be kept where {some},\nall are where {every}. Else:\n{told}"
+        return f"Borders: some keys can be kept where {some},\nall are where {every}.\n{told}"
 
     @property
     def _borders(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -25,7 +24,7 @@ from fxopt.codegen.attention.backward.launcher import LAUNCH, MAIN, launch_holes
 from fxopt.codegen.attention.backward.row_range import row_range_text
 from fxopt.codegen.attention.backward.source import BackwardText
 from fxopt.codegen.attention.frame import KV_HEAD
-from fxopt.codegen.attention.gluon import as_gluon, parameters
+from fxopt.codegen.attention.gluon import as_gluon, named_apart, parameters
 from fxopt.codegen.attention.interval import is_uniform
 from fxopt.codegen.attention.portable.config import Config as PortableConfig
 from fxopt.codegen.attention.portable.config import padded
@@ -59,10 +58,10 @@ class HopperText(BackwardText):
         own = {**holes, **self._lists, **self._vectors, **self._fold, **self._around, **self._finish}
         parts = (hopper.PLACE, hopper.PRODUCER, hopper.ADD, hopper.FOLD, hopper.CONSUMER, hopper.KERNEL)
         body = "".join(fill(text, own) for text in parts)
-        called = [_apart(as_gluon(text)) for text in helpers(body)]
+        called = [named_apart(as_gluon(text)) for text in helpers(body)]
         functions = [*helpers(before), *called]
         text = fill(hopper.HEADER, own) + "".join(f"\n{function}\n" for function in functions)
-        text += before + _apart(body) + fill(finish.SUMS, own)
+        text += before + named_apart(body) + fill(finish.SUMS, own)
         script = {**holes, **self._script}
         return text + fill(LAUNCH, {**own, **launch_holes(self), **self._launch}) + fill(MAIN, script)
 
@@ -390,9 +389,3 @@ def _each(text: str, names: tuple[str, ...]) -> str:
 
 def _inside(first: str, index: str, width: int) -> str:
     return f"({first}) & ({index} < {width})"
-
-
-def _apart(text: str) -> str:
-    """Text of Gluon whose device functions are named apart from those of Triton in the same module."""
-    names = "|".join(("tanh", "sigmoid", "power", "modulo", "floor_divide"))
-    return re.sub(rf"(?<![.\w])({names})\(", r"gluon_\1(", text)

@@ -26,6 +26,6 @@ def key_at(listed, place, wholly, Sk, BLOCK_N: gl.constexpr):
 #: What tells of a tile where its list is.
 NAME: Final = "listed"
 #: The number of the block that the loading warps bring next.
-NUMBER: Final = "key_at(listed, stop - 1 - step, full_stop, Sk, BLOCK_N) // BLOCK_N"
+NUMBER: Final = "n = key_at(listed, stop - 1 - step, full_stop, Sk, BLOCK_N) // BLOCK_N"
 #: The first key of the block that comes next.
 KEY: Final = "key = key_at(listed, block, full_stop, Sk, BLOCK_N)"

@@ -25,9 +25,7 @@ KERNEL: Final = '''
 def blocks_of(hull_ptr, entry, entries, BLOCK_N: tl.constexpr):
     """How many blocks of keys a hull takes; -1 beyond the last one."""
     hull = hull_ptr + $numbers * entry + $further
-    begin = tl.load(hull, mask=entry < entries, other=0)
-    end = tl.load(hull + 1, mask=entry < entries, other=0)
-    blocks = tl.where(begin < end, tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 0)
+    $length
     return tl.where(entry < entries, blocks, -1)
 
 
@@ -60,6 +58,11 @@ def order_kernel(
     tl.store(hull_ptr, filled, mask=tl.program_id(0) == 0)
 
 '''
+#: The blocks of a hull without a list.
+_WITHIN: Final = """\
+begin = tl.load(hull, mask=entry < entries, other=0)
+end = tl.load(hull + 1, mask=entry < entries, other=0)
+blocks = tl.where(begin < end, tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 0)"""
 PLACE: Final = '''
 @gluon.jit
 def place(turn, blocks, heads, hull_ptr, HULL: gl.constexpr):
@@ -157,7 +160,8 @@ class Order:
     def kernel(self) -> str:
         """The small kernel."""
         hull = self.hull
-        return fill(KERNEL, {name: str(getattr(hull, name)) for name in ("numbers", "own", "further")})
+        length = _WITHIN if hull.lists is None else f"blocks = {hull.lists.length}"
+        return fill(KERNEL, {"length": length} | {n: str(getattr(hull, n)) for n in ("numbers", "own", "further")})
 
     @property
     def holes(self) -> dict[str, str]:

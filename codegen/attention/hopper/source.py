@@ -34,8 +34,10 @@ from fxopt.codegen.attention.hopper.template import (
 )
 from fxopt.codegen.attention.interval import is_uniform
 from fxopt.codegen.attention.logits import LogitsText
+from fxopt.codegen.attention.portable import hull_lists
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.hull import Hull
+from fxopt.codegen.attention.portable.hull_lists import HullLists
 from fxopt.codegen.attention.portable.key_lists import LISTS, KeyLists
 from fxopt.codegen.attention.portable.loops import key_range_text
 from fxopt.codegen.attention.possible import possible_keys
@@ -152,7 +154,8 @@ class HopperText(LogitsText):
         config, fewest = self.config, min(4, _FEWEST // self.config.keys)
         if found is None:
             return None
-        return Hull(self.spec, found, config.rows, config.keys, self._orderly, early=True, fewest=fewest)
+        listed = config.ahead == 0 and hull_lists.can_list(self.spec, found)
+        return Hull(self.spec, found, config.rows, config.keys, self._orderly, True, fewest, listed)
 
     @cached_property
     def _order(self) -> Order | None:
@@ -176,6 +179,10 @@ class HopperText(LogitsText):
         hull = ("hull_start", "hull_stop") if self._hull else ()
         return (*hull, *(("sure_start", "sure_stop") if self._sure else ()))
 
+    @property
+    def _hull_lists(self) -> HullLists | None:
+        return None if self._hull is None else self._hull.lists
+
     @cached_property
     def _key_lists(self) -> KeyLists | None:
         return KeyLists(self.spec, self.config.rows, self.config.keys) if self.config.listed else None
@@ -187,7 +194,9 @@ class HopperText(LogitsText):
             return self._key_lists.address("row").replace("tl.cdiv", "gl.cdiv")
         if self._hull is None:
             return ""
-        return self._hull.limits.replace("first // BLOCK_M", "row").replace("tl.cdiv", "gl.cdiv")
+        limits = self._hull.limits.replace("first // BLOCK_M", "row")
+        lists = [] if self._hull.lists is None else [self._hull.lists.address("row")]
+        return "\n".join((limits, *lists)).replace("tl.cdiv", "gl.cdiv")
 
     @property
     def _description(self) -> dict[str, str]:
@@ -242,7 +251,7 @@ class HopperText(LogitsText):
     def _pointers(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
         found = [c.parameter for c in self.captures] + ["hull_ptr"] * bool(self._hull)
-        found += ["key_lists_ptr"] * self.config.listed
+        found += ["hull_lists_ptr"] * (self._hull_lists is not None) + ["key_lists_ptr"] * self.config.listed
         found += [name for c in self.captures for name in (*c.strides, *c.period)]
         return tuple(found)
 
@@ -355,7 +364,7 @@ class HopperText(LogitsText):
         sizes = ("rows", "keys", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
         switches = [f"{name}={value}" for name, value in self._constant_values.items()]
         hull, hulled = (("hull",), ("HULL=hulled",)) if self._hull else ((), ())
-        lists = ("key_lists",) if self._key_lists else ()
+        lists = (*(("hull_lists",) if self._hull_lists else ()), *(("key_lists",) if self._key_lists else ()))
         captured = (*(c.argument for c in self.captures), *hull, *lists, *values)
         options = (*switches, *hulled, "WITH_LSE=True" if self._averages else "WITH_LSE=with_lse")
         arguments = (*tensors, "described(out, 64)", "lse", *captured, *sizes, *options)

@@ -31,12 +31,13 @@ def load(
         start, full_start, full_stop, stop = key_blocks(
             $range_arguments
         )
+        $hull_places
         place_q = turn % QUERIES
         mbarrier.wait(q_free.index(place_q), ((turn // QUERIES) & 1) ^ 1)
         for step in range(stop - start):
             slot = pair % STAGES
             mbarrier.wait(free.index(slot), ((pair // STAGES) & 1) ^ 1)
-            n = $number
+            $number
             if step == 0:
                 mbarrier.expect(ready.index(slot), k_source.block_type.nbytes + q_source.block_type.nbytes * GROUPS)
                 for member in gl.static_range(GROUPS):
@@ -84,6 +85,7 @@ def locate(
 ):
     """Where a tile lies, what its rows read, and its blocks of keys; those that group ``MEMBER`` needs, and in full."""
     $tile
+    $hull_places
     $run_limits
     $own
     return (

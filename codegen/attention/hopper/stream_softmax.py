@@ -163,7 +163,7 @@ p, total = weigh(
 """
 #: The same where there are blocks that no row of the group needs, though others of the tile do.
 SOFTEN_NEEDED: Final = """\
-needed = (block >= own_start) & (block < own_stop)
+needed = ($block >= own_start) & ($block < own_stop)
 x, shift, decay = s, peak, gl.full([64], 1.0, gl.float32, layout=ROW)
 if needed:
     x, peak, decay, shift = attend(
@@ -182,7 +182,7 @@ else:
 #: the assembler, which doesn't know, can't move exponentials out of the branch and behind the wait for those products.
 SOFTEN_EARLY: Final = """\
 decay = gl.full([64], 1.0, gl.float32, layout=ROW)
-if (block >= own_start) & (block < own_stop):
+if ($block >= own_start) & ($block < own_stop):
     x, peak, decay, shift = attend(
         $attend_arguments
     )

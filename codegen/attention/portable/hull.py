@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
+from fxopt.codegen.attention.portable.hull_lists import HullLists
 from fxopt.codegen.attention.portable.possible_text import PossibleText
 from fxopt.codegen.attention.possible import Possible
 from fxopt.codegen.template import fill, listing
@@ -38,6 +39,7 @@ def hull_kernel(
     begin = tl.full([1, STEP], Sk, tl.int32)
     end = tl.full([1, STEP], 0, tl.int32)
     $sure_begin
+    $list_begin
     for start in range(0, Sk, STEP):
         j = (start + tl.arange(0, STEP))[None, :]
         $keys
@@ -45,10 +47,12 @@ def hull_kernel(
         begin = tl.minimum(begin, tl.where(possible, j, Sk))
         end = tl.maximum(end, tl.where(possible, j + 1, 0))
         $sure_first
+        $list_blocks
     hull = $hull
     tl.store(hull, tl.min(begin))
     tl.store(hull + 1, tl.max(end))
     $sure_run
+    $list_count
 
 '''
 #: The first run of keys that all rows keep: where it begins, and one past its end.
@@ -106,7 +110,8 @@ class Hull:
 
     ``ordered`` leaves room for the order of the hulls before them: there a tile is told where its limits are. With
     ``early`` the kernel behind the small one may be launched while that runs; it must wait for the hulls (sm_90 and
-    later). Fewer than ``fewest`` blocks of keys are not worth the small kernel.
+    later). Fewer than ``fewest`` blocks of keys are not worth the small kernel. A ``listed`` hull has a list of the
+    blocks within it that some row may keep (`fxopt.codegen.attention.portable.hull_lists`).
     """
 
     spec: AttentionSpec
@@ -116,11 +121,13 @@ class Hull:
     ordered: bool = False
     early: bool = False
     fewest: int = _FEWEST_BLOCKS
+    listed: bool = False
 
     @property
     def kernel(self) -> str:
         """The small kernel."""
-        parameters = (*self._pointers, "hull_ptr", *self._strides, *self._sizes, *self._constants)
+        lists = ("hull_lists_ptr",) if self.listed else ()
+        parameters = (*self._pointers, "hull_ptr", *lists, *self._strides, *self._sizes, *self._constants)
         holes = {
             "unspecialized": "[" + ", ".join(f'"{name}"' for name in self._sizes) + "]",
             "parameters": listing(parameters, annotate=True),
@@ -133,6 +140,7 @@ class Hull:
             "condition": self._text.emit(self.possible.condition),
             "hull": self._address("tl.program_id(0)"),
             **self._sure,
+            **({"list_begin": "", "list_blocks": "", "list_count": ""} if self.lists is None else self.lists.holes),
         }
         return fill(_KERNEL, holes)
 
@@ -154,7 +162,15 @@ class Hull:
 
     @property
     def own(self) -> int:
-        """How many of them are its own: its limits, and those of the keys that all rows keep."""
+        """How many of them are its own: its limits, those of the keys that all rows keep, the length of its list.
+
+        They are a power of two, as ranges must be.
+        """
+        return self._count * (2 if self.listed else 1)
+
+    @property
+    def _count(self) -> int:
+        """How many stand before the length of its list."""
         return 2 if self.possible.sure is None else 4
 
     @property
@@ -175,6 +191,11 @@ class Hull:
             "sure_run": _SURE_RUN.format(keys=self._keys.replace("\n", "\n    "), condition=condition, end=end),
         }
 
+    @property
+    def lists(self) -> HullLists | None:
+        """The list of each of them."""
+        return HullLists(self.spec, self.possible, self._count, self.block_n) if self.listed else None
+
     def _address(self, hull: str) -> str:
         return f"hull_ptr + {self.numbers} * {hull}{f' + {self.further}' * self.ordered}"
 
@@ -189,7 +210,8 @@ class Hull:
     def allocate(self) -> str:
         """The launcher's lines that allocate the hulls."""
         count = f"batch * -(-rows // {self.block_m})" if self.by_rows else "batch"
-        return _ALLOCATE.format(fewest=self.fewest * self.block_n, count=count, numbers=self.numbers)
+        text = _ALLOCATE.format(fewest=self.fewest * self.block_n, count=count, numbers=self.numbers)
+        return text if self.lists is None else f"{text}\n{self.lists.allocate}"
 
     @property
     def launch(self) -> str:
@@ -197,9 +219,9 @@ class Hull:
         strides = [value for c in self._read for value in c.stride_values]
         periods = [f"{c.name}.shape[0]" for c in self._read if c.period]
         sizes = ("rows", "keys") if self.by_rows else ("keys",)
-        values = {"BLOCK_M": str(self.block_m), "STEP": str(_STEP), "EARLY": "q.is_cuda"}
+        values = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STEP": _STEP, "EARLY": "q.is_cuda"}
         constants = (f"{name}={values[name]}" for name in self._constants)
-        tensors = (*(c.name for c in self._read), "hull")
+        tensors = (*(c.name for c in self._read), "hull", *(("hull_lists",) if self.listed else ()))
         holes = {"arguments": listing((*tensors, *strides, *sizes, *periods, *constants))}
         return fill(_LAUNCH, holes).rstrip("\n")
 
@@ -226,8 +248,9 @@ class Hull:
         return (*sizes, *(name for c in self._read for name in c.period))
 
     @property
-    def _constants(self) -> tuple[str, ...]:
-        return (*(("BLOCK_M",) if self.by_rows else ()), "STEP", *(("EARLY",) if self.early else ()))
+    def _constants(self) -> Iterable[str]:
+        found = {"BLOCK_M": self.by_rows, "BLOCK_N": self.listed, "STEP": True, "EARLY": self.early}
+        return (name for name, wanted in found.items() if wanted)
 
     @property
     def _text(self) -> PossibleText:

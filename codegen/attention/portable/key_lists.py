@@ -154,9 +154,16 @@ def left_out(spec: AttentionSpec, rows: int, keys: int) -> LeftOut:
     sizes = (spec, rows, keys, _SIDE, _SIDE)
     if sum(listed_blocks(*sizes)) <= _WORTH * sum(kept_blocks(*sizes)):
         return "many"
+    return "perhaps" if may_have_holes(spec) else "few"
+
+
+def may_have_holes(spec: AttentionSpec) -> bool:
+    """Whether captured vectors tell, of rows and keys together, which ones are kept: documents, tokens kept by all."""
     # What is captured by row and key is a mask of any kind, and most are of parts everywhere.
-    told = (reads(term, spec) for term in rest if not any(_is_tile(leaf, spec) for leaf in term.leaves))
-    return "perhaps" if any({"i", "j", "captured"} <= found for found in told) else "few"
+    rest = (
+        term for term in key_range(spec, further=True).rest if not any(_is_tile(leaf, spec) for leaf in term.leaves)
+    )
+    return any({"i", "j", "captured"} <= reads(term, spec) for term in rest)
 
 
 def _is_tile(leaf: Expr, spec: AttentionSpec) -> bool:

@@ -94,7 +94,8 @@ def test_hulls_hold_what_is_kept_and_in_runs_of_sure_keys_only_bounds_hide_any(
     # Their order stands before their own numbers.
     possible = possible_keys(spec, sure=True)
     numbers = 2 if possible is None or possible.sure is None else 4
-    hull = kernel.found["hull_ptr"][:, -numbers:].reshape(SIZES.batch, -1, numbers)
+    own = numbers * (2 if "hull_lists_ptr" in kernel.found else 1)
+    hull = kernel.found["hull_ptr"][:, -own:][:, :numbers].reshape(SIZES.batch, -1, numbers)
     rest = conjunction(key_range(spec, further=True).rest)
     keys = torch.arange(SIZES.keys)
     whole, free = kept(spec, spec.mask, captures), kept(spec, rest, captures)
@@ -106,6 +107,43 @@ def test_hulls_hold_what_is_kept_and_in_runs_of_sure_keys_only_bounds_hide_any(
             assert (every.all(1) | ~inside).all()
             run = (every.all(1) & ~inside).sum()
             assert name not in ("right padding", "left padding", "contiguous documents") or run == 0
+
+
+LISTED = ("contiguous documents", "interleaved documents", "rows without a document", "causal documents, padding",
+          "earlier documents", "other documents")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_lists_hold_the_blocks_of_which_any_row_keeps_a_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    spec = VECTORS[name].specification(torch.bfloat16, "zero")
+    q, k, v = operands(SIZES, torch.bfloat16)
+    captures = VECTORS[name].draw(SIZES)
+    module, kernel = launched(spec, monkeypatch)
+    module.launch(q, k, v, captures)
+    assert ("hull_lists_ptr" in kernel.found) == (name in LISTED)
+    if name not in LISTED:
+        return
+    step = kernel.found["BLOCK_N"]
+    # Keys beyond the end count as hidden.
+    whole = torch.nn.functional.pad(kept(spec, spec.mask, captures), (0, -SIZES.keys % step))
+    tiles = whole.split(ROWS, 1)
+    lists = kernel.found["hull_lists_ptr"].view(SIZES.batch, len(tiles), -1)
+    possible = possible_keys(spec, sure=True)
+    assert possible is not None
+    numbers = kernel.found["hull_ptr"].view(SIZES.batch, len(tiles), -1)
+    counts = numbers[:, :, -2 if possible.sure is None else -4]
+    left = 0
+    for row, tile in enumerate(tiles):
+        some, every = (x.unflatten(1, (-1, step)) for x in (tile.any(1), tile.all(1)))
+        for b in range(SIZES.batch):
+            entries = lists[b, row, : max(1, counts[b, row])]
+            listed, uncut = entries >> 1, (entries & 1) == 0
+            assert (listed.diff() > 0).all() and set(some[b].any(1).nonzero()[:, 0].tolist()) <= set(listed.tolist())
+            # Where rows are not sure of any key, every block asks what no bound says.
+            assert possible.sure is None or every[b][listed[uncut]].all()
+            left += int(counts[b, row] < len(some[b]))
+    assert left or name in ("other documents", "earlier documents")
 
 
 def test_rows_without_keys_take_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,11 @@ def compiled(spec: AttentionSpec, width: int, config: Config, even: bool = True,
     values = {"GROUP": group, "BLOCK_M": config.rows, "KEYS": config.keys, "WIDTH": padded(width)}
     values |= {"STAGES": config.stages, "WHOLE": even, "HULL": True}
     columns = padded(width) // (2 if config.rows == 64 else 1)
-    types = {"hull_ptr": "*i32", "sums_source": f"tensordesc<fp32[{2 * columns},32],{parts!r}>"}
+    types = {
+        "hull_ptr": "*i32",
+        "row_lists_ptr": "*i32",
+        "sums_source": f"tensordesc<fp32[{2 * columns},32],{parts!r}>",
+    }
     types |= {name: descriptor(config.rows, padded(width)) for name in ("q_source", "dout_source")}
     types |= {name: descriptor(config.keys, padded(width)) for name in BY_KEY}
     types |= dict.fromkeys(VECTORS, f"tensordesc<fp32[{config.rows}],{vector!r}>")

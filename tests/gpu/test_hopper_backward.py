@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -13,11 +14,12 @@ from fxopt.codegen.attention.backward.hopper.kernel import candidates, objection
 from fxopt.codegen.attention.backward.operator import attention_backward
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
-from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, Shape, in_turn, operands, pairwise, specification
 from tests.codegen.fillings import lengths, padded, vectors
 from tests.codegen.gradients import assert_input_gradients_within_budget
+from tests.codegen.holes import HOLES
 from tests.gpu.test_attention_kernels import DTYPES, on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -59,6 +61,30 @@ def backward(
     wanted = [False] * len(captures)
     found: list[Tensor] = attention_backward(q, k, v, list(captures), out, lse, dout, dlse, wanted, str(spec), config)
     return found
+
+
+LISTED = {
+    "D64": (Shape(64, 64, 400, 600, 2, "group", "bshd", heads=4, batch=2), ("64x128s4", "64x128s4a", "128x128s2")),
+    "D128": (Shape(128, 128, 520, 390, 1, "tile", "bhsd", heads=2, batch=2), ("64x128s2",)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("empty", ["zero", "nan"])
+@pytest.mark.parametrize("shape", LISTED)
+@pytest.mark.parametrize("name", [name for name in HOLES if name != "plane"])
+def test_lists_leave_out_blocks(name: str, shape: str, empty: EmptyRows, dtype: str) -> None:
+    torch.manual_seed(0)
+    sizes, configs = LISTED[shape]
+    spec = HOLES[name].specification(DTYPES[dtype], empty)
+    spec = dataclasses.replace(spec, kv_map=sizes.kv_map, out_layout=sizes.layout)
+    configurations(spec, sizes.head_dim, DTYPES[dtype])
+    inputs = [x.cuda() for x in operands(sizes, DTYPES[dtype])]
+    captures = [x.cuda() for x in HOLES[name].draw(sizes)]
+    dout = torch.randn(*inputs[0].shape[:3], sizes.value_dim, device="cuda").to(DTYPES[dtype])
+    for config in configs:
+        found = backward(spec, inputs, captures, dout, f"hopper:{config}list")
+        assert_input_gradients_within_budget(spec, inputs, captures, found, dout)
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), pairwise(EXPRESSIONS, SHAPES, ("bf16", "f16")))

@@ -39,14 +39,14 @@ def candidates(
     reason = hopper.flow_objection(spec, wanted) or hopper.objection(*sizes, capability)
     if reason is not None:
         refused["hopper"] = reason
-    found = [] if reason else [str(config) for config in hopper.candidates(*sizes, capability)]
+    found = [] if reason else [str(config) for config in hopper.candidates(*sizes, capability, rows, keys)]
     portables = portable.candidates(*sizes, capability, rows, keys)
     general = [str(config) for config in portables]
     if not general:
         refused[""] = portable.objection(*sizes) or "no configuration of the backward fits the device"
     if any(config.listed for config in portables):
         # The others compute all that lists leave out.
-        return tuple((general[0], *found[:1], *general[1:])[:_TRIED]), refused
+        return tuple((*found[:1], general[0], *found[1:], *general[1:])[:_TRIED]), refused
     # Two of a family at most: the portable one stays among them.
     return tuple((*found[:2], *general[:2])[:_TRIED]), refused
 

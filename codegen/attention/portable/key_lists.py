@@ -92,15 +92,15 @@ def lists_kernel(kinds_ptr, lists_ptr, length, BLOCK: tl.constexpr, STEP: tl.con
 _TOLD: Final = """\
 end = tl.minimum(start + BLOCK_N, Sk) - 1
 kind = {kind}
-{narrowed}
-if kind == 1:
+{narrowed}if kind == 1:
     {looked}"""
 #: What the keys of a block that borders leave tell of it, beside the extremes of its rows.
 _NARROWED: Final = """\
 if kind > 0:
     {read}
     possible = (j < Sk) & ({possible})
-    kind = tl.where(tl.max(possible.to(tl.int32)) == 0, 0, {else})"""
+    kind = tl.where(tl.max(possible.to(tl.int32)) == 0, 0, {else})
+"""
 _READ: Final = """\
 j = (start + tl.arange(0, BLOCK_N))[None, :]
 {keys}"""

@@ -7,6 +7,7 @@ registers, rows passing by, five products for each pair of blocks, dq added to i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -15,8 +16,10 @@ from fxopt.codegen.attention.backward import kernel as portable
 from fxopt.codegen.attention.backward import plan
 from fxopt.codegen.attention.backward.hopper.config import Config, read_config
 from fxopt.codegen.attention.backward.hopper.source import hopper_text
+from fxopt.codegen.attention.cost import LENGTH
 from fxopt.codegen.attention.machine import Shortfall, hopper_objection
 from fxopt.codegen.attention.portable.config import padded
+from fxopt.codegen.attention.portable.key_lists import can_list, left_out
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, S
@@ -76,12 +79,24 @@ def _is_unsafe(expr: Expr) -> bool:
 
 
 def candidates(
-    spec: AttentionSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    spec: AttentionSpec,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    rows: int | None = None,
+    keys: int | None = None,
 ) -> tuple[Config, ...]:
-    """The configurations worth measuring, best guess first; none where the kernels can't serve."""
+    """The configurations worth measuring, best guess first; none where the kernels can't serve.
+
+    They go through lists of blocks where these leave out many of those that ``rows`` and ``keys`` make.
+    """
     if objection(spec, head_dim, value_dim, dtype, capability) is not None:
         return ()
-    return _CONFIGS[padded(head_dim)]
+    found = _CONFIGS[padded(head_dim)]
+    if left_out(spec, rows or keys or LENGTH, keys or rows or LENGTH) != "many":
+        return found
+    return tuple(replace(config, listed=True) for config in found)
 
 
 def source(
@@ -102,4 +117,6 @@ def source(
     cut = read_config(config)
     if cut.ahead and padded(head_dim) > 64:
         raise LoweringError(f"{cut} is for heads up to 64 wide: with wider ones registers don't hold products ahead")
+    if cut.listed and not can_list(spec):
+        raise LoweringError(f"{cut} goes through lists of the blocks that a mask keeps, and there is none ({spec})")
     return hopper_text(spec, head_dim, value_dim, dtype, cut, tuple(wanted))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from fxopt.codegen.attention.backward.hopper.listed import CUT
 from fxopt.codegen.attention.distance import sloped
 from fxopt.codegen.attention.interval import Bound, KeyRange
 from fxopt.ir.attention import AttentionSpec
@@ -20,7 +21,7 @@ from fxopt.ir.expression import Expr, I, J, Kind, call, capture, const
 Emit = Callable[[Expr], str]
 _DISTANCE: Final = call("sub", J, I)
 #: Where a block of rows does not need all keys.
-_PARTIAL: Final = {"full_start": "(start < full_start)", "full_stop": "(start >= full_stop)"}
+_PARTIAL: Final = {"full_start": "(start < full_start)", "full_stop": "(start >= full_stop)", CUT: CUT}
 _INSIDE: Final = "(columns < Sk)"
 _NEAR: Final = """
 n = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))[:, None]
@@ -53,7 +54,7 @@ def masks(found: KeyRange, full: Sequence[str], near: bool, emit: Emit) -> str:
 
     Args:
         found: the mask, as bounds and the rest.
-        full: what limits the rows that need all keys.
+        full: what limits the rows that need all keys, or tells that a block of a list does not; others ask nothing.
         near: whether `distances` stand before them.
         emit: prints an expression.
     """
@@ -63,7 +64,7 @@ def masks(found: KeyRange, full: Sequence[str], near: bool, emit: Emit) -> str:
     if full:
         partial = " | ".join(_PARTIAL[name] for name in full)
         lines += [f"if {partial}:", f"    {_kept((*terms, *rest))}"]
-        lines += ["else:", f"    {_kept(rest)}"] * bool(rest)
+        lines += ["else:", f"    {_kept(rest)}"] * (bool(rest) and CUT not in full)
         return "\n".join((*lines, "if not WHOLE:", f"    {_kept((_INSIDE,))}"))
     lines += ["if WHOLE:", f"    {_kept((*terms, *rest))}", "else:"] if terms or rest else ["if not WHOLE:"]
     # What is asked together, the end of the keys first, costs one instruction a weight for each bound.

@@ -12,9 +12,10 @@ from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.backward import plan, template
 from fxopt.codegen.attention.backward.captured_by_key import CapturedByKey
 from fxopt.codegen.attention.backward.config import BackwardConfig
-from fxopt.codegen.attention.backward.hopper import finish
+from fxopt.codegen.attention.backward.hopper import finish, listed
 from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
+from fxopt.codegen.attention.backward.hopper.listed import RowLists
 from fxopt.codegen.attention.backward.hopper.masked import distances, masks, named, reads_places
 from fxopt.codegen.attention.backward.hopper.needed import Needed, hull_holes, needed_rows
 from fxopt.codegen.attention.backward.hopper.order import order_holes
@@ -53,10 +54,11 @@ class HopperText(BackwardText):
         holes |= self._filled(holes)
         before = fill(template.RECOUNTED, holes) if self.recounted else ""
         before += fill(template.PREPARE, holes)
-        before += self._needed.kernel if self._needed else ""
-        holes |= hull_holes(self._needed)
+        before += "".join(found.kernel for found in (self._needed, self._row_lists) if found is not None)
+        holes |= self._limits
         own = {**holes, **self._lists, **self._vectors, **self._fold, **self._around, **self._finish}
-        parts = (hopper.PLACE, hopper.PRODUCER, hopper.ADD, hopper.FOLD, hopper.CONSUMER, hopper.KERNEL)
+        rows = listed.ROWS if self.cut.listed else hopper.ROWS
+        parts = (hopper.PLACE, rows, hopper.PRODUCER, hopper.ADD, hopper.FOLD, hopper.CONSUMER, hopper.KERNEL)
         body = "".join(fill(text, own) for text in parts)
         called = [named_apart(as_gluon(text)) for text in helpers(body)]
         functions = [*helpers(before), *called]
@@ -68,7 +70,7 @@ class HopperText(BackwardText):
     @property
     def spoils(self) -> bool:
         """Whether rows of NaN weights must be told to keys: also where a row without keys is taken to weigh nothing."""
-        return super().spoils or self._cleans
+        return super().spoils or self._cleans or self.cut.listed
 
     @property
     def _empties(self) -> bool:
@@ -115,17 +117,29 @@ class HopperText(BackwardText):
     def _captured(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
         found = [f"{c.name}_ptr" for c in self._folds.captures]
-        found += ["hull_ptr"] * bool(self._needed)
+        found += ["hull_ptr"] * bool(self._needed) + ["row_lists_ptr"] * self.cut.listed
         return (*found, *(name for c in self._folds.captures for name in (*c.strides, *c.period)))
 
     @cached_property
     def _needed(self) -> Needed | None:
         """What captured vectors say about the rows that a block of keys needs."""
-        return needed_rows(self.spec, self.cut.rows, self.cut.keys)
+        return None if self.cut.listed else needed_rows(self.spec, self.cut.rows, self.cut.keys)
+
+    @cached_property
+    def _row_lists(self) -> RowLists | None:
+        """The lists of blocks of rows that blocks of keys go through."""
+        return RowLists(self.spec, self.cut.rows, self.cut.keys) if self.cut.listed else None
+
+    @property
+    def _limits(self) -> dict[str, str]:
+        """The holes of what limits rows beside the bounds of the mask."""
+        return hull_holes(self._needed) | {"list_limits": ""} if self._row_lists is None else self._row_lists.holes
 
     @cached_property
     def _range_names(self) -> tuple[str, ...]:
         """What the range of rows of a block of keys depends on."""
+        if self.cut.listed:
+            return (listed.NAME,)
         read = {str(leaf) for bound in self._folds.range.bounds for leaf in bound.offset.walk() if not leaf.args}
         captured = (c.name for c in self._folds.captures if c.name in read)
         hull = ("hull_start", "hull_stop") if self._needed else ()
@@ -154,7 +168,7 @@ class HopperText(BackwardText):
         load, group = (*sources, *results, *common), (*own, *common)
         members = (fill(hopper.GROUP, {"arguments": listing((n, *group))}).rstrip("\n") for n in "01")
         unspecialized = (*_SIZES, *(p for c in self._folds.captures for p in c.period))
-        ranged = (*self._range_names, "BLOCK_M")
+        ranged = (*self._range_names, *(() if self.cut.listed else ("BLOCK_M",)))
         return {
             "load_parameters": parameters(load),
             "load_arguments": listing(load),
@@ -203,10 +217,12 @@ class HopperText(BackwardText):
         constants = ("MEMBER", *_CONSTANTS, "SCORES", "WEIGHTS", "DQ")
         placed = ("line", "row")
         loads = "\n".join(c.load_in_loop for c in self._by_key if c.in_loop)
+        loop = {"fold_arguments": listing((*state, *placed, *constants)), "folded": ", ".join(self._folded)}
         return {
+            **loop,
             "fold_parameters": parameters((*state, "line", "start", *constants)),
-            "fold_arguments": listing((*state, *placed, *constants)),
-            "folded": ", ".join(self._folded),
+            "loop": fill(listed.LOOP if self.cut.listed else hopper.LOOP, loop).rstrip("\n"),
+            "row": listed.ROW if self.cut.listed else "row = entry * BLOCK_M",
             **order_holes(self.cut.ahead),
             "load_captures": loads,
             "score": self._emit(inner),
@@ -237,6 +253,8 @@ class HopperText(BackwardText):
         They take registers: where those are few, every block asks the mask.
         """
         found = self._folds.range
+        if self.cut.listed:
+            return (listed.CUT,) if padded(self.head_dim) <= 64 else ()
         if any(c.in_loop for c in self._by_key) or (
             padded(self.head_dim) > 64 and (self._sloped is not None or not is_light(self.spec, self.dtype))
         ):
@@ -263,7 +281,7 @@ class HopperText(BackwardText):
         start = "start_block" if any(b.slope for b in found.side("upper")) else "0"
         needed += ["stop = tl.minimum(stop, hull_stop)"] * bool(self._needed)
         return {
-            "full": "".join(f", {name}" for name in self._full),
+            "full": ", partly" if self.cut.listed else "".join(f", {name}" for name in self._full),
             "full_meaning": "# Also between which rows all of these keys are needed." if self._full else "",
             "row_range": as_gluon("\n".join(needed)),
             "start_block": f"gl.maximum({start}, hull_start)" if self._needed else start,
@@ -319,7 +337,7 @@ class HopperText(BackwardText):
         described += [f"vectors({name})" for name in (*self._statistics, "delta")]
         values = (v for c in captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period)))
         constants = (f"GROUP={'heads // kv_heads'}", f"BLOCK_M={cut.rows}", f"KEYS={cut.keys}", f"WIDTH={width}")
-        hull, hulled = (("hull",), ("HULL=hulled",)) if self._needed else ((), ())
+        hull, hulled = (("hull",), ("HULL=hulled",)) if self._needed else (("row_lists",) * self.cut.listed, ())
         switches = (f"STAGES={cut.stages}", f"WHOLE=keys % {cut.keys} == 0", *hulled)
         described += [f"described(dk, {cut.keys})", f"described(dv, {cut.keys})", "parts(sums)"]
         arguments = (*described, *(c.name for c in captures), *hull, *values)
@@ -330,7 +348,7 @@ class HopperText(BackwardText):
             "group": self._group(width),
             "gradient_arguments": listing((*arguments, *sizes, *constants, *switches, "num_warps=4")),
         }
-        return fill(finish.LAUNCHES, {**holes, **hull_holes(self._needed), **self._finish}).rstrip("\n")
+        return fill(finish.LAUNCHES, {**holes, **self._limits, **self._finish}).rstrip("\n")
 
     @property
     def _finish(self) -> dict[str, str]:

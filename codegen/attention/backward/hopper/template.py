@@ -61,7 +61,9 @@ def place(blocks, kv_heads, group, pairs):
     pair = before + within % size
     return within // size, pair // kv_heads, pair % kv_heads
 
+'''
 
+ROWS: Final = '''
 @gluon.jit
 def row_blocks(
     $range_parameters
@@ -91,15 +93,16 @@ def load(
         h = $query_head
         $range_captures
         $row_addresses
+        $list_limits
         start, stop$full = row_blocks(
             $range_arguments
         )
         line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * BLOCK_M
-        for block in range(start, stop):
+        for entry in range(start, stop):
             slot = step & (STAGES - 1)
             # The barriers turn when all slots have been used: every 2 or 4 steps.
             phase = ((step >> (STAGES // 2)) & 1) ^ 1
-            row = block * BLOCK_M
+            $row
             $read_rows
             # The slots of dout are free before those of q; the first products are those of q.
             mbarrier.wait(dout_free.index(slot), phase)
@@ -261,16 +264,12 @@ def multiply(
         h = $query_head
         $wide_head
         $capture_bases
+        $list_limits
         start, stop$full = row_blocks(
             $range_arguments
         )
         line = (b * heads + h) * gl.cdiv(Sq, BLOCK_M) * (BLOCK_M * WIDTH // 32) + MEMBER * (BLOCK_M * WIDTH // 64)
-        row = start * BLOCK_M
-        while row < stop * BLOCK_M:
-            $folded, held, step = fold_rows(
-                $fold_arguments
-            )
-            row += BLOCK_M
+        $loop
     fence_async_shared()
     gl.thread_barrier()
     add_tile(sums_source, [held, 0], dq_tiles.index(MEMBER))
@@ -284,6 +283,16 @@ def multiply(
     tma.store_wait(0)
 
 '''
+
+#: The loop over the blocks of rows.
+LOOP: Final = """\
+row = start * BLOCK_M
+while row < stop * BLOCK_M:
+    $folded, held, step = fold_rows(
+        $fold_arguments
+    )
+    row += BLOCK_M
+"""
 
 KERNEL: Final = '''
 @gluon.jit(do_not_specialize=$unspecialized_sizes)

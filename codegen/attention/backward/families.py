@@ -40,13 +40,9 @@ def candidates(
     if reason is not None:
         refused["hopper"] = reason
     found = [] if reason else [str(config) for config in hopper.candidates(*sizes, capability, rows, keys)]
-    portables = portable.candidates(*sizes, capability, rows, keys)
-    general = [str(config) for config in portables]
+    general = [str(config) for config in portable.candidates(*sizes, capability, rows, keys)]
     if not general:
         refused[""] = portable.objection(*sizes) or "no configuration of the backward fits the device"
-    if any(config.listed for config in portables):
-        # The others compute all that lists leave out.
-        return tuple((*found[:1], general[0], *found[1:], *general[1:])[:_TRIED]), refused
     # Two of a family at most: the portable one stays among them.
     return tuple((*found[:2], *general[:2])[:_TRIED]), refused
 

@@ -34,9 +34,9 @@ from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts, const
 
 LeftOut = Literal["many", "perhaps", "few"]
-#: The part of the blocks that bounds leave which lists may keep at most, to be worth the kernels that make them; and
-#: the side of the blocks in which that is counted.
-_WORTH, _SIDE = 0.8, 64
+#: The part of the blocks that bounds leave which lists may keep at most, to be worth a try: whole blocks of a list ask
+#: no mask, which otherwise all do. And the side of the blocks in which that is counted.
+_WORTH, _SIDE = 0.95, 64
 #: Seconds that those kernels take beside their work, and the cycles of a multiprocessor for each row and key of a block
 #: that borders don't rule out: a dozen operations, of which it does 128 in a cycle.
 _LAUNCHES, _LOOKED_AT = 5e-6, 12 / 128

@@ -89,14 +89,13 @@ def candidates(
 ) -> tuple[Config, ...]:
     """The configurations worth measuring, best guess first; none where the kernels can't serve.
 
-    They go through lists of blocks where these leave out many of those that ``rows`` and ``keys`` make.
+    The first one goes through lists of blocks where these leave out many of those that ``rows`` and ``keys`` make.
     """
     if objection(spec, head_dim, value_dim, dtype, capability) is not None:
         return ()
     found = _CONFIGS[padded(head_dim)]
-    if left_out(spec, rows or keys or LENGTH, keys or rows or LENGTH) != "many":
-        return found
-    return tuple(replace(config, listed=True) for config in found)
+    lists = left_out(spec, rows or keys or LENGTH, keys or rows or LENGTH)
+    return (replace(found[0], listed=True), found[0]) if lists == "many" else found
 
 
 def source(

@@ -1,4 +1,4 @@
-"""What Triton's interpreter works out anew for each operation, and need not: four fifths of its time went into that.
+"""What Triton's interpreter works out anew for each operation, and need not: more than half of its time went into that.
 
 No value of a tensor depends on any of this. Types of blocks are made once and keep what follows from them; a look at an
 overflow that ends in an assertion which is off (``debug``) isn't taken.

@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts["import beyond torch"] = f"{min(_import_seconds() for _ in range(options.processes)):.3f} s"
     progress.say(", ".join(f"{name} {value}" for name, value in facts.items()))
     # Not counted: who comes first waits for the disk, whatever it compiles.
-    _alone_once(CASES[options.models[0]], options, _KINDS[:1])
+    if not options.quick:
+        _alone_once(CASES[options.models[0]], options, _KINDS[:1])
     results = []
     for name in options.models:
         results.append(_run(CASES[name], options, progress))

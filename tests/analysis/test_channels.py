@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
@@ -92,9 +93,14 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...], tuple[int, ...]
 EXPECTED = SHAPES[0]
 
 
-def _read(function: Callable[[Tensor], Any], x: Tensor, axis: int, *, shifted: bool) -> dict[int, int] | Obstacle:
-    """For each result of ``function`` the axis of the channels; empty if something else than moves reads them."""
-    graph = from_export(function, (x,)).graph
+@functools.cache
+def _graph(name: str, shape: tuple[int, ...]) -> fx.Graph:
+    return from_export(CASES[name][0], (torch.randn(shape, dtype=torch.float64),)).graph
+
+
+def _read(name: str, shape: tuple[int, ...], axis: int, *, shifted: bool) -> dict[int, int] | Obstacle:
+    """For each result of the case the axis of the channels; empty if something else than moves reads them."""
+    graph = _graph(name, shape)
     (start,) = graph.find_nodes(op="placeholder")[:1]
     reach = follow_channels(start, axis, shifted=shifted)
     if isinstance(reach, Obstacle):
@@ -113,7 +119,7 @@ def _legal(name: str, shape: tuple[int, ...], axis: int, *, shifted: bool) -> bo
     function = CASES[name][0]
     generator = torch.Generator().manual_seed(axis)
     x = torch.randn(shape, dtype=torch.float64, generator=generator)
-    places = _read(function, x, axis, shifted=shifted)
+    places = _read(name, shape, axis, shifted=shifted)
     if isinstance(places, Obstacle) or not places:
         return False
     scale, shift = torch.randn(2, shape[axis], dtype=torch.float64, generator=generator)
@@ -144,11 +150,7 @@ def test_moves_are_right_where_sizes_collide(name: str, shape: tuple[int, ...]) 
 
 
 def test_every_move_has_a_case() -> None:
-    covered = {
-        node.target
-        for function, _, _ in CASES.values()
-        for node in from_export(function, (torch.randn(EXPECTED, dtype=torch.float64),)).graph.nodes
-    }
+    covered = {node.target for name in CASES for node in _graph(name, EXPECTED).nodes}
     named = {getattr(target, "__name__", str(target)) for target in _MOVES.keys() - covered - {operator.getitem}}
     assert named <= {
         "lift_fresh.default", "to.dtype_layout", "to.other", "to.device", "_to_copy.default", "_unsafe_view.default",

@@ -15,12 +15,18 @@ FOLDER = Path(__file__).parent / "interpreted"
 ROOT = FOLDER.parents[2]
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_kernels_in_the_interpreter(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
+PROCESSES = 8
+
+
+@pytest.mark.parametrize("first", range(PROCESSES))
+def test_kernels_in_the_interpreter(first: int) -> None:
+    """Several files in each process: to start one takes as long as some files do."""
+    files = FILES[first::PROCESSES]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *(str(FOLDER / file) for file in files)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    passed = re.search(r"(\d+) passed", run.stdout)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert passed and int(passed[1]) > 10
+    for file in files:
+        assert len(re.findall(rf"/{file}::.* PASSED", run.stdout)) > 10, file

@@ -274,7 +274,8 @@ def test_lists_compile(architecture: int, name: str) -> None:
         found = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", architecture, 32))
         assert found.metadata.shared <= 1024
         if kernel is module.key_kinds_kernel:
-            assert found.asm["ttir"].count("scf.if") == 1
+            # One question for all rows and keys of a block; before it, of vectors, one for its keys.
+            assert found.asm["ttir"].count("scf.if") == (2 if name == "causal-documents" else 1)
 
 
 def test_even_keys_need_no_tail() -> None:

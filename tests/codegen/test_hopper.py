@@ -139,8 +139,9 @@ def compiled(spec: AttentionSpec, width: int, config: Config) -> Any:
 def _type(name: str, spec: AttentionSpec) -> str:
     if not name.endswith("_ptr"):
         return "i32"
-    if name in ("lse_ptr", "hull_ptr"):
-        return {"lse_ptr": "*fp32", "hull_ptr": "*i32"}[name]
+    known = {"lse_ptr": "*fp32", **dict.fromkeys(("hull_ptr", "hull_lists_ptr", "key_lists_ptr"), "*i32")}
+    if name in known:
+        return known[name]
     return POINTER[spec.captures[int(name[1])].dtype]
 
 
@@ -165,6 +166,39 @@ def test_candidates_neither_spill_nor_wait_for_each_product(name: str, width: in
         assert products >= 2 * waits, (config, waits, products)
         assert "UTMALDG" in text and "UTMASTG" in text
         assert "setmaxnreg" in kernel.asm["ptx"]
+
+
+HOLES = {
+    "sinks": AttentionSpec(parse("s * 0.125"), parse("(j <= i) & ((j < 4) | ((i - j) < 512))"), out_dtype=HALF),
+    "longformer": AttentionSpec(
+        parse("s * 0.125"), parse("((abs(i - j) <= 256) | (j < 64)) | (i < 64)"), out_dtype=HALF
+    ),
+    "alibi-sinks": AttentionSpec(
+        parse("s * 0.125 + c0 * float(j - i)"), parse("(j <= i) & ((j < 4) | ((i - j) < 512))"),
+        (Capture("-h--", torch.float32),), out_dtype=HALF,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", HOLES)
+def test_streams_through_lists_do_not_spill(name: str, width: int, tmp_path: Path) -> None:
+    sizes = {"batch": 4, "heads": 16, "rows": 8192, "keys": 8192}
+    found = [read_config(config) for config in candidates(problem(HOLES[name], width, **sizes))]
+    assert [config.listed for config in found] == [True, True, False]
+    for config in found[:2]:
+        kernel = compiled(HOLES[name], width, config)
+        assert kernel.metadata.shared <= SHARED
+        assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0, config
+
+
+@pytest.mark.parametrize("mask", ["(j <= i) & (j > i - 1024)", "(j <= i) | (j < 256)", "s > 0.0", "c0 == c1"])
+def test_masks_of_one_interval_or_of_vectors_have_no_lists(mask: str) -> None:
+    captures = (Capture("b-i-", torch.int64), Capture("b--j", torch.int64)) if "c0" in mask else ()
+    spec = AttentionSpec(parse("s * 0.125"), parse(mask), captures, out_dtype=HALF)
+    found = candidates(problem(spec, 64, batch=4, heads=16, rows=8192, keys=8192))
+    assert found and not any(read_config(config).listed for config in found)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")

@@ -29,7 +29,7 @@ from fxopt.lowering.attention import _with_backward
 from tests.codegen.cases import EXPRESSIONS, SHAPES, specification
 from tests.codegen.offline import compiler
 from tests.codegen.test_compiled import POINTER, stack_bytes
-from tests.codegen.test_hopper import SPECS, descriptor, disassembled, steady_loops
+from tests.codegen.test_hopper import HOLES, SPECS, descriptor, disassembled, steady_loops
 
 triton = pytest.importorskip("triton")
 
@@ -100,6 +100,21 @@ def test_first_candidate_neither_spills_nor_waits_for_each_product(
 def test_products_ahead_do_not_spill(name: str, tmp_path: Path) -> None:
     kernel = compiled(SPECS[name], 64, read_config("hopper:64x128s4a"))
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+    check_instructions(kernel, tmp_path)
+
+
+@compiles
+@pytest.mark.parametrize(("name", "width", "most"), [
+    *((name, 64, 0) for name in HOLES), ("sinks", 128, 16), ("longformer", 128, 32), ("alibi-sinks", 128, 16),
+])  # fmt: skip
+@pytest.mark.parametrize("even", [True, False])
+def test_lists_of_rows_spill_next_to_nothing(name: str, width: int, most: int, even: bool, tmp_path: Path) -> None:
+    """Wide heads leave no register for a list; told which blocks are whole they would spill twice as much."""
+    found = candidates(HOLES[name], width, width, HALF, (9, 0), 8192, 8192)
+    assert [config.listed for config in found] == [True, False]
+    kernel = compiled(HOLES[name], width, found[0], even)
+    assert kernel.metadata.shared <= SHARED
+    assert stack_bytes(kernel.asm["cubin"], tmp_path) <= most
     check_instructions(kernel, tmp_path)
 
 

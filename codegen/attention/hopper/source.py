@@ -15,7 +15,7 @@ from fxopt.codegen.attention.hopper.average import KERNEL as AVERAGE
 from fxopt.codegen.attention.hopper.average import LAUNCH as LAUNCH_AVERAGE
 from fxopt.codegen.attention.hopper.average import ROWS as AVERAGE_ROWS
 from fxopt.codegen.attention.hopper.config import Config
-from fxopt.codegen.attention.hopper.order import Order
+from fxopt.codegen.attention.hopper.needed import NeededKeys
 from fxopt.codegen.attention.hopper.template import (
     ATTEND,
     AWAIT,
@@ -33,14 +33,8 @@ from fxopt.codegen.attention.hopper.template import (
     TILE,
 )
 from fxopt.codegen.attention.interval import is_uniform
-from fxopt.codegen.attention.logits import LogitsText
-from fxopt.codegen.attention.portable import hull_lists
 from fxopt.codegen.attention.portable.config import padded
-from fxopt.codegen.attention.portable.hull import Hull
-from fxopt.codegen.attention.portable.hull_lists import HullLists
-from fxopt.codegen.attention.portable.key_lists import LISTS, KeyLists
 from fxopt.codegen.attention.portable.loops import key_range_text
-from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.script import script_holes
 from fxopt.codegen.printing import helpers
 from fxopt.codegen.template import fill, listing
@@ -51,8 +45,6 @@ _ELEMENT: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INVERSE: Final = {"nan": "1.0 / total", "zero": "gl.where(total == 0, 0.0, 1.0 / total)", "uniform": "1.0 / total"}
 #: Keys and values of heads that are worked on together stay in this much of the L2 cache, in bytes.
 _L2: Final = "32 * 2**20"
-#: Without hulls all blocks ask the mask, which with so many keys costs more than finding the hulls.
-_FEWEST: Final = 384
 SIZES: Final = ("Sq", "Sk", "heads", "kv_heads", "blocks", "halves", "group", "pairs")
 _BARRIERS: Final = ("q_ready", "q_free", "k_ready", "v_ready", "free")
 TILES: Final = ("q_tiles", "k_tiles", "v_tiles")
@@ -61,7 +53,7 @@ CONSTANTS: Final = ("ROWS", "BLOCK_N", "WIDTH", "STAGES", "QUERIES", "GROUPS")
 
 
 @dataclass(frozen=True)
-class HopperText(LogitsText):
+class HopperText(NeededKeys):
     """The source for one specification, pair of head dimensions, input dtype and configuration."""
 
     spec: AttentionSpec
@@ -70,11 +62,8 @@ class HopperText(LogitsText):
     dtype: torch.dtype
     config: Config
     further_bounds: ClassVar[bool] = True
-    _parts: ClassVar[tuple[str, ...]] = (RANGE, PRODUCER, ATTEND, CONSUMER, KERNEL)
     _loop_text: ClassVar[str] = LOOP
     _multiplied: ClassVar[tuple[str, ...]] = TILES
-    #: The shared memory that results leave through, when all have left.
-    _left: ClassVar[str] = "q_tiles.index(MEMBER)"
 
     def __str__(self) -> str:
         holes = {**self._description, **self._lists, **self._attend, **self._consumer, **self._launch}
@@ -97,6 +86,11 @@ class HopperText(LogitsText):
             + fill(LAUNCH, holes)
             + check
         )
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        """The text of the kernel and its functions."""
+        return (RANGE, PRODUCER, ATTEND, CONSUMER, KERNEL)
 
     @property
     def _barriers(self) -> tuple[str, ...]:
@@ -124,20 +118,9 @@ class HopperText(LogitsText):
         return ("s",)
 
     @property
-    def _functions(self) -> str:
-        """The text of what runs before the kernel."""
-        small = "".join(found.kernel for found in (self._hull, self._order, self._key_lists) if found is not None)
-        return small + LISTS * self.config.listed
-
-    @property
     def _averages(self) -> bool:
         """Whether a row without keys gives the mean of the values."""
         return self.spec.empty_rows == "uniform"
-
-    @property
-    def _ranged(self) -> bool:
-        """Whether late rows need more keys than early ones."""
-        return any(b.follows_rows for b in self.range.side("upper"))
 
     @cached_property
     def _range_names(self) -> tuple[str, ...]:
@@ -147,56 +130,6 @@ class HopperText(LogitsText):
         captured = (c.name for c in self.captures if c.name in read)
         symbols = (name for name in ("b", "h", "Sq") if name in read)
         return ("first", "last", *symbols, "Sk", *captured, *self._hull_names)
-
-    @cached_property
-    def _hull(self) -> Hull | None:
-        found = None if self.config.listed else possible_keys(self.spec, sure=True)
-        config, fewest = self.config, min(4, _FEWEST // self.config.keys)
-        if found is None:
-            return None
-        listed = config.ahead == 0 and hull_lists.can_list(self.spec, found)
-        return Hull(self.spec, found, config.rows, config.keys, self._orderly, True, fewest, listed)
-
-    @cached_property
-    def _order(self) -> Order | None:
-        """The order of tiles by their hulls."""
-        if self._hull is None or not self._hull.ordered:
-            return None
-        return Order(self._hull, self._left, "0.0" if self.spec.empty_rows == "zero" else 'float("nan")')
-
-    @property
-    def _orderly(self) -> bool:
-        """Whether tiles are put in order of their hulls; where rows bound keys too, long and short ones are paired."""
-        return not self._ranged
-
-    @property
-    def _sure(self) -> bool:
-        """Whether captured vectors can tell that every row keeps the keys of a block."""
-        return self._hull is not None and self._hull.possible.sure is not None
-
-    @property
-    def _hull_names(self) -> tuple[str, ...]:
-        hull = ("hull_start", "hull_stop") if self._hull else ()
-        return (*hull, *(("sure_start", "sure_stop") if self._sure else ()))
-
-    @property
-    def _hull_lists(self) -> HullLists | None:
-        return None if self._hull is None else self._hull.lists
-
-    @cached_property
-    def _key_lists(self) -> KeyLists | None:
-        return KeyLists(self.spec, self.config.rows, self.config.keys) if self.config.listed else None
-
-    @property
-    def _hull_limits(self) -> str:
-        """The lines that read the hull of a tile, or find its list."""
-        if self._key_lists is not None:
-            return self._key_lists.address("row").replace("tl.cdiv", "gl.cdiv")
-        if self._hull is None:
-            return ""
-        limits = self._hull.limits.replace("first // BLOCK_M", "row")
-        lists = [] if self._hull.lists is None else [self._hull.lists.address("row")]
-        return "\n".join((limits, *lists)).replace("tl.cdiv", "gl.cdiv")
 
     @property
     def _description(self) -> dict[str, str]:
@@ -386,15 +319,6 @@ class HopperText(LogitsText):
             "tiled": "",
             "launch_arguments": listing((*arguments, "num_warps=4", *(("launch_pdl=hulled",) if self._hull else ()))),
         }
-
-    @property
-    def _small_kernels(self) -> dict[str, str]:
-        """The launcher's lines around those that tell which blocks of keys are needed."""
-        if self._key_lists is not None:
-            return {"allocate_hull": self._key_lists.allocate, "launch_hull": self._key_lists.launch}
-        if self._hull is None:
-            return {"allocate_hull": "", "launch_hull": ""}
-        return {"allocate_hull": self._hull.allocate, "launch_hull": (self._order or self._hull).launch}
 
     @property
     def _launch_average(self) -> str:

@@ -15,11 +15,12 @@ from fxopt.codegen.attention.distance import apart, split_distances
 from fxopt.codegen.attention.gluon import as_gluon, parameters
 from fxopt.codegen.attention.hopper import baton, key_run, listed, stream, stream_softmax, tile
 from fxopt.codegen.attention.hopper.band import BAND, PairedBand
+from fxopt.codegen.attention.hopper.listed import Blocks
 from fxopt.codegen.attention.hopper.slopes import SLOPES, parts
 from fxopt.codegen.attention.hopper.source import CONSTANTS, SIZES, TILES, HopperText
 from fxopt.codegen.attention.hopper.template import RANGE
 from fxopt.codegen.attention.hopper.tile import StreamedTile
-from fxopt.codegen.attention.portable import hull_lists, phases
+from fxopt.codegen.attention.portable import phases
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.loops import row_limits
 from fxopt.codegen.attention.possible import row_terms
@@ -188,9 +189,7 @@ class StreamText(HopperText):
             **found,
             "load_captures": loads,
             "attend_parameters": parameters((*names, "start", *constants)),
-            "attend_arguments": listing(
-                (*names, "key" if self.config.listed else f"{self._block} * BLOCK_N", *constants)
-            ),
+            "attend_arguments": listing((*names, self._blocks.key, *constants)),
             "weigh_parameters": parameters(weigh),
             "weigh_arguments": listing(weigh),
             "aside": as_gluon(self._sums.aside),
@@ -203,11 +202,6 @@ class StreamText(HopperText):
             "leave_parameters": parameters(("acc", "row", "b", "h", *_LEAVE)),
             "leave_arguments": listing(_LEAVE),
         }
-
-    @property
-    def _key(self) -> str:
-        """The first key of the block that is worked on."""
-        return "key" if self.config.listed else f"{self._block} * BLOCK_N"
 
     @property
     def _moved(self) -> str:
@@ -322,34 +316,19 @@ class StreamText(HopperText):
             **places,
             "locate_parameters": parameters(self._locating),
             "own": stream.ALL if self.config.listed else fill(stream.OWN, bounds).rstrip("\n"),
-            **self._blocks,
+            **self._blocks.holes,
             "located": listing(self._located),
             "run_limits": key_run.limits(bool(row_terms(self.spec))) if self._sure else "",
             "early": f"{found}\n{stream.QUERY_AHEAD}" if ahead else f"{stream.QUERY}\n{self._scaled}",
-            "late": "" if ahead else "\n".join((found, self._next)),
+            "late": "" if ahead else "\n".join((found, self._blocks.next)),
             **self._softmax,
             **baton.holes(self.config),
         }
 
     @property
-    def _blocks(self) -> dict[str, str]:
-        """The holes of which block a place in the stream stands for."""
-        if self._hull_lists is not None:
-            return {"number": hull_lists.NUMBER, "hull_places": as_gluon(self._hull_lists.places), "partial": "cut"}
-        number = listed.NUMBER if self.config.listed else "n = stop - 1 - step"
-        return {"number": number, "hull_places": "", "partial": self._cut}
-
-    @property
-    def _next(self) -> str:
-        """The lines that tell which block comes next."""
-        if self._hull_lists is not None:
-            return hull_lists.NEXT.format(cut=self._cut)
-        return listed.KEY if self.config.listed else ""
-
-    @property
-    def _block(self) -> str:
-        """What the number of a block is called: its place in the stream, where no list says otherwise."""
-        return "block" if self._hull_lists is None else "number"
+    def _blocks(self) -> Blocks:
+        """How a place in the stream tells which block it is."""
+        return Blocks(self._hull_lists, self.config.listed, self._partial_at_start)
 
     @property
     def _softmax(self) -> dict[str, str]:
@@ -361,7 +340,7 @@ class StreamText(HopperText):
             else (stream_softmax.SOFTEN, stream_softmax.WEIGH)
         )
         texts = (stream_softmax.SOFTEN_EARLY, stream_softmax.WEIGH_EARLY) if self._early else late
-        lines = (fill(text, {**self._attend, "block": self._block}).rstrip("\n") for text in texts)
+        lines = (fill(text, {**self._attend, "block": self._blocks.name}).rstrip("\n") for text in texts)
         in_use = "acc, p, fresh" if self._early else "acc, p"
         return dict(zip(("soften", "weigh"), lines, strict=True)) | {"in_use": in_use}
 
@@ -369,12 +348,6 @@ class StreamText(HopperText):
     def _early(self) -> bool:
         """Whether weights are computed beside products of the same group, which takes registers for both of them."""
         return padded(self.head_dim) > 64
-
-    @property
-    def _cut(self) -> str:
-        """When a block is partial."""
-        starts = self._partial_at_start and not self.config.listed
-        return "(block >= full_stop)" + " | (block < full_start)" * starts
 
     @property
     def _locating(self) -> tuple[str, ...]:
@@ -387,7 +360,7 @@ class StreamText(HopperText):
         """What a block update needs of its tile."""
         given = (*self._pointers, *SIZES, "total", "peak", "i", *_PLACE)
         found = tuple(name for name in self._attend_names if name not in given)
-        return (*found, listed.NAME) if self.config.listed or self._hull_lists is not None else found
+        return (*found, listed.NAME) if self._blocks.are_listed else found
 
     @property
     def _constant_values(self) -> dict[str, object]:

@@ -33,10 +33,12 @@ _BLOCKS: Final = """\
 inside = possible & {within}
 some = tl.max(tl.reshape(inside.to(tl.int32), [STEP // BLOCK_N, BLOCK_N]), 1)
 block = start // BLOCK_N + tl.arange(0, STEP // BLOCK_N)
-whole = {whole}
+{whole}
 tl.store(listed + count + tl.cumsum(some, 0) - 1, block * 2 + tl.where(whole, 0, 1), mask=some > 0)
 count += tl.sum(some, 0)"""
-_WHOLE: Final = "(tl.min(tl.reshape(({0}).to(tl.int32), [STEP // BLOCK_N, BLOCK_N]), 1) != 0)"
+_SURE: Final = """\
+sure_keys = ({0}).to(tl.int32)
+whole &= tl.min(tl.reshape(sure_keys, [STEP // BLOCK_N, BLOCK_N]), 1) != 0"""
 _COUNT: Final = """\
 tl.store(hull + {count}, count)
 # What needs a block to work on takes the first one, of which the mask keeps nothing.
@@ -88,13 +90,14 @@ class HullLists:
 
     @property
     def _whole(self) -> str:
-        """Whether a block is not cut: as far as bounds tell, where rows are told by the whole mask anyway."""
-        lower = bool(key_range(self.spec, further=True).side("lower"))
-        terms = ["(block * BLOCK_N + BLOCK_N <= full_stop)", *["(block * BLOCK_N >= full_start)"] * lower]
+        """The lines that tell which blocks are not cut: by bounds alone, where all ask the rest of the mask anyway."""
+        lines = ["whole = block * BLOCK_N + BLOCK_N <= full_stop"]
+        if key_range(self.spec, further=True).side("lower"):
+            lines.append("whole &= block * BLOCK_N >= full_start")
         text, known = PossibleText(self.spec, self.possible), self.possible
-        terms += [] if known.sure is None else [_WHOLE.format(text.emit(known.sure))]
-        terms += [] if known.whole is None else [f"({text.emit(known.whole)})"]
-        return " & ".join(terms)
+        lines += [] if known.sure is None else [_SURE.format(text.emit(known.sure))]
+        lines += [] if known.whole is None else [f"whole &= {text.emit(known.whole)}"]
+        return "\n".join(lines)
 
     @property
     def places(self) -> str:

@@ -99,12 +99,15 @@ _NARROWED: Final = """\
 if kind > 0:
     {read}
     possible = (j < Sk) & ({possible})
-    kind = tl.where(tl.max(possible.to(tl.int32)) == 0, 0, {else})
+{sure}    kind = tl.where(tl.max(possible.to(tl.int32)) == 0, 0, kind)
 """
 _READ: Final = """\
 j = (start + tl.arange(0, BLOCK_N))[None, :]
 {keys}"""
-_SURE: Final = "tl.where({0}, kind, 1)"
+_SURE: Final = """\
+    sure = ({0}).to(tl.int32)
+    kind = tl.where({1}, kind, 1)
+"""
 _LOOKED: Final = """\
 $read
 kept = ((j < Sk) & ($mask)).to(tl.int32)
@@ -302,12 +305,11 @@ class KeyLists:
         if self._possible is None:
             return ""
         text, sure, whole = self._possible, self._possible.possible.sure, self._possible.possible.whole
-        conditions = [] if sure is None else [f"(tl.min(({text.emit(sure)}).to(tl.int32)) == 1)"]
-        conditions += [] if whole is None else [f"({text.emit(whole)})"]
+        rows = "" if whole is None else f" & ({text.emit(whole)})"
         holes = {
             "read": self._keys.replace("\n", "\n    "),
             "possible": text.emit(text.possible.condition),
-            "else": _SURE.format(" & ".join(conditions)) if conditions else "kind",
+            "sure": "" if sure is None else _SURE.format(text.emit(sure), f"(tl.min(sure) == 1){rows}"),
         }
         return _NARROWED.format(**holes)
 

@@ -86,7 +86,8 @@ def test_blocks_that_no_row_keeps_are_not_read(name: str, monkeypatch: pytest.Mo
 
 def test_masks_without_lists_are_refused() -> None:
     def scaled(mask: str | None, *captures: Capture) -> AttentionSpec:
-        return AttentionSpec(parse("s * 0.25"), mask and parse(mask), captures, out_dtype=torch.bfloat16)
+        kept = None if mask is None else parse(mask)
+        return AttentionSpec(parse("s * 0.25"), kept, captures, out_dtype=torch.bfloat16)
 
     for spec in (scaled("s > 0.0"), scaled(None)):
         with pytest.raises(LoweringError, match="a list of the blocks that a mask keeps, and there is none"):

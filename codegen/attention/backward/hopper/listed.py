@@ -7,7 +7,7 @@ place: blocks of which the mask keeps a part first, which ask it, and whole ones
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from fxopt.codegen.attention.gluon import as_gluon
 from fxopt.codegen.attention.portable.key_lists import LISTS, KeyLists
@@ -49,6 +49,8 @@ class RowLists:
     spec: AttentionSpec
     rows: int
     keys: int
+    argument: ClassVar[str] = "row_lists"
+    constants: ClassVar[tuple[str, ...]] = ()
 
     @property
     def kernel(self) -> str:
@@ -59,7 +61,6 @@ class RowLists:
     def holes(self) -> dict[str, str]:
         """The lines around them, as holes of the templates."""
         return {
-            "hull_limits": "",
             "list_limits": as_gluon(turned_device(self._lists.address("block"))),
             "allocate_hull": self._lists.allocate,
             "launch_hull": self._lists.launch,

@@ -7,8 +7,9 @@ entry and block of keys the first row that can possibly keep one of them, and on
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+from typing import ClassVar, Final
 
+from fxopt.codegen.attention.backward.hopper.listed import RowLists
 from fxopt.codegen.attention.gluon import as_gluon
 from fxopt.codegen.attention.portable.hull import Hull
 from fxopt.codegen.attention.portable.turned import turn, turned_host
@@ -27,6 +28,13 @@ class Needed:
     """The text around the rows that blocks of ``keys`` need, in blocks of ``rows``."""
 
     hull: Hull
+    argument: ClassVar[str] = "hull"
+    constants: ClassVar[tuple[str, ...]] = ("HULL",)
+
+    @property
+    def holes(self) -> dict[str, str]:
+        """The lines around them, as holes of the templates."""
+        return {"hull_limits": as_gluon(self.limits), "allocate_hull": self.allocate, "launch_hull": self.launch}
 
     @property
     def kernel(self) -> str:
@@ -58,8 +66,7 @@ def needed_rows(spec: AttentionSpec, rows: int, keys: int) -> Needed | None:
     return None if found is None else Needed(Hull(turned, found, keys, rows, fewest=_FEWEST // rows))
 
 
-def hull_holes(needed: Needed | None) -> dict[str, str]:
+def needed_holes(needed: Needed | RowLists | None) -> dict[str, str]:
     """The lines around those rows, as holes of the templates; empty where nothing is known."""
-    if needed is None:
-        return dict.fromkeys(("hull_limits", "allocate_hull", "launch_hull"), "")
-    return {"hull_limits": as_gluon(needed.limits), "allocate_hull": needed.allocate, "launch_hull": needed.launch}
+    nothing = dict.fromkeys(("hull_limits", "list_limits", "allocate_hull", "launch_hull"), "")
+    return nothing if needed is None else nothing | needed.holes

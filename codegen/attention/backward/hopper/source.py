@@ -17,7 +17,7 @@ from fxopt.codegen.attention.backward.hopper import template as hopper
 from fxopt.codegen.attention.backward.hopper.config import Config
 from fxopt.codegen.attention.backward.hopper.listed import RowLists
 from fxopt.codegen.attention.backward.hopper.masked import distances, masks, named, reads_places
-from fxopt.codegen.attention.backward.hopper.needed import Needed, hull_holes, needed_rows
+from fxopt.codegen.attention.backward.hopper.needed import Needed, needed_holes, needed_rows
 from fxopt.codegen.attention.backward.hopper.order import order_holes
 from fxopt.codegen.attention.backward.hopper.row_vectors import by_key, row_holes
 from fxopt.codegen.attention.backward.hopper.sloped import Sloped, sloped_weights
@@ -54,8 +54,8 @@ class HopperText(BackwardText):
         holes |= self._filled(holes)
         before = fill(template.RECOUNTED, holes) if self.recounted else ""
         before += fill(template.PREPARE, holes)
-        before += "".join(found.kernel for found in (self._needed, self._row_lists) if found is not None)
-        holes |= self._limits
+        before += self._needed.kernel if self._needed else ""
+        holes |= needed_holes(self._needed)
         own = {**holes, **self._lists, **self._vectors, **self._fold, **self._around, **self._finish}
         rows = listed.ROWS if self.cut.listed else hopper.ROWS
         parts = (hopper.PLACE, rows, hopper.PRODUCER, hopper.ADD, hopper.FOLD, hopper.CONSUMER, hopper.KERNEL)
@@ -117,23 +117,14 @@ class HopperText(BackwardText):
     def _captured(self) -> tuple[str, ...]:
         """The captured tensors as the kernel takes them: addresses, strides, periods."""
         found = [f"{c.name}_ptr" for c in self._folds.captures]
-        found += ["hull_ptr"] * bool(self._needed) + ["row_lists_ptr"] * self.cut.listed
+        found += [f"{self._needed.argument}_ptr"] if self._needed else []
         return (*found, *(name for c in self._folds.captures for name in (*c.strides, *c.period)))
 
     @cached_property
-    def _needed(self) -> Needed | None:
-        """What captured vectors say about the rows that a block of keys needs."""
-        return None if self.cut.listed else needed_rows(self.spec, self.cut.rows, self.cut.keys)
-
-    @cached_property
-    def _row_lists(self) -> RowLists | None:
-        """The lists of blocks of rows that blocks of keys go through."""
-        return RowLists(self.spec, self.cut.rows, self.cut.keys) if self.cut.listed else None
-
-    @property
-    def _limits(self) -> dict[str, str]:
-        """The holes of what limits rows beside the bounds of the mask."""
-        return hull_holes(self._needed) | {"list_limits": ""} if self._row_lists is None else self._row_lists.holes
+    def _needed(self) -> Needed | RowLists | None:
+        """What tells of the rows that a block of keys needs, beside bounds: captured vectors, or lists."""
+        found = RowLists if self.cut.listed else needed_rows
+        return found(self.spec, self.cut.rows, self.cut.keys)
 
     @cached_property
     def _range_names(self) -> tuple[str, ...]:
@@ -142,7 +133,7 @@ class HopperText(BackwardText):
             return (listed.NAME,)
         read = {str(leaf) for bound in self._folds.range.bounds for leaf in bound.offset.walk() if not leaf.args}
         captured = (c.name for c in self._folds.captures if c.name in read)
-        hull = ("hull_start", "hull_stop") if self._needed else ()
+        hull = ("hull_start", "hull_stop") * bool(self._needed)
         return ("first", "last", *(name for name in ("b", "h", "Sk") if name in read), "Sq", *captured, *hull)
 
     @cached_property
@@ -152,7 +143,7 @@ class HopperText(BackwardText):
 
     @property
     def _constants(self) -> tuple[str, ...]:
-        return ("GROUP", "KEYS", *_CONSTANTS, *("HULL",) * bool(self._needed))
+        return ("GROUP", "KEYS", *_CONSTANTS, *(self._needed.constants if self._needed else ()))
 
     @property
     def _lists(self) -> dict[str, str]:
@@ -337,10 +328,10 @@ class HopperText(BackwardText):
         described += [f"vectors({name})" for name in (*self._statistics, "delta")]
         values = (v for c in captures for v in (*c.stride_values, *(f"{c.name}.shape[0]" for _ in c.period)))
         constants = (f"GROUP={'heads // kv_heads'}", f"BLOCK_M={cut.rows}", f"KEYS={cut.keys}", f"WIDTH={width}")
-        hull, hulled = (("hull",), ("HULL=hulled",)) if self._needed else (("row_lists",) * self.cut.listed, ())
-        switches = (f"STAGES={cut.stages}", f"WHOLE=keys % {cut.keys} == 0", *hulled)
+        limits, names = ((self._needed.argument,), self._needed.constants) if self._needed else ((), ())
+        switches = (f"STAGES={cut.stages}", f"WHOLE=keys % {cut.keys} == 0", *(f"{name}=hulled" for name in names))
         described += [f"described(dk, {cut.keys})", f"described(dv, {cut.keys})", "parts(sums)"]
-        arguments = (*described, *(c.name for c in captures), *hull, *values)
+        arguments = (*described, *(c.name for c in captures), *limits, *values)
         sizes = ("heads", "kv_heads", "rows", "keys", *_SIZES[4:])
         holes = {
             "keys": str(cut.keys),
@@ -348,7 +339,7 @@ class HopperText(BackwardText):
             "group": self._group(width),
             "gradient_arguments": listing((*arguments, *sizes, *constants, *switches, "num_warps=4")),
         }
-        return fill(finish.LAUNCHES, {**holes, **self._limits, **self._finish}).rstrip("\n")
+        return fill(finish.LAUNCHES, {**holes, **needed_holes(self._needed), **self._finish}).rstrip("\n")
 
     @property
     def _finish(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from tests.gpu import (
     test_attention_weights,
     test_dropout,
     test_hopper_backward,
+    test_hopper_lists,
     test_hopper_order,
     test_hopper_tile,
     test_kernel_families,
@@ -40,6 +41,10 @@ KINDS: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
     "hopper, band": (families.test_kernel_is_within_the_budget_of_eager, ("hopper", "causal-band", "D64", "bf16")),
     "hopper, hulls": (
         families.test_captured_vectors_limit_the_keys_of_the_hopper_kernel, ("contiguous documents", "uniform", 64)
+    ),
+    "hopper, lists": (test_hopper_lists.test_lists_leave_out_blocks, ("longformer", "D80", "zero", "bf16")),
+    "hopper, backward through lists": (
+        hopper_backward.test_lists_leave_out_blocks, ("sinks", "D64", "nan", "bf16")
     ),
     "hopper, order": (test_hopper_order.test_any_filling_is_within_the_budget_of_eager, (0, True)),
     "hopper, tile": (test_hopper_tile.test_tiles_are_within_the_budget_of_eager, ("causal", "D64 unaligned", "bf16")),

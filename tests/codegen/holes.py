@@ -52,6 +52,13 @@ HOLES: Final[dict[str, Vectors]] = {
         "(j < c0) & (((j % 48) < 8) | (j >= i))", ("b---:i64",),
         lambda s: [(torch.arange(s.batch) * s.keys // 2)[:, None, None, None]],
     ),
+    "keys by batch": Vectors(
+        "((j <= i) & ((j % 50) >= 40)) & c0", ("b--j:bool",),
+        lambda s: [(torch.arange(s.keys) < s.keys - 30 * torch.arange(s.batch)[:, None])[:, None, None, :]],
+    ),
+    "rows of a batch": Vectors(
+        "c0 & (((i // 16) % 2) == 0)", ("b---:bool",), lambda s: [(torch.arange(s.batch) == 0)[:, None, None, None]]
+    ),
     "global tokens": Vectors("((abs(i - j) <= 9) | c0) | c1", ("b--j:bool", "b-i-:bool"), _globals),
     "interleaved documents": VECTORS["interleaved documents"],
     "causal documents, padding": VECTORS["causal documents, padding"],

@@ -13,10 +13,15 @@ import pytest
 import torch
 
 from fxopt.cache import import_source
+from fxopt.codegen.attention.backward.kernel import KIND as BACKWARD
+from fxopt.codegen.attention.backward.kernel import candidates as backward_candidates
+from fxopt.codegen.attention.backward.kernel import listed
+from fxopt.codegen.attention.backward.kernel import source as backward_source
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.kernel import KIND, Config, candidates, read_config, source
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
+from tests.codegen.holes import HOLES
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -243,14 +248,14 @@ def test_lists_of_blocks_do_not_spill_and_keep_copies_in_flight(
     """Also where a list tells which block comes next, as many blocks are copied ahead as without."""
     spec = SPECS[name]
     found = candidates(spec, width, width, HALF, (architecture // 10, 0), 8192, 8192)
-    listed = [c for c in found if c.listed]
-    assert bool(listed) == ((architecture, name) != (90, "causal-documents"))
-    for config in listed:
+    through_lists = [c for c in found if c.listed]
+    assert bool(through_lists) == ((architecture, name) != (90, "causal-documents"))
+    for config in through_lists:
         kernel = compiled(spec, width, HALF, config, architecture, even=True)
         plain = compiled(spec, width, HALF, dataclasses.replace(config, listed=False), architecture, even=True)
         # Wide heads on sm_80 spill a little in the second configuration, with and without lists.
         spills = [stack_bytes(x.asm["cubin"], tmp_path) for x in (kernel, plain)]
-        assert spills[0] == 0 or (config is not listed[0] and 0 < spills[0] <= spills[1] + 8), config
+        assert spills[0] == 0 or (config is not through_lists[0] and 0 < spills[0] <= spills[1] + 8), config
         # A block in flight takes 8 KiB and more, reductions around them up to one.
         assert abs(kernel.metadata.shared - plain.metadata.shared) <= 1024
         waits = [re.findall(r"cp\.async\.wait_group\s+(\w+)", x.asm["ptx"]) for x in (kernel, plain)]
@@ -258,24 +263,43 @@ def test_lists_of_blocks_do_not_spill_and_keep_copies_in_flight(
         assert deepest[0] == deepest[1] > 0, config
 
 
+def compiled_small(kernel: Any, captures: tuple[Capture, ...], architecture: int) -> Any:
+    """A kernel in front of lists, for blocks of 64 rows and keys."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCKS": 8, "BLOCK": 64, "STEP": 128}
+    pointers = {"kinds_ptr": "*i8", "lists_ptr": "*i32"}
+    pointers |= {f"c{n}_ptr": POINTER[c.dtype] for n, c in enumerate(captures)}
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+    values = {(position,): constants[n] for position, n in enumerate(kernel.arg_names) if n in constants}
+    return triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", architecture, 32))
+
+
 @pytest.mark.parametrize("name", ["longformer", "causal-documents"])
 @pytest.mark.parametrize("architecture", SHARED)
 def test_lists_compile(architecture: int, name: str) -> None:
     """The small kernels in front take next to no shared memory; where borders decide, nothing else is computed."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    spec = SPECS[name]
+    module = import_source(KIND, source(spec, 64, 64, HALF, read_config("64x64w4s3list")))
+    kinds, lists = (
+        compiled_small(kernel, spec.captures, architecture) for kernel in (module.key_kinds_kernel, module.lists_kernel)
+    )
+    assert kinds.metadata.shared <= 1024 and lists.metadata.shared <= 1024
+    # One question for all rows and keys of a block; before it, of vectors, one for its keys.
+    assert kinds.asm["ttir"].count("scf.if") == (2 if name == "causal-documents" else 1)
 
-    module = import_source(KIND, source(SPECS[name], 64, 64, HALF, read_config("64x64w4s3list")))
-    constants = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCKS": 8, "BLOCK": 64, "STEP": 128}
-    pointers = {"c0_ptr": "*i64", "c1_ptr": "*i64", "kinds_ptr": "*i8", "lists_ptr": "*i32"}
-    for kernel in (module.key_kinds_kernel, module.lists_kernel):
-        signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
-        values = {(position,): constants[n] for position, n in enumerate(kernel.arg_names) if n in constants}
-        found = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", architecture, 32))
-        assert found.metadata.shared <= 1024
-        if kernel is module.key_kinds_kernel:
-            # One question for all rows and keys of a block; before it, of vectors, one for its keys.
-            assert found.asm["ttir"].count("scf.if") == (2 if name == "causal-documents" else 1)
+
+@pytest.mark.parametrize("name", HOLES)
+def test_kinds_of_blocks_compile(name: str) -> None:
+    """Those of blocks of keys, and of rows, for the backward, of what varies with any axis."""
+    spec = HOLES[name].specification(HALF, "zero")
+    forward = import_source(KIND, source(spec, 64, 64, HALF, read_config("64x64w4s3list")))
+    wanted = [False] * len(spec.captures)
+    config = listed(backward_candidates(spec, 64, 64, HALF, (9, 0))[0])
+    backward = import_source(BACKWARD, backward_source(spec, 64, 64, HALF, config, wanted))
+    for kernel in (forward.key_kinds_kernel, backward.key_kinds_kernel, backward.row_kinds_kernel):
+        assert compiled_small(kernel, spec.captures, 90).metadata.shared <= 1024
 
 
 def test_even_keys_need_no_tail() -> None:

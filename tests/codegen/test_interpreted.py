@@ -16,7 +16,7 @@ ROOT = FOLDER.parents[2]
 
 
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
-PROCESSES = 8
+PROCESSES = min(8, len(FILES))
 
 
 @pytest.mark.parametrize("first", range(PROCESSES))

@@ -115,7 +115,8 @@ def candidates(problem: Problem) -> tuple[str, ...]:
     if any(map(is_tile, spec.captures)):
         bare = width <= 64 and spec.mask is None and split_factor(_around_sums(spec, problem.dtype))[0] == S
         found = _PLAIN_TILED if bare else _CONFIGS_TILED[width]
-    streams = any(c.is_tile for c in spec.captures)
+    # Only streams leave out the holes of hulls, and what is measured has none.
+    streams = any(c.is_tile for c in spec.captures) or (width <= 128 and key_lists.may_have_holes(spec))
     plain = [config for config in found if config.ahead is not None or not streams]
     listed = _listed(problem)
     return tuple(map(str, (*listed, *plain[:1]) if listed else plain))
@@ -154,7 +155,7 @@ def _around_sums(spec: AttentionSpec, dtype: torch.dtype) -> Expr:
 def seconds(problem: Problem, config: str) -> float:
     """How long a configuration should take on a problem (`fxopt.codegen.attention.cost`)."""
     cut, width = read_config(config), padded(problem.head_dim)
-    places = candidates(problem)
+    places = [place for place in candidates(problem) if read_config(place).listed == cut.listed]
     behind = places.index(config) if config in places else 0
     pace = _PACE[width] * (1 + _PACE_BEHIND * behind)
     start = _START if cut.ahead is None else _START_STREAM

@@ -2,8 +2,9 @@
 
 A small kernel before the main one writes, for each batch element (and block of query rows, where rows differ), the hull
 of the keys that can possibly be kept: the first one, and one past the last. The main kernel's loops begin and end
-there; blocks in between are computed as ever. Nothing is read back by the host, so the vectors may change between calls
-and between replays of a CUDA graph.
+there; blocks in between are computed as ever, but for those that a list leaves out
+(`fxopt.codegen.attention.portable.hull_lists`). Nothing is read back by the host, so the vectors may change between
+calls and between replays of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Final
 
 from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.portable.hull_lists import HullLists
-from fxopt.codegen.attention.portable.possible_text import PossibleText
+from fxopt.codegen.attention.portable.possible_text import PossibleText, power_of
 from fxopt.codegen.attention.possible import Possible
 from fxopt.codegen.template import fill, listing
 from fxopt.ir.attention import AttentionSpec
@@ -133,7 +134,7 @@ class Hull:
             "parameters": listing(parameters, annotate=True),
             "early": _EARLY if self.early else "",
             "whose": "a block of query rows" if self.by_rows else "any row of a batch element",
-            "maths": self._maths,
+            "maths": self._text.maths,
             "place": self._place if self.by_rows else "b = tl.program_id(0)",
             "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._text.extremes)),
             "keys": self._keys,
@@ -146,7 +147,7 @@ class Hull:
 
     @property
     def _place(self) -> str:
-        power = 1 << (self.block_m - 1).bit_length()
+        power = power_of(self.block_m)
         if power == self.block_m:
             return _PLACE
         return _PLACE.replace("arange(0, BLOCK_M), Sq", f"arange(0, {power}), tl.minimum(first + BLOCK_M, Sq)")
@@ -255,10 +256,3 @@ class Hull:
     @property
     def _text(self) -> PossibleText:
         return PossibleText(self.spec, self.possible)
-
-    @property
-    def _maths(self) -> str:
-        text = self._text
-        known = (("sure", self.possible.sure), ("all rows keep any", self.possible.whole))
-        further = "".join(f"; {what}: {text.named(expr)}" for what, expr in known if expr is not None)
-        return f"Possible: {text.named(self.possible.condition)}{further}{text.legend}."

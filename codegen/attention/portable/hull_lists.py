@@ -37,7 +37,7 @@ block = start // BLOCK_N + tl.arange(0, STEP // BLOCK_N)
 tl.store(listed + count + tl.cumsum(some, 0) - 1, block * 2 + tl.where(whole, 0, 1), mask=some > 0)
 count += tl.sum(some, 0)"""
 _SURE: Final = """\
-sure_keys = ({0}).to(tl.int32)
+sure_keys = ((j >= 0) & ({0})).to(tl.int32)
 whole &= tl.min(tl.reshape(sure_keys, [STEP // BLOCK_N, BLOCK_N]), 1) != 0"""
 _COUNT: Final = """\
 tl.store(hull + {count}, count)
@@ -81,9 +81,8 @@ class HullLists:
         """Those of the kernel that finds hulls."""
         bounds = key_range(self.spec, further=True)
         lower = bool(bounds.side("lower"))
-        limits = [line for line in key_range_text(bounds, self._emit).splitlines() if not line.startswith("tail_")]
         return {
-            "list_begin": _BEGIN.format(bounds="\n".join(limits)),
+            "list_begin": _BEGIN.format(bounds=key_range_text(bounds, self._emit)),
             "list_blocks": _BLOCKS.format(within="(j < stop)" + " & (j >= start_block)" * lower, whole=self._whole),
             "list_count": _COUNT.format(count=self.count),
         }

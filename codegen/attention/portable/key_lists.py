@@ -24,7 +24,7 @@ from fxopt.codegen.attention.captured import CapturedTensor, captured_tensors
 from fxopt.codegen.attention.cost import Sizes, device_of
 from fxopt.codegen.attention.interval import key_range
 from fxopt.codegen.attention.kept import kept_blocks, listed_blocks
-from fxopt.codegen.attention.portable.possible_text import PossibleText
+from fxopt.codegen.attention.portable.possible_text import PossibleText, power_of
 from fxopt.codegen.attention.portable.turned import turned_device, turned_host
 from fxopt.codegen.attention.possible import possible_keys
 from fxopt.codegen.attention.problem import Problem
@@ -35,7 +35,7 @@ from fxopt.ir.expression import Expr, S, capture, conjunction, conjuncts, const
 
 LeftOut = Literal["many", "perhaps", "few"]
 #: The part of the blocks that bounds leave which lists may keep at most, to be worth a try: whole blocks of a list ask
-#: no mask, which otherwise all do. And the side of the blocks in which that is counted.
+#: no mask, which otherwise most do. And the side of the blocks in which that is counted.
 _WORTH, _SIDE = 0.95, 64
 #: Seconds that those kernels take beside their work, and the cycles of a multiprocessor for each row and key of a block
 #: that borders don't rule out: a dozen operations, of which it does 128 in a cycle.
@@ -105,7 +105,7 @@ _READ: Final = """\
 j = (start + tl.arange(0, BLOCK_N))[None, :]
 {keys}"""
 _SURE: Final = """\
-    sure = ({0}).to(tl.int32)
+    sure = ((j >= 0) & ({0})).to(tl.int32)
     kind = tl.where({1}, kind, 1)
 """
 _LOOKED: Final = """\
@@ -219,7 +219,7 @@ class KeyLists:
             "parameters": listing(parameters, annotate=True),
             "maths": self._maths,
             "place": self._place,
-            "power": "BLOCK_M" if self._is_power else str(1 << self.block_m.bit_length()),
+            "power": "BLOCK_M" if power_of(self.block_m) == self.block_m else str(power_of(self.block_m)),
             "rows": "\n".join((*(c.base for c in self._read if not c.in_loop), *self._extremes)),
             "told": self._told,
             "whose": self.whose,
@@ -274,11 +274,6 @@ class KeyLists:
         return () if self._possible is None else self._possible.extremes
 
     @property
-    def _is_power(self) -> bool:
-        """Whether the block of rows is a power of two, as ranges must be."""
-        return self.block_m & (self.block_m - 1) == 0
-
-    @property
     def _mask(self) -> Expr:
         assert self.spec.mask is not None
         return self.spec.mask
@@ -293,10 +288,11 @@ class KeyLists:
         looked = fill(_LOOKED, {"read": self._keys, "mask": self._emit(self._mask)}).rstrip("\n")
         if not self._decision.decides and self._possible is None:
             return looked
-        some, every = self._decision.some, self._every
-        kind = str(int(bool(some.value))) if some.op == "const" else f"tl.where({self._emit(some)}, 1, 0)"
+        some, every, kind = self._decision.some, self._every, "1"
         if every != const(False):
-            kind = f"tl.where(({self._emit(every)}) & (start + BLOCK_N <= Sk), 2, {kind})"
+            kind = f"tl.where(({self._emit(every)}) & (start + BLOCK_N <= Sk), 2, 1)"
+        if some != const(True):
+            kind = f"tl.where({self._emit(some)}, {kind}, 0)"
         return _TOLD.format(kind=kind, narrowed=self._narrowed, looked=looked.replace("\n", "\n    "))
 
     @property
@@ -338,9 +334,8 @@ class KeyLists:
         told = f"Told by every row and key: {self._mask}."
         if self._possible is not None:
             text = self._possible
-            known = () if text.possible.sure is None else (f"; sure: {text.named(text.possible.sure)}",)
-            told = f"Possible: {text.named(text.possible.condition)}{''.join(known)}{text.legend}.\n{told}"
-        if not self._decision.decides:
+            told = f"{text.maths}\n{told}"
+        if not self._decision.decides and self._possible is None:
             return told
         named = {leaf: Expr("symbol", value=name) for leaf, name in self._borders.items()}
         some, every = (

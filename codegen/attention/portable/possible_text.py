@@ -32,16 +32,23 @@ class PossibleText:
         extremes = (_EXTREME,) * len(self._names)
         return emit(expr, self._names, (*self.spec.capture_kinds, *extremes))
 
-    def named(self, condition: Expr) -> Expr:
-        """A condition with names for the extremes that it reads."""
+    @property
+    def maths(self) -> str:
+        """All that it tells."""
+        known = (("sure", self.possible.sure), ("all rows keep any", self.possible.whole))
+        further = "".join(f"; {what}: {self._named(expr)}" for what, expr in known if expr is not None)
+        extremes = (f"; low{n}, high{n} of {row} over the rows" for n, row in enumerate(self.possible.rows))
+        return f"Possible: {self._named(self.possible.condition)}{further}{''.join(extremes)}."
+
+    def _named(self, condition: Expr) -> Expr:
         named = {name: Expr("symbol", value=text) for name, text in self._names.items()}
         return condition.replace(lambda e: named.get(str(e), e))
 
     @property
-    def legend(self) -> str:
-        """What the extremes are of."""
-        return "".join(f"; low{n}, high{n} of {row} over the rows" for n, row in enumerate(self.possible.rows))
-
-    @property
     def _names(self) -> dict[str, str]:
         return self.possible.names(len(self.spec.captures))
+
+
+def power_of(rows: int) -> int:
+    """The least power of two that is not below ``rows``: how many a range of them must have."""
+    return 1 << (rows - 1).bit_length()

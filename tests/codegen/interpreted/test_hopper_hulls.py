@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -71,8 +72,8 @@ def launched(
     return module, kernel
 
 
-def kept(spec: AttentionSpec, mask: Any, captures: list[Tensor]) -> Tensor:
-    s = torch.zeros(SIZES.batch, 1, SIZES.rows, SIZES.keys)
+def kept(spec: AttentionSpec, mask: Any, captures: list[Tensor], sizes: Shape = SIZES) -> Tensor:
+    s = torch.zeros(sizes.batch, 1, sizes.rows, sizes.keys)
     readings = reference.read_captures(spec, captures, s)
     return reference.kept(mask, reference.environment(spec, s), readings, s).expand_as(s)[:, 0]
 
@@ -113,12 +114,16 @@ LISTED = ("contiguous documents", "interleaved documents", "rows without a docum
           "earlier documents", "other documents")  # fmt: skip
 
 
+@pytest.mark.parametrize("keys", [600, 2100])
 @pytest.mark.parametrize("name", VECTORS)
-def test_lists_hold_the_blocks_of_which_any_row_keeps_a_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_hold_the_blocks_of_which_any_row_keeps_a_key(
+    name: str, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    sizes = dataclasses.replace(SIZES, keys=keys, batch=2)
     spec = VECTORS[name].specification(torch.bfloat16, "zero")
-    q, k, v = operands(SIZES, torch.bfloat16)
-    captures = VECTORS[name].draw(SIZES)
+    q, k, v = operands(sizes, torch.bfloat16)
+    captures = VECTORS[name].draw(sizes)
     module, kernel = launched(spec, monkeypatch)
     module.launch(q, k, v, captures)
     assert ("hull_lists_ptr" in kernel.found) == (name in LISTED)
@@ -126,17 +131,17 @@ def test_lists_hold_the_blocks_of_which_any_row_keeps_a_key(name: str, monkeypat
         return
     step = kernel.found["BLOCK_N"]
     # Keys beyond the end count as hidden.
-    whole = torch.nn.functional.pad(kept(spec, spec.mask, captures), (0, -SIZES.keys % step))
+    whole = torch.nn.functional.pad(kept(spec, spec.mask, captures, sizes), (0, -keys % step))
     tiles = whole.split(ROWS, 1)
-    lists = kernel.found["hull_lists_ptr"].view(SIZES.batch, len(tiles), -1)
+    lists = kernel.found["hull_lists_ptr"].view(sizes.batch, len(tiles), -1)
     possible = possible_keys(spec, sure=True)
     assert possible is not None
-    numbers = kernel.found["hull_ptr"].view(SIZES.batch, len(tiles), -1)
+    numbers = kernel.found["hull_ptr"].view(sizes.batch, len(tiles), -1)
     counts = numbers[:, :, -2 if possible.sure is None else -4]
     left = 0
     for row, tile in enumerate(tiles):
         some, every = (x.unflatten(1, (-1, step)) for x in (tile.any(1), tile.all(1)))
-        for b in range(SIZES.batch):
+        for b in range(sizes.batch):
             entries = lists[b, row, : max(1, counts[b, row])]
             listed, uncut = entries >> 1, (entries & 1) == 0
             assert (listed.diff() > 0).all() and set(some[b].any(1).nonzero()[:, 0].tolist()) <= set(listed.tolist())

@@ -1,7 +1,8 @@
 """A Hopper backward whose blocks of keys go through lists of the blocks of rows that keep some of them.
 
 The lists are those of `fxopt.codegen.attention.portable.key_lists` of the mask with rows and keys in each other's
-place: blocks of which the mask keeps a part first, which ask it, and whole ones after them.
+place: blocks of which the mask keeps a part first, which ask it, and whole ones after them. Heads over 64 wide have no
+registers left to tell them apart, and all their blocks ask it.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` where torch sees none; what takes a minute comes first, for no process to wait for."""
+    """Skip what is marked ``gpu`` where torch sees none; what takes a minute comes first, so that no process waits."""
     items.sort(key=lambda item: "test_interpreted" not in item.nodeid)
     if torch.cuda.is_available():
         return

@@ -10,7 +10,7 @@ import torch
 
 from fxopt.codegen.attention.backward.hopper.kernel import source
 from fxopt.errors import LoweringError
-from fxopt.ir.attention import AttentionSpec
+from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.ir.expression import parse
 from tests.codegen.cases import Shape, operands
 from tests.codegen.holes import HOLES
@@ -38,9 +38,9 @@ def seed() -> None:
         if (n + m) % 2 == 0 or shape == "D64"
     ],
 )
-def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, rows: str, tmp_path: Path) -> None:
+def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, rows: EmptyRows, tmp_path: Path) -> None:
     sizes, config = SHAPES[shape]
-    spec = HOLES[name].specification(torch.bfloat16, rows)  # type: ignore[arg-type]
+    spec = HOLES[name].specification(torch.bfloat16, rows)
     spec = dataclasses.replace(spec, kv_map=sizes.kv_map, out_layout=sizes.layout)
     check(spec, operands(sizes, torch.bfloat16), HOLES[name].draw(sizes), config, tmp_path)
 

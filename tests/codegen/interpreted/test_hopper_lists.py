@@ -10,7 +10,7 @@ import torch
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.hopper.kernel import source
 from fxopt.errors import LoweringError
-from fxopt.ir.attention import AttentionSpec, Capture
+from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import Shape, captured, operands, specification
@@ -40,10 +40,10 @@ NAMES = [name for name in HOLES if name != "plane"]
     ],
 )
 def test_streams_are_within_the_budget_of_eager(
-    name: str, shape: str, config: str, rows: str, monkeypatch: pytest.MonkeyPatch
+    name: str, shape: str, config: str, rows: EmptyRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, dtype = SHAPES[shape], torch.float16
-    spec = HOLES[name].specification(dtype, rows)  # type: ignore[arg-type]
+    spec = HOLES[name].specification(dtype, rows)
     spec = dataclasses.replace(spec, kv_map=sizes.kv_map, out_layout=sizes.layout)
     q, k, v = operands(sizes, dtype)
     captures = HOLES[name].draw(sizes)

@@ -270,12 +270,12 @@ class HopperText(BackwardText):
         uniform = [c for c in self._by_key if c.tensor.name in self._range_names and is_uniform(c.tensor.capture)]
         by_columns, rows = self.cut.rows == 64, row_holes(self._by_key)
         start = "start_block" if any(b.slope for b in found.side("upper")) else "0"
-        needed += ["stop = tl.minimum(stop, hull_stop)"] * bool(self._needed)
+        needed += ["stop = tl.minimum(stop, hull_stop)"] * isinstance(self._needed, Needed)
         return {
             "full": ", partly" if self.cut.listed else "".join(f", {name}" for name in self._full),
             "full_meaning": "# Also between which rows all of these keys are needed." if self._full else "",
             "row_range": as_gluon("\n".join(needed)),
-            "start_block": f"gl.maximum({start}, hull_start)" if self._needed else start,
+            "start_block": f"gl.maximum({start}, hull_start)" if isinstance(self._needed, Needed) else start,
             "range_captures": wide * bool(uniform or rows["row_lanes"]) + as_gluon("\n".join(c.base for c in uniform)),
             "capture_bases": as_gluon("\n".join(c.base for c in self._by_key if not c.in_loop)),
             **rows,

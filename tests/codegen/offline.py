@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,15 +51,22 @@ class Compiled:
 
 
 class Device:
-    """What Triton asks a driver for before it compiles."""
+    """What Triton asks a driver for before it compiles.
+
+    Each is a device of its own: a kernel keeps what was compiled for it by the number of the device, so that one that
+    another test has compiled would be compiled no more, or be that of another architecture.
+    """
+
+    _numbers = itertools.count()
 
     def __init__(self, architecture: int) -> None:
         from triton.backends.compiler import GPUTarget
 
+        self._number = next(self._numbers)
         self._target = GPUTarget("cuda", architecture, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self._number
 
     def get_current_stream(self, device: int) -> int:
         return 0

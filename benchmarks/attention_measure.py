@@ -187,7 +187,7 @@ def _configs(case: Case, settings: Settings, operands: Operands) -> list[str]:
     chosen: Sequence[str] = settings.configs or own.tried
     chosen = [*own.tried, *own.left_out] if list(chosen) == ["all"] else chosen
     if training and not settings.configs:
-        found, _ = backward.candidates(operands.spec, z.width, z.width, settings.dtype, capability, (), z.rows, z.keys)
+        found, _ = backward.candidates(problem)
         chosen = [f"{own.tried[0]}/{config}" for config in found]
     return list(dict.fromkeys(text for config in chosen for text in _with_loads(config, settings.loads)))
 

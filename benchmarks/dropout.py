@@ -122,7 +122,7 @@ def _own(case: Case, device: str) -> list[str]:
     capability = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
     sizes = (case.batch, case.heads, case.heads, case.length, case.length)
     forwards, _ = kernels.candidates(Problem(case.spec, case.dim, case.dim, torch.bfloat16, capability, *sizes))
-    backwards = backward.candidates(case.spec, case.dim, case.dim, torch.bfloat16, capability)
+    backwards = backward.candidates(Problem(case.spec, case.dim, case.dim, torch.bfloat16, capability))
     return [*(f"{config}/{backwards[0]}" for config in forwards), *(f"{forwards[0]}/{b}" for b in backwards[1:])]
 
 

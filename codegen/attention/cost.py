@@ -47,7 +47,7 @@ _OTHERS: Final = Device(84, 1.7e9, 1024, 0.8e12, 24.0)
 _EXPONENTIALS: Final = 16
 _SINGLE_PRODUCTS: Final = 256
 #: What is assumed of sizes that are not known: a large problem.
-_BATCH, _HEADS, LENGTH = 16, 16, 2048
+_BATCH, _HEADS, _LENGTH = 16, 16, 2048
 #: Cycles per score of what stands around its product, on an H100 (`benchmarks/results/h100-attention.json`: N = 8192
 #: with and without a bias): a captured tensor read by row and key, one read by their distance, another operation.
 _TILE, _BAND, _OPERATION = 0.07, 0.06, 0.005
@@ -69,9 +69,15 @@ class Sizes:
     def of(cls, problem: Problem) -> Sizes:
         """Those of ``problem``."""
         heads = problem.heads or problem.kv_heads or _HEADS
-        rows = problem.rows or problem.keys or LENGTH
-        keys = problem.keys or (LENGTH if problem.rows is None else max(problem.rows, LENGTH))
+        rows = problem.rows or problem.keys or _LENGTH
+        keys = problem.keys or (_LENGTH if problem.rows is None else max(problem.rows, _LENGTH))
         return cls(problem.batch or _BATCH, heads, problem.kv_heads or heads, rows, keys)
+
+
+def lengths(problem: Problem) -> tuple[int, int]:
+    """The numbers of queries and keys; one that is not known is as the other."""
+    rows, keys = problem.rows, problem.keys
+    return rows or keys or _LENGTH, keys or rows or _LENGTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +155,7 @@ def _step(problem: Problem, schedule: Schedule, device: Device) -> float:
 def around(problem: Problem, streamed: float | None = None) -> float:
     """Cycles per score of what is read and computed around its product; ``streamed`` as `Schedule.tile`."""
     spec = problem.spec
-    aligned = (problem.keys or LENGTH) * 2 % 16 == 0
+    aligned = (problem.keys or _LENGTH) * 2 % 16 == 0
     tile = _TILE * (1 if aligned else _UNALIGNED) if streamed is None else streamed
     read = sum(_BAND if c.is_band else tile if c.is_tile else 0.0 for c in spec.captures)
     return read + _OPERATION * sum(bool(node.args) for node in spec.score.walk())

@@ -104,8 +104,7 @@ def _with_backward(
     problem: Problem, configs: tuple[str, ...], refused: dict[str, str], wanted: Sequence[bool] = ()
 ) -> tuple[str, ...]:
     """Every configuration of the forward with the best guess for the backward, and the first one with the second."""
-    sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
-    guesses, reasons = backward.candidates(*sizes, problem.capability, wanted, problem.rows, problem.keys)
+    guesses, reasons = backward.candidates(problem, wanted)
     found = list(guesses)
     refused |= {f"triton-{prefix}-backward" if prefix else "triton-backward": why for prefix, why in reasons.items()}
     if not found:

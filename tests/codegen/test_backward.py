@@ -131,7 +131,7 @@ def test_one_or_two_configurations_fit(
 def test_objections(change: dict[str, Any], reason: str) -> None:
     spec = AttentionSpec(parse("s"), **change)
     assert reason in (objection(spec, 64, 64, torch.float32) or "")
-    assert candidates(spec, 64, 64, torch.float32, (9, 0)) == ()
+    assert candidates(Problem(spec, 64, 64, torch.float32, (9, 0))) == ()
     with pytest.raises(LoweringError, match=reason):
         source(spec, 64, 64, torch.float32, CONFIG, ())
 
@@ -141,7 +141,7 @@ def test_means_are_for_kernels_that_say_so() -> None:
         spec = AttentionSpec(parse("s"), None if mask is None else parse(mask), empty_rows="uniform")
         assert ("mean" in (objection(spec, 64, 64, torch.float32) or "")) == reason
         assert objection(spec, 64, 64, torch.float32, averages=True) is None
-        assert candidates(spec, 64, 64, torch.float32, (9, 0))
+        assert candidates(Problem(spec, 64, 64, torch.float32, (9, 0)))
         assert chosen_config(spec, torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4), "A") == "A"
 
 
@@ -177,7 +177,7 @@ def test_gradients_of_gradients() -> None:
 
 def test_training_tries_two_configurations_of_the_backward() -> None:
     problem = Problem(AttentionSpec(parse("s"), out_dtype=torch.bfloat16), 64, 64, torch.bfloat16, (8, 0))
-    first, second = map(str, candidates(problem.spec, 64, 64, torch.bfloat16, (8, 0)))
+    first, second = map(str, candidates(Problem(problem.spec, 64, 64, torch.bfloat16, (8, 0))))
     refused: dict[str, str] = {}
     assert _with_backward(problem, ("A", "B"), refused) == (f"A/{first}", f"B/{first}", f"A/{second}")
     assert "8.0" in refused["triton-hopper-backward"]

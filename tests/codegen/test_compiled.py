@@ -19,6 +19,7 @@ from fxopt.codegen.attention.backward.kernel import listed
 from fxopt.codegen.attention.backward.kernel import source as backward_source
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.kernel import KIND, Config, candidates, read_config, source
+from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 from tests.codegen.holes import HOLES
@@ -145,7 +146,7 @@ def test_first_candidate_compiles_without_spills(
     architecture: int, name: str, width: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     spec = SPECS[name]
-    config = candidates(spec, width, width, dtype, (architecture // 10, 0))[0]
+    config = candidates(Problem(spec, width, width, dtype, (architecture // 10, 0)))[0]
     kernel = compiled(spec, width, dtype, config, architecture)
     ptx = kernel.asm["ptx"]
     assert kernel.metadata.shared <= SHARED[architecture]
@@ -159,7 +160,7 @@ def test_first_candidate_compiles_without_spills(
 @pytest.mark.parametrize("wide", [False, True])
 def test_offsets_of_batches_heads_and_blocks_take_64_bits(wide: bool) -> None:
     """In Triton's own code only offsets within a block may take 32 bits, and none where strides are ``wide``."""
-    config = candidates(SPECS["tile-bias"], 64, 64, HALF, (9, 0))[0]
+    config = candidates(Problem(SPECS["tile-bias"], 64, 64, HALF, (9, 0)))[0]
     text = compiled(SPECS["tile-bias"], 64, HALF, config, 90, wide=wide).asm["ttir"]
     products = [line for line in text.splitlines() if "arith.muli" in line]
     scalars = [line for line in products if ": i64" in line]
@@ -181,7 +182,7 @@ def test_descriptors_load_by_tma_and_masks_nothing(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("name", ["plain", "causal", "tile-bias"])
 def test_capped_candidates_do_not_spill(name: str, width: int, tmp_path: Path) -> None:
-    found = [c for c in candidates(SPECS[name], width, width, HALF, (9, 0)) if c.registers]
+    found = [c for c in candidates(Problem(SPECS[name], width, width, HALF, (9, 0))) if c.registers]
     assert found
     for config in found:
         kernel = compiled(SPECS[name], width, HALF, config, 90, even=True)
@@ -192,7 +193,7 @@ def test_capped_candidates_do_not_spill(name: str, width: int, tmp_path: Path) -
 @pytest.mark.parametrize("width", [64, 128])
 def test_bands_are_read_by_whole_vectors(width: int) -> None:
     """Also where a row begins between two vectors, and in blocks that lie partly beyond the last key."""
-    config = candidates(SPECS["band"], width, width, HALF, (9, 0))[0]
+    config = candidates(Problem(SPECS["band"], width, width, HALF, (9, 0)))[0]
     ptx = compiled(SPECS["band"], width, HALF, config, 90, even=True).asm["ptx"]
     assert "cp.async.cg" in ptx
     assert not re.search(r"ld\.global(\.\w+)*\.[bu](8|16)\b", ptx)
@@ -213,7 +214,7 @@ def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
 ) -> None:
     """There every thread finds the random words of its weights by itself."""
     spec = dataclasses.replace(SPECS[name], dropout=0.1)
-    config = candidates(spec, width, width, HALF, (architecture // 10, 0))[0]
+    config = candidates(Problem(spec, width, width, HALF, (architecture // 10, 0)))[0]
     kernel = compiled(spec, width, HALF, config, architecture)
     without = compiled(SPECS[name], width, HALF, config, architecture)
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
@@ -247,7 +248,7 @@ def test_lists_of_blocks_do_not_spill_and_keep_copies_in_flight(
 ) -> None:
     """Also where a list tells which block comes next, as many blocks are copied ahead as without."""
     spec = SPECS[name]
-    found = candidates(spec, width, width, HALF, (architecture // 10, 0), 8192, 8192)
+    found = candidates(Problem(spec, width, width, HALF, (architecture // 10, 0), rows=8192, keys=8192))
     through_lists = [c for c in found if c.listed]
     assert bool(through_lists) == ((architecture, name) != (90, "causal-documents"))
     for config in through_lists:
@@ -296,7 +297,7 @@ def test_kinds_of_blocks_compile(name: str) -> None:
     spec = HOLES[name].specification(HALF, "zero")
     forward = import_source(KIND, source(spec, 64, 64, HALF, read_config("64x64w4s3list")))
     wanted = [False] * len(spec.captures)
-    config = listed(backward_candidates(spec, 64, 64, HALF, (9, 0))[0])
+    config = listed(backward_candidates(Problem(spec, 64, 64, HALF, (9, 0)))[0])
     backward = import_source(BACKWARD, backward_source(spec, 64, 64, HALF, config, wanted))
     for kernel in (forward.key_kinds_kernel, backward.key_kinds_kernel, backward.row_kinds_kernel):
         assert compiled_small(kernel, spec.captures, 90).metadata.shared <= 1024

@@ -15,6 +15,7 @@ from fxopt.cache import import_source
 from fxopt.codegen.attention.backward.config import BackwardConfig, band_config, table_config
 from fxopt.codegen.attention.backward.kernel import KIND, candidates, source
 from fxopt.codegen.attention.portable.config import Config, padded
+from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
 from tests.codegen.test_compiled import POINTER, SHARED, SINGLE, SPECS, stack_bytes
@@ -103,7 +104,7 @@ def _type(name: str, spec: AttentionSpec, dtype: torch.dtype) -> str:
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_first_candidate_compiles_without_spills(architecture: int, name: str, width: int, tmp_path: Path) -> None:
     spec = CASES[name]
-    config = candidates(spec, width, width, HALF, (architecture // 10, 0))[0]
+    config = candidates(Problem(spec, width, width, HALF, (architecture // 10, 0)))[0]
     for kernel in ("dkdv", "dq", *(("c0",) if spec.captures else ())):
         found = compiled(kernel, spec, width, config, architecture)
         assert found.metadata.shared <= SHARED[architecture], kernel
@@ -117,7 +118,7 @@ def test_first_candidate_compiles_without_spills(architecture: int, name: str, w
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_lists_of_blocks_spill_next_to_nothing(architecture: int, width: int, tmp_path: Path) -> None:
     spec = SPECS["longformer"]
-    config = candidates(spec, width, width, HALF, (architecture // 10, 0), 8192, 8192)[0]
+    config = candidates(Problem(spec, width, width, HALF, (architecture // 10, 0), rows=8192, keys=8192))[0]
     assert config.listed
     for kernel in ("dkdv", "dq"):
         found = compiled(kernel, spec, width, config, architecture)
@@ -136,7 +137,7 @@ def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
 ) -> None:
     """There every thread finds the random words of its weights by itself, also where keys run down and rows across."""
     spec = dataclasses.replace(CASES[name], dropout=0.1)
-    config = candidates(spec, width, width, HALF, (architecture // 10, 0))[0]
+    config = candidates(Problem(spec, width, width, HALF, (architecture // 10, 0)))[0]
     for kernel in ("dkdv", "dq", *(("c0",) if spec.captures else ())):
         found, without = (compiled(kernel, s, width, config, architecture) for s in (spec, CASES[name]))
         assert found.metadata.shared <= SHARED[architecture], kernel
@@ -150,7 +151,7 @@ def test_dropout_does_not_spill_nor_on_hopper_exchange_anything(
 def test_offsets_of_huge_strides_take_64_bits(kernel: str, name: str) -> None:
     """With a tail, heads that share keys, a gradient of the log-sum-exp: none of it keeps 32-bit offsets in a block."""
     spec = CASES[name]
-    config = candidates(spec, 64, 64, HALF, (9, 0))[0]
+    config = candidates(Problem(spec, 64, 64, HALF, (9, 0)))[0]
     changes: dict[str, Any] = {"WIDE": True, "EVEN": False, "GROUP": 4, "WITH_DLSE": True}
     text = compiled(kernel, spec, 64, config, 90, **changes).asm["ttir"]
     products = [line for line in text.splitlines() if "arith.muli" in line]
@@ -162,6 +163,6 @@ def test_offsets_of_huge_strides_take_64_bits(kernel: str, name: str) -> None:
 def test_float32_does_not_spill(name: str, tmp_path: Path) -> None:
     captures = tuple(dataclasses.replace(c, dtype=torch.float32) for c in CASES[name].captures)
     spec = dataclasses.replace(CASES[name], captures=captures, out_dtype=torch.float32)
-    config = candidates(spec, 64, 64, torch.float32, (9, 0))[0]
+    config = candidates(Problem(spec, 64, 64, torch.float32, (9, 0)))[0]
     for kernel in ("dkdv", "dq", *(("c0",) if captures else ())):
         assert stack_bytes(compiled(kernel, spec, 64, config, 90, torch.float32).asm["cubin"], tmp_path) == 0, kernel

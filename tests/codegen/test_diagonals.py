@@ -13,6 +13,7 @@ from fxopt.codegen.attention.backward.diagonals import diagonal_range_text, diag
 from fxopt.codegen.attention.backward.kernel import candidates, read_backward
 from fxopt.codegen.attention.interval import key_range
 from fxopt.codegen.attention.portable.config import padded, read_config
+from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.expression import evaluate
 from fxopt.codegen.printing import emit
 from fxopt.errors import LoweringError
@@ -77,7 +78,7 @@ def test_blocks_along_diagonals_fit(width: int, dtype: torch.dtype, capability: 
 def test_only_bands_have_blocks_of_their_own() -> None:
     for dims, expected in (("-h-d", True), ("-hij", False)):
         spec = AttentionSpec(parse("s + c0"), None, (Capture(dims, torch.bfloat16),), out_dtype=torch.bfloat16)
-        found = candidates(spec, 64, 64, torch.bfloat16, (9, 0))
+        found = candidates(Problem(spec, 64, 64, torch.bfloat16, (9, 0)))
         assert found and all((config.bands is not None) == expected for config in found)
 
 

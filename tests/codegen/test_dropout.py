@@ -103,8 +103,8 @@ def test_only_the_portable_kernel_drops_weights_and_the_others_say_so() -> None:
 @pytest.mark.parametrize("width", [16, 40, 64, 80, 128, 256])
 def test_candidates(width: int, dtype: torch.dtype, capability: tuple[int, int]) -> None:
     spec = AttentionSpec(parse("s"), dropout=0.1, out_dtype=dtype)
-    assert 1 <= len(candidates(spec, width, width, dtype, capability)) <= 4
-    assert 1 <= len(backward.candidates(spec, width, width, dtype, capability)) <= 2
+    assert 1 <= len(candidates(Problem(spec, width, width, dtype, capability))) <= 4
+    assert 1 <= len(backward.candidates(Problem(spec, width, width, dtype, capability))) <= 2
 
 
 @pytest.mark.parametrize("name", WITHOUT_BANDS)

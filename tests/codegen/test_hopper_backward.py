@@ -89,7 +89,7 @@ def test_first_candidate_neither_spills_nor_waits_for_each_product(
     name: str, width: int, even: bool, tmp_path: Path
 ) -> None:
     spec = SPECS[name]
-    kernel = compiled(spec, width, candidates(spec, width, width, HALF, (9, 0))[0], even)
+    kernel = compiled(spec, width, candidates(Problem(spec, width, width, HALF, (9, 0)))[0], even)
     assert kernel.metadata.shared <= SHARED
     assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
     check_instructions(kernel, tmp_path)
@@ -110,7 +110,7 @@ def test_products_ahead_do_not_spill(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("even", [True, False])
 def test_lists_of_rows_spill_next_to_nothing(name: str, width: int, most: int, even: bool, tmp_path: Path) -> None:
     """Wide heads leave no register for a list; told which blocks are whole they would spill twice as much."""
-    found = candidates(HOLES[name], width, width, HALF, (9, 0), 8192, 8192)
+    found = candidates(Problem(HOLES[name], width, width, HALF, (9, 0), rows=8192, keys=8192))
     assert [config.listed for config in found] == [True, False]
     kernel = compiled(HOLES[name], width, found[0], even)
     assert kernel.metadata.shared <= SHARED
@@ -131,7 +131,7 @@ MOST = {("causal", 128): 445, ("softcap-window", 128): 610, ("documents", 128): 
 @pytest.mark.parametrize(("name", "width"), MOST)
 def test_masks_take_few_instructions_and_no_load_from_memory(name: str, width: int, tmp_path: Path) -> None:
     """Bounds that follow the rows are one comparison a weight; what is captured by row lies in shared memory."""
-    kernel = compiled(SPECS[name], width, candidates(SPECS[name], width, width, HALF, (9, 0))[0])
+    kernel = compiled(SPECS[name], width, candidates(Problem(SPECS[name], width, width, HALF, (9, 0)))[0])
     text = disassembled(kernel.asm["cubin"], tmp_path)
     loops = [loop for loop in steady_loops(text) if sum("HGMMA" in line for line in loop) >= 8]
     assert len(loops) == 2
@@ -205,7 +205,7 @@ def test_scores_that_may_be_infinite_beyond_the_last_row(score: str, safe: bool)
 def test_rows_that_average_the_values_are_left_to_the_portable_kernels() -> None:
     spec = dataclasses.replace(SPECS["padding"], empty_rows="uniform")
     assert "mean of the values" in str(objection(spec, 64, 64, HALF, (9, 0)))
-    found, refused = families.candidates(spec, 64, 64, HALF, (9, 0))
+    found, refused = families.candidates(Problem(spec, 64, 64, HALF, (9, 0)))
     assert not any(map(is_hopper, found)) and "mean of the values" in refused["hopper"]
 
 
@@ -213,15 +213,15 @@ def test_gradients_of_captured_tensors_are_left_to_the_portable_kernels() -> Non
     spec = SPECS["alibi"]
     assert flow_objection(spec, [False]) is None
     assert "c0" in str(flow_objection(spec, [True]))
-    found, refused = families.candidates(spec, 128, 128, HALF, (9, 0), [True])
+    found, refused = families.candidates(Problem(spec, 128, 128, HALF, (9, 0)), [True])
     assert found and not any(map(is_hopper, found)) and "c0" in refused["hopper"]
-    found, refused = families.candidates(spec, 128, 128, HALF, (9, 0), [False])
+    found, refused = families.candidates(Problem(spec, 128, 128, HALF, (9, 0)), [False])
     assert is_hopper(found[0]) and not is_hopper(found[1]) and not refused
-    found, refused = families.candidates(SPECS["plain"], 128, 128, HALF, (9, 0))
+    found, refused = families.candidates(Problem(SPECS["plain"], 128, 128, HALF, (9, 0)))
     assert [is_hopper(config) for config in found] == [True, False, False] and not refused
-    found, refused = families.candidates(spec, 128, 128, HALF, (9, 0), [False])
+    found, refused = families.candidates(Problem(spec, 128, 128, HALF, (9, 0)), [False])
     q = torch.zeros(1, 1, 4, 128, dtype=HALF)
-    portable = str(portable_candidates(spec, 128, 128, HALF, (9, 0))[0])
+    portable = str(portable_candidates(Problem(spec, 128, 128, HALF, (9, 0)))[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         assert chosen_config(spec, q, q, torch.zeros(1, 1, 4), found[0], [True]) == portable
@@ -272,6 +272,6 @@ def test_what_descriptors_can_read() -> None:
 @pytest.mark.parametrize("name", ["alibi", "relative", "padding", "documents"])
 def test_captured_tensors_that_need_no_gradient_are_the_default(name: str) -> None:
     """As benchmarks and direct callers ask."""
-    found, refused = families.candidates(SPECS[name], 128, 128, HALF, (9, 0))
+    found, refused = families.candidates(Problem(SPECS[name], 128, 128, HALF, (9, 0)))
     assert is_hopper(found[0]) and not refused
-    assert (found, refused) == families.candidates(SPECS[name], 128, 128, HALF, (9, 0), [False] * 2)
+    assert (found, refused) == families.candidates(Problem(SPECS[name], 128, 128, HALF, (9, 0)), [False] * 2)

@@ -54,7 +54,7 @@ def backwards(shape: Shape, spec: AttentionSpec, dtype: torch.dtype) -> Iterator
     sizes = (spec, shape.head_dim, shape.value_dim, dtype)
     if backward.objection(*sizes, averages=True) is not None:
         return
-    config = backward.candidates(*sizes, HOPPER)[0]
+    config = backward.candidates(Problem(*sizes, HOPPER))[0]
     for wanted in {tuple(c.kind == "float" for c in spec.captures), (False,) * len(spec.captures)}:
         yield backward.source(*sizes, config, wanted)
 

@@ -18,6 +18,7 @@ from fxopt.cache import import_source
 from fxopt.codegen.attention.interval import Bound, key_range
 from fxopt.codegen.attention.portable.kernel import KIND, Config, candidates, read_config, source
 from fxopt.codegen.attention.possible import possible_keys
+from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture
 from fxopt.ir.expression import parse
@@ -193,7 +194,7 @@ def test_captures_that_vary_along_the_keys_bound_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [16, 40, 64, 80, 128, 192, 256])
 def test_candidates(width: int, dtype: torch.dtype, capability: tuple[int, int]) -> None:
-    found = candidates(SPEC, width, width, dtype, capability)
+    found = candidates(Problem(SPEC, width, width, dtype, capability))
     assert 1 <= len(found) <= 4
     assert len(set(found)) == len(found)
 
@@ -209,13 +210,13 @@ def test_vectors_along_the_keys_get_blocks_that_do_not_spill() -> None:
     """128 keys at a time on four warps spill with one (sm_90, Triton 3.6)."""
     plain = AttentionSpec(parse("s"), out_dtype=torch.bfloat16)
     padded = AttentionSpec(parse("s"), parse("c0"), (Capture("b--j", torch.bool),), out_dtype=torch.bfloat16)
-    wide = [[c.block_n for c in candidates(spec, 64, 64, torch.bfloat16, (9, 0))] for spec in (plain, padded)]
+    wide = [[c.block_n for c in candidates(Problem(spec, 64, 64, torch.bfloat16, (9, 0)))] for spec in (plain, padded)]
     assert 128 in wide[0] and 128 not in wide[1]
 
 
 def test_few_rows_get_small_blocks_first() -> None:
-    assert candidates(SPEC, 64, 64, torch.bfloat16, (9, 0), rows=1)[0].block_m == 16
-    assert candidates(SPEC, 64, 64, torch.bfloat16, (9, 0), rows=4096)[0].block_m >= 64
+    assert candidates(Problem(SPEC, 64, 64, torch.bfloat16, (9, 0), rows=1))[0].block_m == 16
+    assert candidates(Problem(SPEC, 64, 64, torch.bfloat16, (9, 0), rows=4096))[0].block_m >= 64
 
 
 @pytest.mark.parametrize(("score", "expected"), [
@@ -258,7 +259,7 @@ def test_long_strides_take_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None
 ])  # fmt: skip
 def test_refusals(change: dict[str, object], reason: str) -> None:
     spec = AttentionSpec(parse("s"), **change)  # type: ignore[arg-type]
-    assert candidates(spec, 64, 64, torch.bfloat16, (9, 0)) == ()
+    assert candidates(Problem(spec, 64, 64, torch.bfloat16, (9, 0))) == ()
     with pytest.raises(LoweringError, match=reason):
         source(spec, 64, 64, torch.bfloat16, CONFIG)
     with pytest.raises(LoweringError, match="256"):

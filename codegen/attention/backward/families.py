@@ -13,35 +13,27 @@ import torch
 from fxopt.codegen.attention.backward import kernel as portable
 from fxopt.codegen.attention.backward.hopper import kernel as hopper
 from fxopt.codegen.attention.backward.hopper.config import is_hopper
+from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec
 
 #: Configurations measured for a site.
 _TRIED = 3
 
 
-def candidates(
-    spec: AttentionSpec,
-    head_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    wanted: Sequence[bool] = (),
-    rows: int | None = None,
-    keys: int | None = None,
-) -> tuple[tuple[str, ...], dict[str, str]]:
+def candidates(problem: Problem, wanted: Sequence[bool] = ()) -> tuple[tuple[str, ...], dict[str, str]]:
     """The printed configurations worth measuring, best guess first, at most three; and why a family can't serve.
 
     The reasons are kept by family, ``""`` for the portable one. ``wanted`` says which captured tensors may need a
-    gradient. ``rows`` and ``keys`` are as many as there are, where that is known.
+    gradient.
     """
-    sizes = (spec, head_dim, value_dim, dtype)
     refused: dict[str, str] = {}
-    reason = hopper.flow_objection(spec, wanted) or hopper.objection(*sizes, capability)
+    reason = hopper.flow_objection(problem.spec, wanted) or hopper.objection_to(problem)
     if reason is not None:
         refused["hopper"] = reason
-    found = [] if reason else [str(config) for config in hopper.candidates(*sizes, capability, rows, keys)]
-    general = [str(config) for config in portable.candidates(*sizes, capability, rows, keys)]
+    found = [] if reason else [str(config) for config in hopper.candidates(problem)]
+    general = [str(config) for config in portable.candidates(problem)]
     if not general:
+        sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype)
         refused[""] = portable.objection(*sizes) or "no configuration of the backward fits the device"
     # Two of a family at most: the portable one stays among them.
     return tuple((*found[:2], *general[:2])[:_TRIED]), refused

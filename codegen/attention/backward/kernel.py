@@ -11,9 +11,10 @@ import torch
 from fxopt.codegen.attention.backward import plan
 from fxopt.codegen.attention.backward.config import BackwardConfig, fitting, read_backward
 from fxopt.codegen.attention.backward.source import BackwardText
-from fxopt.codegen.attention.cost import LENGTH
+from fxopt.codegen.attention.cost import lengths
 from fxopt.codegen.attention.portable.kernel import objection as forward_objection
 from fxopt.codegen.attention.portable.key_lists import can_list, left_out
+from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 
@@ -41,25 +42,18 @@ def objection(
     return None
 
 
-def candidates(
-    spec: AttentionSpec,
-    head_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    rows: int | None = None,
-    keys: int | None = None,
-) -> tuple[BackwardConfig, ...]:
+def candidates(problem: Problem) -> tuple[BackwardConfig, ...]:
     """The configurations worth measuring, best guess first, at most two; none where no kernels can be generated.
 
-    The first one goes through lists of blocks where these leave out many of those that ``rows`` and ``keys`` make.
+    The first one goes through lists of blocks where these leave out many of those that there are.
     """
+    spec, head_dim, value_dim, dtype = problem.spec, problem.head_dim, problem.value_dim, problem.dtype
     if objection(spec, head_dim, value_dim, dtype, averages=True) is not None:
         return ()
     heavy = plan.slope(spec)[0] is not None or any(c.is_tile for c in spec.captures)
     bands = any(c.is_band for c in spec.captures)
-    found = fitting(head_dim, value_dim, dtype, capability, heavy, drops=spec.dropout > 0, bands=bands)
-    lists = left_out(spec, rows or keys or LENGTH, keys or rows or LENGTH)
+    found = fitting(head_dim, value_dim, dtype, problem.capability, heavy, drops=spec.dropout > 0, bands=bands)
+    lists = left_out(spec, *lengths(problem))
     return (listed(found[0]), found[0]) if found and lists == "many" and not bands else found
 
 

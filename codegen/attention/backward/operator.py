@@ -20,6 +20,7 @@ from fxopt.codegen.attention.backward import families, kernel
 from fxopt.codegen.attention.backward.config import RECOMPUTE
 from fxopt.codegen.attention.backward.recompute import gradients
 from fxopt.codegen.attention.portable.config import widened
+from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.building import launcher, only_compiles
 from fxopt.codegen.launching import bare
 from fxopt.codegen.replay import Replay, layouts, precision, record, remember
@@ -194,7 +195,7 @@ def chosen_config(
     if config and families.can_run(spec, config, wanted):
         return config
     capability = torch.cuda.get_device_capability(q.device)
-    found = kernel.candidates(spec, q.shape[3], v.shape[3], q.dtype, capability)
+    found = kernel.candidates(Problem(spec, q.shape[3], v.shape[3], q.dtype, capability))
     return str(found[0]) if found else RECOMPUTE
 
 

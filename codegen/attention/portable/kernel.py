@@ -61,19 +61,14 @@ def objection_to(problem: Problem) -> str | None:
 
 def candidates_for(problem: Problem) -> tuple[str, ...]:
     """The printed configurations that fit a problem, in the order measured."""
-    return tuple(map(str, _candidates(problem)))
-
-
-def _candidates(problem: Problem) -> tuple[Config, ...]:
-    sizes = (problem.spec, problem.head_dim, problem.value_dim, problem.dtype, problem.capability, problem.rows)
-    return candidates(*sizes, problem.keys)
+    return tuple(map(str, candidates(problem)))
 
 
 def seconds(problem: Problem, config: str) -> float:
     """How long a configuration should take on a problem (`fxopt.codegen.attention.cost`)."""
     cut = read_config(config)
     plain = replace(cut, listed=False)
-    places = list(dict.fromkeys(replace(c, listed=False) for c in _candidates(problem)))
+    places = list(dict.fromkeys(replace(c, listed=False) for c in candidates(problem)))
     key, value = padded(problem.head_dim), padded(problem.value_dim)
     width = max(key, value)
     behind = places.index(plain) if plain in places else 0
@@ -91,33 +86,18 @@ def seconds(problem: Problem, config: str) -> float:
     return made + cost.seconds(problem, schedule)
 
 
-def candidates(
-    spec: AttentionSpec,
-    head_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    rows: int | None = None,
-    keys: int | None = None,
-) -> tuple[Config, ...]:
+def candidates(problem: Problem) -> tuple[Config, ...]:
     """The configurations worth measuring, best guess first, at most four; none where no kernel can be generated.
 
-    Those that go through lists of blocks of keys come first where these leave out many, and are among them where they
-    perhaps do.
-
-    Args:
-        spec: the attention.
-        head_dim: ``D``, of queries and keys.
-        value_dim: ``E``, of values.
-        dtype: of ``q``, ``k`` and ``v``.
-        capability: of the device, as ``torch.cuda.get_device_capability`` gives it.
-        rows: the number of queries, where that is known: few of them want small blocks.
-        keys: the number of keys, where that is known.
+    Few queries want small blocks. Those that go through lists of blocks of keys come first where these leave out many,
+    and are among them where they perhaps do.
     """
-    if objection(spec, head_dim, value_dim, dtype) is not None:
+    if objection_to(problem) is not None:
         return ()
-    found = fitting(head_dim, value_dim, dtype, capability, _captured(spec), rows, drops=spec.dropout > 0)
-    lists = _lists_of(spec, capability, rows or keys or cost.LENGTH, keys or rows or cost.LENGTH)
+    spec, capability = problem.spec, problem.capability
+    widths = (problem.head_dim, problem.value_dim)
+    found = fitting(*widths, problem.dtype, capability, _captured(spec), problem.rows, drops=spec.dropout > 0)
+    lists = _lists_of(spec, capability, *cost.lengths(problem))
     listed = tuple(replace(config, listed=True) for config in found if _suits_lists(config, capability))[:2]
     if lists == "few" or not listed:
         return found

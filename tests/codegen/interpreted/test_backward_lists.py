@@ -9,6 +9,7 @@ import torch
 
 from fxopt.cache import import_source
 from fxopt.codegen.attention.backward.kernel import KIND, candidates, read_backward, source
+from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
@@ -100,9 +101,11 @@ def test_lists_come_first_where_they_leave_out_many_blocks() -> None:
     for mask, listed in masks.items():
         spec = dataclasses.replace(specification("ends", sizes, torch.bfloat16, "zero"), mask=parse(mask))
         for capability in ((8, 0), (9, 0), (10, 0)):
-            found = candidates(spec, 64, 64, torch.bfloat16, capability, 4096, 4096)
+            found = candidates(Problem(spec, 64, 64, torch.bfloat16, capability, rows=4096, keys=4096))
             assert [config.listed for config in found] == [listed, False]
-    assert not any(config.listed for config in candidates(spec, 64, 64, torch.bfloat16, (9, 0), 128, 128))
+    assert not any(
+        config.listed for config in candidates(Problem(spec, 64, 64, torch.bfloat16, (9, 0), rows=128, keys=128))
+    )
 
 
 @pytest.mark.parametrize("text", ["16x32w4s2list-32x16w4s2", "16x32w4s2-32x16w4s2list"])

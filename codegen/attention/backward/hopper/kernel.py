@@ -16,10 +16,11 @@ from fxopt.codegen.attention.backward import kernel as portable
 from fxopt.codegen.attention.backward import plan
 from fxopt.codegen.attention.backward.hopper.config import Config, read_config
 from fxopt.codegen.attention.backward.hopper.source import hopper_text
-from fxopt.codegen.attention.cost import LENGTH
+from fxopt.codegen.attention.cost import lengths
 from fxopt.codegen.attention.machine import Shortfall, hopper_objection
 from fxopt.codegen.attention.portable.config import padded
 from fxopt.codegen.attention.portable.key_lists import can_list, left_out
+from fxopt.codegen.attention.problem import Problem
 from fxopt.errors import LoweringError
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import Expr, S
@@ -40,6 +41,11 @@ def objection(
 ) -> str | None:
     """Why the kernels can't serve, as a sentence, or ``None`` when they can."""
     return _objection(spec, head_dim, value_dim, dtype) or order_objection() or hopper_objection(capability)
+
+
+def objection_to(problem: Problem) -> str | None:
+    """`objection` to a whole problem."""
+    return objection(problem.spec, problem.head_dim, problem.value_dim, problem.dtype, problem.capability)
 
 
 def order_objection() -> Shortfall | None:
@@ -78,23 +84,15 @@ def _is_unsafe(expr: Expr) -> bool:
     return any(argument.reads(S) for node in nodes for argument in node.args[node.op == "div" :])
 
 
-def candidates(
-    spec: AttentionSpec,
-    head_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    rows: int | None = None,
-    keys: int | None = None,
-) -> tuple[Config, ...]:
+def candidates(problem: Problem) -> tuple[Config, ...]:
     """The configurations worth measuring, best guess first; none where the kernels can't serve.
 
-    The first one goes through lists of blocks where these leave out many of those that ``rows`` and ``keys`` make.
+    The first one goes through lists of blocks where these leave out many of those that there are.
     """
-    if objection(spec, head_dim, value_dim, dtype, capability) is not None:
+    if objection_to(problem) is not None:
         return ()
-    found = _CONFIGS[padded(head_dim)]
-    lists = left_out(spec, rows or keys or LENGTH, keys or rows or LENGTH)
+    found = _CONFIGS[padded(problem.head_dim)]
+    lists = left_out(problem.spec, *lengths(problem))
     return (replace(found[0], listed=True), found[0]) if lists == "many" else found
 
 

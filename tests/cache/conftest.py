@@ -16,9 +16,10 @@ from tests.cache.support import use
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache directory of the test's own, and a process that has warned of nothing and imported nothing."""
     path = tmp_path / "cache"
+    before = set(sys.modules)
     use(path, monkeypatch)
     for name, fresh in (("_warned", set[str]()), ("_modules", {}), ("_substitutes", {})):
         monkeypatch.setattr(cache, name, fresh)
     yield path
-    for name in [name for name in sys.modules if name.startswith("fxopt_generated_")]:
+    for name in [name for name in sys.modules.keys() - before if name.startswith("fxopt_generated_")]:
         del sys.modules[name]

@@ -177,7 +177,7 @@ def test_gradients_of_gradients() -> None:
 
 def test_training_tries_two_configurations_of_the_backward() -> None:
     problem = Problem(AttentionSpec(parse("s"), out_dtype=torch.bfloat16), 64, 64, torch.bfloat16, (8, 0))
-    first, second = map(str, candidates(Problem(problem.spec, 64, 64, torch.bfloat16, (8, 0))))
+    first, second = map(str, candidates(problem))
     refused: dict[str, str] = {}
     assert _with_backward(problem, ("A", "B"), refused) == (f"A/{first}", f"B/{first}", f"A/{second}")
     assert "8.0" in refused["triton-hopper-backward"]

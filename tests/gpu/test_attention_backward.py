@@ -12,13 +12,13 @@ from fxopt.codegen.attention.backward.kernel import candidates, listed
 from fxopt.codegen.attention.backward.operator import attention_backward, module
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
-from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec, Capture, EmptyRows
 from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, Shape, in_turn, pairwise, specification
 from tests.codegen.gradients import FLOWS, assert_gradients_within_budget
 from tests.codegen.holes import HOLES
 from tests.codegen.vectors import VECTORS
+from tests.gpu.problems import of_any_size
 from tests.gpu.test_attention_kernels import ALL_SHAPES, DTYPES, LARGE, on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -30,9 +30,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients through the operators, the backward by one configuration."""
     q, k, v = inputs
-    forward = str(
-        forward_candidates(Problem(spec, q.shape[3], v.shape[3], q.dtype, torch.cuda.get_device_capability()))[0]
-    )
+    forward = str(forward_candidates(of_any_size(spec, q.shape[3], v.shape[3], q.dtype))[0])
     out, lse = attention_forward(q, k, v, list(captures), str(spec), forward, True)
     wanted = [c.is_floating_point() for c in captures]
     found: list[Tensor] = attention_backward(q, k, v, list(captures), out, lse, dout, None, wanted, str(spec), config)
@@ -40,8 +38,7 @@ def backward(
 
 
 def configurations(spec: AttentionSpec, shape: Shape, dtype: torch.dtype) -> list[str]:
-    capability = torch.cuda.get_device_capability()
-    found = candidates(Problem(spec, shape.head_dim, shape.value_dim, dtype, capability))
+    found = candidates(of_any_size(spec, shape.head_dim, shape.value_dim, dtype))
     assert found, "no configuration fits this device"
     return [str(config) for config in found]
 
@@ -118,7 +115,7 @@ def test_lists_leave_out_blocks(name: str, empty_rows: EmptyRows) -> None:
     (q, k, v), _ = on_gpu("plain", shape, specification("plain", shape, torch.bfloat16), torch.bfloat16)
     captures = [x.cuda() for x in HOLES[name].draw(shape)]
     dout = torch.randn_like(q)
-    for config in candidates(Problem(spec, 64, 64, torch.bfloat16, torch.cuda.get_device_capability())):
+    for config in candidates(of_any_size(spec, 64, 64, torch.bfloat16)):
         first, *others = (backward(spec, (q, k, v), captures, dout, str(listed(config))) for _ in range(3))
         assert_gradients_within_budget(spec, (q, k, v), captures, first, dout)
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
@@ -146,7 +143,7 @@ def test_no_square_matrix_is_allocated_for_a_band() -> None:
     spec = AttentionSpec(parse("s * 0.125 + c0"), None, (Capture("-h-d", torch.bfloat16),), out_dtype=torch.bfloat16)
     q = torch.randn(1, 8, 8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     band = torch.randn(1, 8, 1, 2 * 8192 - 1, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    config = str(forward_candidates(Problem(spec, 64, 64, torch.bfloat16, torch.cuda.get_device_capability()))[0])
+    config = str(forward_candidates(of_any_size(spec, 64, 64, torch.bfloat16))[0])
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out, _ = attention_forward(q, q, q, [band], str(spec), config, True)
@@ -157,7 +154,7 @@ def test_no_square_matrix_is_allocated_for_a_band() -> None:
 def test_no_square_matrix_is_allocated() -> None:
     spec = AttentionSpec(parse("s * 0.125"), parse("j <= i"), out_dtype=torch.bfloat16)
     q = torch.randn(1, 8, 8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    config = str(forward_candidates(Problem(spec, 64, 64, torch.bfloat16, torch.cuda.get_device_capability()))[0])
+    config = str(forward_candidates(of_any_size(spec, 64, 64, torch.bfloat16))[0])
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out, _ = attention_forward(q, q, q, [], str(spec), config, True)

@@ -12,12 +12,12 @@ from torch import Tensor
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates
-from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.testing import assert_within_budget, evaluate, oracle_gradients
 from tests.codegen.cases import EXPRESSIONS, SHAPES, Shape, captured, in_turn, operands, pairwise, specification
 from tests.codegen.holes import HOLES
 from tests.codegen.vectors import VECTORS
+from tests.gpu.problems import of_any_size
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +49,7 @@ def test_kernel_is_within_the_budget_of_eager(name: str, shape: str, dtype: str)
     wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
     exact = reference.attention(q.double(), k.double(), v.double(), wide, wide_spec)
     eager = reference.attention(q, k, v, captures, str(spec))
-    configs = candidates(Problem(spec, sizes.head_dim, sizes.value_dim, q.dtype, torch.cuda.get_device_capability()))
+    configs = candidates(of_any_size(spec, sizes.head_dim, sizes.value_dim, q.dtype))
     assert configs, "no configuration fits this device"
     config = in_turn(configs, name, shape, ALL_SHAPES)
     out, _ = attention_forward(q, k, v, captures, str(spec), str(config), False)
@@ -68,7 +68,7 @@ def test_captured_vectors_limit_the_keys(name: str, empty_rows: EmptyRows, dtype
     wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
     exact = reference.attention(q.double(), k.double(), v.double(), captures, wide_spec)
     eager = reference.attention(q, k, v, captures, str(spec))
-    for config in candidates(Problem(spec, 64, 64, q.dtype, torch.cuda.get_device_capability())):
+    for config in candidates(of_any_size(spec, 64, 64, q.dtype)):
         out, _ = attention_forward(q, k, v, captures, str(spec), str(config), False)
         assert_within_budget(out, eager, exact)
 
@@ -85,7 +85,7 @@ def test_lists_leave_out_blocks(name: str, empty_rows: EmptyRows, dtype: str) ->
     wide_spec = str(dataclasses.replace(spec, out_dtype=torch.float64))
     exact = reference.attention(q.double(), k.double(), v.double(), captures, wide_spec)
     eager = reference.attention(q, k, v, captures, str(spec))
-    found = candidates(Problem(spec, 64, 64, q.dtype, torch.cuda.get_device_capability()))
+    found = candidates(of_any_size(spec, 64, 64, q.dtype))
     for config in dict.fromkeys(dataclasses.replace(config, listed=True) for config in found):
         out, lse = attention_forward(q, k, v, captures, str(spec), str(config), True)
         assert_within_budget(out, eager, exact)
@@ -119,7 +119,7 @@ def test_vectors_may_change_between_replays_of_a_graph() -> None:
     spec = VECTORS["right padding"].specification(torch.bfloat16, "zero")
     q, k, v = (x.cuda().contiguous() for x in operands(shape, torch.bfloat16))
     (kept,) = (c.cuda() for c in VECTORS["right padding"].draw(shape))
-    config = str(candidates(Problem(spec, 64, 64, q.dtype, torch.cuda.get_device_capability()))[0])
+    config = str(candidates(of_any_size(spec, 64, 64, q.dtype))[0])
     attention_forward(q, k, v, [kept], str(spec), config, False)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -136,7 +136,7 @@ def test_gradients_are_within_the_budget_of_eager(name: str) -> None:
     shape = LARGE["D64"]
     spec = specification(name, shape, torch.float32)
     (q, k, v), captures = on_gpu(name, shape, spec, torch.float32)
-    config = candidates(Problem(spec, 64, 64, q.dtype, torch.cuda.get_device_capability()))[0]
+    config = candidates(of_any_size(spec, 64, 64, q.dtype))[0]
     leaves = [x.requires_grad_() for x in (q, k, v, *(c for c in captures if c.is_floating_point()))]
 
     def fused(q: Tensor, k: Tensor, v: Tensor, *captures: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def test_gradients_are_within_the_budget_of_eager(name: str) -> None:
 
 def test_one_kernel_serves_every_length() -> None:
     spec = specification("causal", LARGE["D64"], torch.bfloat16)
-    config = str(candidates(Problem(spec, 64, 64, torch.bfloat16, torch.cuda.get_device_capability()))[0])
+    config = str(candidates(of_any_size(spec, 64, 64, torch.bfloat16))[0])
     from fxopt.codegen.attention.operator import module
 
     kernel = module(str(spec), 64, 64, torch.bfloat16, config).attention_kernel

@@ -18,9 +18,10 @@ from fxopt.codegen.attention.weights.wants import Want, printed
 from fxopt.ir.attention import AttentionSpec
 from fxopt.testing import assert_within_budget, evaluate, oracle_gradients, together
 from tests.codegen.cases import EXPRESSIONS, WITHOUT_BANDS, specification
+from tests.gpu.problems import problem
 from tests.gpu.test_attention_kernels import ALL_SHAPES
 from tests.gpu.test_attention_kernels import on_gpu as on_gpu_at_length
-from tests.gpu.test_short_kernels import DTYPES, SHAPES, on_gpu, problem
+from tests.gpu.test_short_kernels import DTYPES, SHAPES, on_gpu
 
 pytestmark = pytest.mark.gpu
 

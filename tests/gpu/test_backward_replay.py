@@ -12,10 +12,10 @@ from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.backward.kernel import candidates
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
-from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec
 from tests.codegen.cases import Shape, specification
 from tests.codegen.gradients import assert_gradients_within_budget
+from tests.gpu.problems import of_any_size
 from tests.gpu.test_attention_kernels import on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -26,16 +26,14 @@ SHAPE = Shape(64, 64, 200, 300, 2, "group", "bshd", batch=3, heads=4)
 def draw(name: str, spec: AttentionSpec, shape: Shape = SHAPE) -> tuple[Any, ...]:
     """The tensors that the backward takes, of one layout at every call."""
     (q, k, v), captures = on_gpu(name, shape, spec, DTYPE)
-    config = str(
-        forward_candidates(Problem(spec, q.shape[3], v.shape[3], DTYPE, torch.cuda.get_device_capability()))[0]
-    )
+    config = str(forward_candidates(of_any_size(spec, q.shape[3], v.shape[3], DTYPE))[0])
     out, lse = attention_forward(q, k, v, captures, str(spec), config, True)
     return q, k, v, captures, out, lse, torch.randn_like(out)
 
 
 def call(spec: AttentionSpec, tensors: tuple[Any, ...], dlse: Tensor | None = None) -> list[Tensor]:
     wanted = [c.kind == "float" for c in spec.captures]
-    config = str(candidates(Problem(spec, 64, 64, DTYPE, torch.cuda.get_device_capability()))[0])
+    config = str(candidates(of_any_size(spec, 64, 64, DTYPE))[0])
     found: list[Tensor] = backward.attention_backward(*tensors, dlse, wanted, str(spec), config)
     return found
 
@@ -89,7 +87,7 @@ def test_replays_are_captured_by_graphs() -> None:
 def test_compiled_training_launches_without_layers_for_autograd() -> None:
     spec = specification("causal", SHAPE, DTYPE, "zero")
     q, k, v, captures, _, _, dout = draw("causal", spec)
-    config = str(forward_candidates(Problem(spec, 64, 64, DTYPE, torch.cuda.get_device_capability()))[0])
+    config = str(forward_candidates(of_any_size(spec, 64, 64, DTYPE))[0])
     tensors = (q, k, v, captures, *attention_forward(q, k, v, captures, str(spec), config, True), dout)
     arguments = (*tensors, None, [], str(spec), "")
     expected = backward.attention_backward(*arguments)

@@ -21,12 +21,12 @@ from fxopt.codegen.attention.backward.operator import attention_backward
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.philox import kept_weights, lowest_kept
 from fxopt.codegen.attention.portable.kernel import candidates
-from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec
 from fxopt.ir.expression import parse
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import WITHOUT_BANDS, Shape, specification
 from tests.codegen.gradients import assert_gradients_within_budget
+from tests.gpu.problems import of_any_size
 from tests.gpu.test_attention_kernels import DTYPES, LARGE, on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -41,8 +41,7 @@ def seed(number: int = 2**62 + 12345) -> Tensor:
 
 
 def configurations(spec: AttentionSpec, shape: Shape, dtype: torch.dtype) -> list[str]:
-    capability = torch.cuda.get_device_capability()
-    found = candidates(Problem(spec, shape.head_dim, shape.value_dim, dtype, capability))
+    found = candidates(of_any_size(spec, shape.head_dim, shape.value_dim, dtype))
     assert found, "no configuration fits this device"
     return [str(config) for config in found]
 
@@ -52,7 +51,7 @@ def gradients(
 ) -> list[Tensor]:
     """The gradients through the operators, the backward by one configuration."""
     q, k, v = inputs
-    forward = str(candidates(Problem(spec, q.shape[3], v.shape[3], q.dtype, torch.cuda.get_device_capability()))[0])
+    forward = str(candidates(of_any_size(spec, q.shape[3], v.shape[3], q.dtype))[0])
     out, lse = attention_forward(q, k, v, list(captures), str(spec), forward, True, seed())
     wanted = [c.is_floating_point() for c in captures]
     given = (q, k, v, list(captures), out, lse, dout, None, wanted, str(spec), config, seed())
@@ -81,8 +80,7 @@ def test_gradients_are_within_the_budget_of_eager(name: str, shape: str, dtype: 
     spec = dataclasses.replace(specification(name, sizes, DTYPES[dtype], "zero"), dropout=PROBABILITY)
     inputs, captures = on_gpu(name, sizes, spec, DTYPES[dtype])
     dout = torch.randn(*inputs[0].shape[:3], sizes.value_dim, device="cuda").to(DTYPES[dtype])
-    capability = torch.cuda.get_device_capability()
-    found = backward_candidates(Problem(spec, sizes.head_dim, sizes.value_dim, DTYPES[dtype], capability))
+    found = backward_candidates(of_any_size(spec, sizes.head_dim, sizes.value_dim, DTYPES[dtype]))
     assert found, "no configuration fits this device"
     results = gradients(spec, inputs, captures, dout, str(found[0]))
     assert_gradients_within_budget(spec, inputs, captures, results, dout, seed=seed())
@@ -95,8 +93,7 @@ def test_every_configuration_of_the_backward_tried(name: str, width: int) -> Non
     spec = dataclasses.replace(specification(name, shape, torch.bfloat16, "zero"), dropout=PROBABILITY)
     inputs, captures = on_gpu(name, shape, spec, torch.bfloat16)
     dout = torch.randn_like(inputs[0])
-    capability = torch.cuda.get_device_capability()
-    for config in backward_candidates(Problem(spec, width, width, torch.bfloat16, capability)):
+    for config in backward_candidates(of_any_size(spec, width, width, torch.bfloat16)):
         results = gradients(spec, inputs, captures, dout, str(config))
         assert_gradients_within_budget(spec, inputs, captures, results, dout, seed=seed())
 

@@ -14,13 +14,13 @@ from fxopt.codegen.attention.backward.hopper.kernel import candidates, objection
 from fxopt.codegen.attention.backward.operator import attention_backward
 from fxopt.codegen.attention.operator import attention_forward
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
-from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.ir.expression import parse
 from tests.codegen.cases import EXPRESSIONS, Shape, in_turn, operands, pairwise, specification
 from tests.codegen.fillings import lengths, padded, vectors
 from tests.codegen.gradients import assert_input_gradients_within_budget
 from tests.codegen.holes import HOLES
+from tests.gpu.problems import of_any_size
 from tests.gpu.test_attention_kernels import DTYPES, on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,7 @@ def configurations(spec: AttentionSpec, width: int, dtype: torch.dtype) -> list[
     if reason is not None:
         pytest.skip(reason)
     other = ["hopper:128x128s2", "hopper:64x128s4a"] if width <= 64 else []
-    return list(dict.fromkeys((*map(str, candidates(Problem(spec, width, width, dtype, capability))), *other)))
+    return list(dict.fromkeys((*map(str, candidates(of_any_size(spec, width, width, dtype))), *other)))
 
 
 def backward(
@@ -57,9 +57,7 @@ def backward(
     dlse: Tensor | None = None,
 ) -> list[Tensor]:
     q, k, v = inputs
-    forward = str(
-        forward_candidates(Problem(spec, q.shape[3], v.shape[3], q.dtype, torch.cuda.get_device_capability()))[0]
-    )
+    forward = str(forward_candidates(of_any_size(spec, q.shape[3], v.shape[3], q.dtype))[0])
     out, lse = attention_forward(q, k, v, list(captures), str(spec), forward, True)
     wanted = [False] * len(captures)
     found: list[Tensor] = attention_backward(q, k, v, list(captures), out, lse, dout, dlse, wanted, str(spec), config)

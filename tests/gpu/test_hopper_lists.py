@@ -15,8 +15,8 @@ from fxopt.ir.attention import EmptyRows
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import Shape, operands
 from tests.codegen.holes import HOLES
+from tests.gpu.problems import problem
 from tests.gpu.test_attention_kernels import DTYPES
-from tests.gpu.test_kernel_families import problem
 
 pytestmark = pytest.mark.gpu
 

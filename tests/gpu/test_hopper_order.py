@@ -16,7 +16,7 @@ from fxopt.ir.attention import EmptyRows
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import Shape, operands
 from tests.codegen.fillings import FILLINGS, lengths, padded, vectors
-from tests.gpu.test_kernel_families import problem
+from tests.gpu.problems import problem
 
 pytestmark = pytest.mark.gpu
 LENGTH = 700

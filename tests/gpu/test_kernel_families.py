@@ -13,11 +13,11 @@ from torch import Tensor
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.kernels import FAMILIES
 from fxopt.codegen.attention.operator import attention_forward
-from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec, EmptyRows
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import EXPRESSIONS, Shape, in_turn, operands, pairwise, specification
 from tests.codegen.vectors import VECTORS
+from tests.gpu.problems import problem
 from tests.gpu.test_attention_kernels import DTYPES, on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -37,12 +37,6 @@ SHAPES = {
     "D64 one block": Shape(64, 64, 610, 40, 8, "tile", "bhsd", heads=16, batch=8),
     "D128 many": Shape(128, 128, 520, 390, 2, "group", "bshd", heads=16, batch=4),
 }
-
-
-def problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Problem:
-    capability = torch.cuda.get_device_capability()
-    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2])
-    return Problem(spec, q.shape[3], v.shape[3], q.dtype, capability, *sizes)
 
 
 def widened(tensors: Sequence[Tensor]) -> list[Tensor]:

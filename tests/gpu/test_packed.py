@@ -19,11 +19,11 @@ from fxopt.codegen.attention.backward import operator as backward
 from fxopt.codegen.attention.backward.hopper import kernel as hopper
 from fxopt.codegen.attention.packed import Heads, Places, attention_packed, attention_packed_backward, unpacked
 from fxopt.codegen.attention.portable.kernel import candidates as forward_candidates
-from fxopt.codegen.attention.problem import Problem
 from fxopt.lowering.packed import PACKED
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import Shape, specification
 from tests.codegen.gradients import assert_gradients_within_budget
+from tests.gpu.problems import of_any_size
 from tests.gpu.test_attention_kernels import on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +50,7 @@ PLACES = {
 def configs(name: str, places: Places) -> list[str]:
     """The first configuration of each family of backward kernels that can serve."""
     spec = specification(name, shape_of(places), HALF, "zero")
-    problem = Problem(spec, places.width, places.width, HALF, torch.cuda.get_device_capability())
+    problem = of_any_size(spec, places.width, places.width, HALF)
     return [str(portable.candidates(problem)[0]), *map(str, hopper.candidates(problem)[:1])]
 
 
@@ -66,9 +66,7 @@ def test_columns_are_the_gradients_of_the_views(name: str, order: str) -> None:
     spec = specification(name, shape_of(places), HALF, "zero")
     wanted = [c.kind == "float" for c in spec.captures]
     _, captures = on_gpu(name, shape_of(places), spec, HALF)
-    forward = str(
-        forward_candidates(Problem(spec, places.width, places.width, HALF, torch.cuda.get_device_capability()))[0]
-    )
+    forward = str(forward_candidates(of_any_size(spec, places.width, places.width, HALF))[0])
     for config in configs(name, places) if not any(wanted) else configs(name, places)[:1]:
         backward._REPLAYS.clear()
         for _ in range(3):

@@ -17,7 +17,8 @@ from fxopt.testing import assert_within_budget
 from tests.codegen.cases import WITHOUT_BANDS, Shape, operands, specification
 from tests.codegen.tiles import TILES
 from tests.codegen.vectors import VECTORS
-from tests.gpu.test_short_kernels import exact, on_gpu, problem
+from tests.gpu.problems import problem
+from tests.gpu.test_short_kernels import exact, on_gpu
 
 pytestmark = pytest.mark.gpu
 

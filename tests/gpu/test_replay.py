@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fxopt.codegen.attention import kernels, operator, reference
 from fxopt.codegen.attention.operator import attention_forward
-from fxopt.codegen.attention.problem import Problem
 from fxopt.ir.attention import AttentionSpec
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import Shape, captured, operands, specification
 from tests.codegen.vectors import VECTORS
+from tests.gpu.problems import problem
 
 pytestmark = pytest.mark.gpu
 
@@ -27,9 +27,7 @@ SHAPES = {
 
 
 def configs(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
-    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2])
-    problem = Problem(spec, q.shape[3], v.shape[3], q.dtype, torch.cuda.get_device_capability(), *sizes)
-    return kernels.candidates(problem)[0]
+    return kernels.candidates(problem(spec, q, k, v))[0]
 
 
 def draw(name: str, shape: Shape, spec: AttentionSpec) -> tuple[list[Tensor], list[Tensor]]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fxopt.codegen.attention import reference
 from fxopt.codegen.attention.operator import attention_forward, module
-from fxopt.codegen.attention.problem import Problem
 from fxopt.codegen.attention.short.kernel import candidates
 from fxopt.ir.attention import AttentionSpec
 from fxopt.testing import assert_within_budget
 from tests.codegen.cases import WITHOUT_BANDS, Shape, captured, operands, specification
+from tests.gpu.problems import problem
 
 pytestmark = pytest.mark.gpu
 
@@ -48,11 +48,6 @@ def _moved(x: Tensor) -> Tensor:
     buffer = torch.full((x.untyped_storage().nbytes() // x.element_size(),), 0, dtype=x.dtype, device="cuda")
     buffer = buffer.fill_(torch.nan) if x.is_floating_point() else buffer
     return torch.as_strided(buffer, x.shape, x.stride(), x.storage_offset()).copy_(x)
-
-
-def problem(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Problem:
-    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
-    return Problem(spec, q.shape[3], v.shape[3], q.dtype, torch.cuda.get_device_capability(), *sizes)
 
 
 def exact(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> Tensor:
